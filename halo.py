@@ -42,7 +42,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from hypenet import FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, Tokenizer, write_file, write_json
+from hypenet import (FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, Tokenizer, locate, write_file,
+                     write_json)
 
 FIT = os.environ.get("FIT", "ls")
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -84,7 +85,9 @@ PLANS = {
 }
 
 TEACHERS = {
-    "tiny": HypeNetConfig(layers="A" * 4, n_embd=128, n_head=4, n_kv_head=4, head_dim=32, n_hidden=384, max_len=256,
+    "tiny4": HypeNetConfig(layers="A" * 4, n_embd=128, n_head=4, n_kv_head=4, head_dim=32, n_hidden=384, max_len=256,
+                          **FAMILIES["qwen3"]),
+    "tiny8": HypeNetConfig(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, n_hidden=288, max_len=256,
                           **FAMILIES["qwen3"]),
 }
 
@@ -115,12 +118,12 @@ class Corpus:
             digest.update(data)
             count += 1
             held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 12 == 0
-            sides[held_out] += [tokenizer.encode_array(data.decode("utf-8", "replace")), [tokenizer.end]]
+            sides[held_out].extend([tokenizer.encode_array(data.decode("utf-8", "replace")), [tokenizer.end]])
         self.train, self.held_out = (np.concatenate(side).astype(np.int32) if side else np.zeros(0, np.int32) for side in sides)
         if len(self.train) + len(self.held_out) < 2e6:
             raise ValueError(f"only {len(self.train) + len(self.held_out):,} tokens of Python source found in the "
                              "standard library (a stripped Python?); give text of your own with --data")
-        self.facts = dict(corpus="stdlib", python=platform.python_version(), files=count,
+        self.facts = dict(name="stdlib", python=platform.python_version(), files=count,
                           tokens=len(self.train) + len(self.held_out), sha256=digest.hexdigest())
 
     def windows(self, rng, batch, length, held_out=False):
@@ -757,7 +760,7 @@ def main(argv=None):
     import resource
     report = dict(recipe=o.recipe, layers=student.config.layers, logit_base=student.config.logit_base,
                   params=dict(teacher=teacher.n_params(), student=student.n_params()),
-                  tokens=0, seconds=run.seconds(), peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, **report, **corpus.facts)
+                  tokens=0, seconds=run.seconds(), peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, **report, corpus=corpus.facts)
     student.save_pretrained(run.folder)
     corpus.tokenizer.save(run.folder)
     write_json(run.path("report.json"), report)

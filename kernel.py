@@ -1,38 +1,39 @@
 """
-The scan behind every linear layer: a state S of K x V numbers a head that decays, takes in one token, is read.
+The scan behind every linear layer. A head's state S, K x V numbers, decays, takes in a token and is read:
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t        g_t = log_decay_t <= 0
     o_t = scale * q_t S_t
 
-Its cost grows with the length T, not with T^2, and its memory not at all: that is what a linear layer has over
-attention. But T steps one after the other are T tiny products, so both fast forms below cut the sequence into
-chunks of C tokens. Unroll the recurrence from a chunk's start state S_0 (tokens 1 .. C of the chunk):
+Its cost grows with the length T, not with T^2, and its memory not at all: that is what a linear layer has
+over attention. But taken literally it is T tiny products one after the other. Both fast forms below cut the
+sequence into chunks of C tokens. Unroll the recurrence over a chunk, tokens 1 .. C, from its start state S_0:
 
     S_C = e^(g_1 + .. + g_C) * S_0  +  sum_j  e^(g_{j+1} + .. + g_C) * k_j^T v_j
     o_i = scale * ( (q_i * e^(g_1 + .. + g_i)) S_0  +  sum_{j <= i} A_ij v_j ),
-    A_ij = sum_c  q_ic k_jc e^(g_{j+1,c} + .. + g_{i,c})                             c: the K key channels
+    A_ij = sum_c  q_ic k_jc e^(g_{j+1,c} + .. + g_{i,c})                           c: the K key channels
 
-With the inclusive prefix sums P_i = g_1 + .. + g_i and the exclusive suffix sums R_j = g_{j+1} + .. + g_C, all
-but A is plain matrix products (capital letters stack the tokens of a chunk as rows; * is elementwise):
+With inclusive prefix sums P_i = g_1 + .. + g_i and exclusive suffix sums R_j = g_{j+1} + .. + g_C, all but A
+is plain matrix products (capital letters stack a chunk's tokens as rows; * is elementwise, a decay that has
+one number a row or a channel scaling all of it):
 
     O = scale * ( (Q * e^P) S_0 + A V )             S_C = e^(P_C) * S_0 + (K * e^R)^T V
 
-Only the S_0 are sequential, one step a chunk. The textbook form of the decay in A is e^(P_i - P_j), so that
-A = (Q * e^P)(K * e^-P)^T is one product; but e^-P overflows, P_i - P_j loses digits, and -inf - -inf is NaN. We
-never subtract: every exponent here is a sum of numbers <= 0, so every factor lies in [0, 1], and g = 0 (forget
-nothing) and g = -inf (forget all) are ordinary numbers. How A is then built depends on the kind of decay:
+Only the start states are sequential, one step a chunk. The textbook form of the decay in A is e^(P_i - P_j),
+which makes A one product, (Q * e^P)(K * e^-P)^T. But e^-P overflows, P_i - P_j loses digits, and -inf less
+-inf is NaN. Here nothing is subtracted: exponents are sums of numbers <= 0, every factor lies in [0, 1], and
+g = 0 (forget nothing) and g = -inf (forget all) need no special case. Two ways to build A from such sums:
 
-  one number a head      The decay does not depend on c, so A = (Q K^T) * D with D_ij = e^(g_{j+1} + .. + g_i). Column
-                         j of the exponent is the running sum over i of g with the entries up to j set to 0.
-  one number a channel   Divide and conquer. Cut a block of 2h tokens in the middle. If i is in the right half and
-                         j in the left, the path from j to i crosses the cut, and its decay is a product of two:
-                             g_{j+1} + .. + g_i = (g_{j+1} + .. to the cut) + (from the cut to .. + g_i) = R_j + P_i,
-                         R, P taken within the halves. So that quarter of A is one product, (Q * e^P)(K * e^R)^T, and
-                         the two halves are the same problem with h/2; at one token, A_ii = q_i . k_i. log2(C) levels.
+  one number a head     The decay does not depend on c: A = (Q K^T) * D, D_ij = e^(g_{j+1} + .. + g_i).
+                        Column j of the exponent is the running sum over i of g, the entries up to j set to 0.
+  one number a channel  Divide and conquer. Cut a block of 2h tokens in the middle. From j in the left half to
+                        i in the right half the path crosses the cut, so its decay is a product of two:
+                            g_{j+1} + .. + g_i  =  R_j (of the left half)  +  P_i (of the right half),
+                        and that quarter of A is one product, (Q * e^P)(K * e^R)^T. The halves are the same
+                        problem with h/2, down to one token, A_ii = q_i . k_i: log2(C) levels.
 
-References: Lightning Attention (one constant a head, arXiv 2401.04658, 2405.17381), Gated Linear Attention (one
-number a channel, chunked; arXiv 2312.06635, section 4), HypeNet (arXiv 2601.22156, eq. 5, 6, 18, 19). All tensors
-are time-major: (B,T,H,K) is batch, time, heads, key channels. Imports with neither Triton nor a GPU.
+References: Lightning Attention (constant decay a head; arXiv 2401.04658, 2405.17381), Gated Linear Attention
+(decay a channel, in chunks; arXiv 2312.06635, section 4), HypeNet (arXiv 2601.22156, eq. 5, 6, 18, 19).
+All tensors are time-major: (B,T,H,K) is batch, time, heads, key channels. Needs neither Triton nor a GPU.
 """
 
 import torch
@@ -47,30 +48,35 @@ except ImportError:
 BACKENDS = ("sequential", "torch", "triton")
 
 
-# ---------------------------------------------------------------------------- the one public function
+# ---------------------------------------------------------------------- the one public function
 def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     """
     S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t (arXiv 2601.22156, eq. 5, 6, 18).
 
-    q, k       (B,T,H,K), v (B,T,H,V), any strides, T >= 1
-    log_decay  natural log of the decay, in [-inf, 0] (not checked): (H,) constant, (B,T,H) one number a head, or
-               (B,T,H,K) one a channel
-    state      (B,H,K,V), S before the first token; None is zeros. Never written to.
-    backend    None: by device (one step of the definition if T is 1), or "sequential", "torch", "triton"
-    Returns    o (B,T,H,V) in v's dtype and S after the last token (B,H,K,V), float32 (float64 if an input is).
-    All is computed in the state's dtype whatever autocast says; only the Triton kernels multiply bf16 inputs in
-    bf16 (summed in float32). Differentiable in all five tensors, the final state included; a decay of -inf has
-    gradient 0. Passing the state on splits a sequence anywhere. Raises ValueError on shapes or a backend that
-    do not fit.
+    q, k       (B,T,H,K), T >= 1, any strides
+    v          (B,T,H,V)
+    log_decay  natural logarithm of the decay, in [-inf, 0] (not checked): (H,) constant, (B,T,H) one number
+               a head, or (B,T,H,K) one a channel
+    state      (B,H,K,V), S before the first token; None is zeros. It is never written to.
+    backend    "sequential", "torch" or "triton"; None is one step of the definition where T is 1, else the
+               Triton kernels on a GPU and PyTorch elsewhere
+    Returns    o (B,T,H,V) in v's dtype, and S after the last token (B,H,K,V) in float32, or in float64 if
+               any input is.
+
+    Computed in the state's dtype whatever autocast says, but for bf16 inputs to the Triton kernels, which are
+    multiplied as bf16 and summed in float32. Differentiable in all five tensors, also through the state
+    returned; the gradient of a log_decay of -inf is 0. Passing the state on splits a sequence anywhere.
+    Raises ValueError for shapes, dtypes or a backend that do not fit.
     """
     backend = _check(q, k, v, log_decay, state, backend)
     B, T, H, K = q.shape
     tensors = [x for x in (q, k, v, log_decay, state) if x is not None]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         if backend == "triton":
-            return _TritonScan.apply(q, k, v, log_decay.expand(B, T, H) if log_decay.dim() == 1 else log_decay, state, scale)
+            g = log_decay.expand(B, T, H) if log_decay.dim() == 1 else log_decay
+            return _TritonScan.apply(q, k, v, g, state, float(scale))
         scan = scan_sequential if backend == "sequential" else scan_torch
         o, state = scan(q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype), state, scale)
     return o.to(v.dtype), state
@@ -79,22 +85,39 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
 def _check(q, k, v, log_decay, state, backend):
     """The backend to use, or a ValueError of one line."""
     if q.dim() != 4 or k.shape != q.shape or q.shape[1] < 1:
-        raise ValueError(f"q, k: given {tuple(q.shape)} and {tuple(k.shape)}, allowed one shape (B,T,H,K), T >= 1")
+        raise ValueError(f"q, k: given {tuple(q.shape)}, {tuple(k.shape)}, allowed equal (B,T,H,K), T >= 1")
     B, T, H, K = q.shape
     if v.dim() != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v: given {tuple(v.shape)}, allowed ({B},{T},{H},V)")
     if log_decay.shape not in ((H,), (B, T, H), (B, T, H, K)):
-        raise ValueError(f"log_decay: given {tuple(log_decay.shape)}, allowed ({H},), {(B, T, H)}, {(B, T, H, K)}")
+        allowed = f"{(H,)}, {(B, T, H)} or {(B, T, H, K)}"
+        raise ValueError(f"log_decay: given {tuple(log_decay.shape)}, allowed {allowed}")
     if state is not None and state.shape != (B, H, K, v.shape[-1]):
         raise ValueError(f"state: given {tuple(state.shape)}, allowed {(B, H, K, v.shape[-1])}")
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend: given {backend!r}, allowed None, {', '.join(map(repr, BACKENDS))}")
-    return backend or ("sequential" if T == 1 else "torch")
+    tensors = [x for x in (q, k, v, log_decay, state) if x is not None]
+    if not all(x.is_floating_point() for x in tensors):
+        raise ValueError(f"dtypes: given {', '.join(str(x.dtype) for x in tensors)}, allowed floating point")
+    cannot = None
+    if triton is None:
+        cannot = "Triton is not installed"
+    elif not q.is_cuda and not _interpreted():
+        cannot = f"tensors are on {q.device}"
+    elif any(x.dtype == torch.float64 for x in tensors):
+        cannot = "an input is float64"
+    elif K > 256:
+        cannot = f"K is {K}, above 256"
+    if backend == "triton" and cannot:
+        raise ValueError(f"backend: given 'triton', but {cannot}; allowed here 'torch' or 'sequential'")
+    if backend is None:
+        backend = "sequential" if T == 1 else "triton" if q.is_cuda and not cannot else "torch"
+    return backend
 
 
-# ---------------------------------------------------------------------------- sequential: the definition
+# ---------------------------------------------------------------------- sequential: the definition
 def scan_sequential(q, k, v, log_decay, state, scale):
-    """The two lines of the recurrence, token by token: the oracle for the forms below."""
+    """The two lines of the recurrence, token by token: what the forms below are tested against."""
     decay = log_decay.exp()
     if decay.dim() < 4:
         decay = decay.expand(q.shape[:3])[..., None]                        # (B,T,H,1)
@@ -105,11 +128,11 @@ def scan_sequential(q, k, v, log_decay, state, scale):
     return torch.stack(outputs, 1), state
 
 
-# ---------------------------------------------------------------------------- torch: chunks of matrix products
+# ---------------------------------------------------------------------- torch: chunks of matrix products
 def scan_torch(q, k, v, log_decay, state, scale):
-    """The chunked form in plain PyTorch, differentiated by autograd. What is left over is one shorter chunk."""
+    """The chunked form in plain PyTorch, differentiated by autograd. The tail is one shorter chunk."""
     T = q.shape[1]
-    C = min(T, 32)                          # measured best on CPUs: larger ones pay in A, smaller ones in overhead
+    C = min(T, 32)                          # larger costs more in A, smaller more in calls: best on CPUs
     outputs = []
     for start, end, size in ((0, T - T % C, C), (T - T % C, T, T % C)):
         if start < end:
@@ -121,18 +144,18 @@ def scan_torch(q, k, v, log_decay, state, scale):
 
 
 def _scan_chunks(q, k, v, g, state, scale, C):
-    """The same for T a multiple of C: N = T/C chunks, all at once but for the loop over their start states."""
+    """The same for N = T/C whole chunks: all at once, but for the loop over their start states."""
     def chunks(x):
         return x.unflatten(1, (-1, C)).transpose(2, 3).contiguous()
     q, k, v = chunks(q), chunks(k), chunks(v)                               # (B,N,H,C,K or V)
     if g.dim() == 4:
         o, P, R = _within_channels(q, k, v, chunks(g))                      # P, R: (B,N,H,C,K)
         o = o * scale
-    else:                                   # a constant decay keeps its few numbers: (H,C,1) broadcasts over B and N
-        g = (g[:, None].expand(-1, C) if g.dim() == 1 else chunks(g))[..., None]    # (H,C,1) or (B,N,H,C,1)
-        o, P, R = _within_heads(q, k, v, g, scale)
+    else:                                   # a constant decay stays (H,C,1) and broadcasts over B and N
+        g = g[:, None].expand(-1, C) if g.dim() == 1 else chunks(g)         # (H,C) or (B,N,H,C)
+        o, P, R = _within_heads(q, k, v, g[..., None], scale)               # P, R: (H,C,1) or (B,N,H,C,1)
     writes = (k * R.exp()).mT @ v                                           # (B,N,H,K,V)
-    decay = P[..., -1, :, None].exp()                                       # e^(P_C): (B,N,H,1 or K,1) or (H,1,1)
+    decay = P[..., -1, :, None].exp()                                       # (B,N,H,1 or K,1) or (H,1,1)
     decays = decay.unbind(1) if decay.dim() == 5 else [decay] * writes.shape[1]
     starts = []
     for decay_n, write_n in zip(decays, writes.unbind(1)):
@@ -152,11 +175,11 @@ def _within_heads(q, k, v, g, scale):
 
 
 def _within_channels(q, k, v, g):
-    """A V for one decay a channel, g (...,C,K), and the sums P and R, each built from those of the two halves."""
+    """A V for one decay a channel, g (...,C,K), and the sums P and R, built from those of the halves."""
     C = g.shape[-2]
     if C == 1:
         return (q * k).sum(-1, keepdim=True) * v, g, torch.zeros_like(g)
-    if C % 2:                               # an empty token at the end (k = 0, g = 0) changes nothing before it
+    if C % 2:                               # a token k = 0, g = 0 at the end changes nothing before it
         padded = (F.pad(x, (0, 0, 0, 1)) for x in (q, k, v, g))
         return (x[..., :C, :] for x in _within_channels(*padded))
     q, k, v, g = (x.unflatten(-2, (2, -1)) for x in (q, k, v, g))           # (...,2,C/2,K or V)
@@ -168,27 +191,28 @@ def _within_channels(q, k, v, g):
     return o, P, R
 
 
-# ---------------------------------------------------------------------------- triton: the same, one program a head
-# One program holds S of one (batch, head) and BLOCK_V of the V columns (columns of S never meet) on chip and walks
-# over the chunks. The forward keeps S at each chunk's start, so that the backward, which walks from the last chunk to
-# the first with dS = dL/dS, has nothing sequential to recompute. Write dO for scale * dL/dO. By the product rule on
-#     O = (Q * e^P) S_0 + A V,    S_C = e^(P_C) * S_0 + (K * e^R)^T V,    A_ij = sum_c q_ic k_jc e^(g_{j+1,c} + .. + g_{i,c}):
-#
-#     dV   = A^T dO + (K * e^R) dS_C                    dA_ij = dO_i . V_j  for j <= i
-#     dQ_i = e^P_i * (S_0 dO_i) + sum_j dA_ij k_j e^(g_{j+1} + .. + g_i)
-#     dK_j = e^R_j * (dS_C V_j) + sum_i dA_ij q_i e^(g_{j+1} + .. + g_i)
+# ---------------------------------------------------------------------- triton: one program a head
+# One program holds S of one (batch, head) and BLOCK_V of its V columns, which never meet, and walks over the
+# chunks. The forward keeps S at each chunk's start. The backward walks from the last chunk to the first with
+# dS = dL/dS and so has nothing sequential to recompute. Write dO for scale * dL/dO. Differentiating
+#     O = (Q * e^P) S_0 + A V,    S_C = e^(P_C) * S_0 + (K * e^R)^T V,    A as at the top of this file,
+# gives, with dA_ij = dO_i . v_j for j <= i,
+#     dV   = A^T dO + (K * e^R) dS_C
+#     dq_i = e^P_i * (S_0 dO_i) + sum_{j <= i} dA_ij k_j e^(g_{j+1} + .. + g_i)
+#     dk_j = e^R_j * (dS_C v_j) + sum_{i >= j} dA_ij q_i e^(g_{j+1} + .. + g_i)
 #     dS_0 = e^(P_C) * dS_C + (Q * e^P)^T dO            which is dS_C of the chunk before
 #
-# The decay. In every term of the loss each exponent sits beside a q, a k or S_0 as a factor, and d/dx e^x = e^x: the
-# gradient of g_t is the sum, over the terms whose path crosses step t, of the term itself. Four kinds of terms:
-#     X_ij  k_j read by q_i         crosses t if j < t <= i           q_i * dQ_i = Y_i + sum_j X_ij
-#     Y_i   S_0 read by q_i         crosses t if i >= t               k_j * dK_j = Z_j + sum_i X_ij
-#     Z_j   k_j carried to S_C      crosses t if j < t                sum_V S_C * dS_C = W + sum_j Z_j
-#     W     S_0 carried to S_C      always
-# Summing q_s * dQ_s - k_s * dK_s over s >= t leaves the X that cross t (pairs with both ends >= t cancel), the Y that
-# cross t, and minus the Z that do not; the last line adds W and all Z. Hence
-#     dg_t = sum_{s >= t in the chunk} (q_s * dQ_s - k_s * dK_s)  +  sum_V S_C * dS_C
-# Restarting at every chunk keeps the sums short, so their digits do not wear off with T. Where g_t = -inf it is 0.
+# The decay. What reaches the loss through channel c is a sum of terms, each with a factor e^(sum of the g on its
+# way), so the gradient of g_t is the sum of the terms that have g_t on their way:
+#     X_ij  from k_j to q_i,  if j < t <= i             q_i * dq_i = Y_i + sum_j X_ij
+#     Y_i   from S_0 to q_i,  if t <= i                 k_j * dk_j = Z_j + sum_i X_ij
+#     Z_j   from k_j to S_C,  if j < t                  sum_V S_C * dS_C = W + sum_j Z_j
+#     W     from S_0 to S_C,  always
+# One number a head has its X at hand, summed over channels: X = A * dA. One a channel would need X for every
+# channel, but can do without. Sum q_s * dq_s - k_s * dk_s over s >= t: the X with both ends at t or later cancel,
+# and there remain the X and Y with g_t on their way, less the Z_j of j >= t. Adding W + sum_j Z_j completes it:
+#     dg_t = sum_{s = t .. C} (q_s * dq_s - k_s * dk_s)  +  sum_V S_C * dS_C             (0 where g_t = -inf)
+# It restarts at every chunk's end, so its digits do not wear off with T.
 if triton:
     @triton.jit
     def load_tile(ptr, rows, stride, cols, n_rows, n_cols):
@@ -207,7 +231,7 @@ if triton:
 
     @triton.jit
     def decay_sums(g, g_next, SIZE: tl.constexpr):
-        """P (inclusive prefix) and R (exclusive suffix sums) of g within blocks of SIZE rows; g_next is g one row on."""
+        """P (inclusive prefix), R (exclusive suffix sums) in blocks of SIZE rows; g_next is g one row on."""
         ROWS: tl.constexpr = g.shape[0]
         COLS: tl.constexpr = g.shape[1]
         inside = (tl.arange(0, ROWS) % SIZE != SIZE - 1)[:, None]           # a block's last row has no suffix
@@ -255,7 +279,7 @@ if triton:
         for n in range(0, tl.cdiv(T, BLOCK_T)):
             store_tile(starts_ptr, keys, V, vals, K, V, S)
             starts_ptr += K * V
-            rows = n * BLOCK_T + t.to(tl.int64)                             # past T: q = k = 0 and g = 0, no effect
+            rows = n * BLOCK_T + t.to(tl.int64)                             # past T all is 0: no effect on S
             q = load_tile(q_ptr, rows, stride_qt, keys, T, K)
             k = load_tile(k_ptr, rows, stride_kt, keys, T, K)
             v = load_tile(v_ptr, rows, stride_vt, vals, T, V)
@@ -266,7 +290,8 @@ if triton:
                 A = tl.where(t[:, None] == t[None, :], tl.sum(q * k, 1)[:, None], 0.0)
                 for level in tl.static_range(LEVELS):
                     P, R = decay_sums(g, g_next, 1 << level)
-                    A += tl.where(crossing(1 << level, BLOCK_T), dot(q * tl.exp(P), tl.trans(k * tl.exp(R)), DTYPE), 0.0)
+                    A_level = dot(q * tl.exp(P), tl.trans(k * tl.exp(R)), DTYPE)
+                    A += tl.where(crossing(1 << level, BLOCK_T), A_level, 0.0)
             else:
                 A = dot(q, tl.trans(k), DTYPE) * head_decay(g, BLOCK_T)
             P, R = decay_sums(g, g_next, BLOCK_T)
@@ -297,14 +322,14 @@ if triton:
         g_ptr += b * stride_gb + h * stride_gh
         do_ptr += b * stride_db + h * stride_dh
         dv_ptr += (b * T * H + h) * V
-        part = ((tl.program_id(1) * B + b) * T * H + h)                     # dq, dk, dg: one partial sum a V block
+        part = (tl.program_id(1) * B + b) * T * H + h                       # dq, dk, dg: one part a V block
         dq_ptr += part * K
         dk_ptr += part * K
         dg_ptr += part * n_gates
         n_chunks = tl.cdiv(T, BLOCK_T)
         starts_ptr += (bh + 1) * n_chunks * K * V
         dS = load_tile(dfinal_ptr + bh * K * V, keys, V, vals, K, V)
-        carried = tl.sum(load_tile(final_ptr + bh * K * V, keys, V, vals, K, V) * dS, 1)    # sum_V S_C * dS_C
+        SdS = tl.sum(load_tile(final_ptr + bh * K * V, keys, V, vals, K, V) * dS, 1)    # sum_V S_C * dS_C
 
         for n in range(0, n_chunks):
             starts_ptr -= K * V
@@ -319,8 +344,9 @@ if triton:
 
             P, R = decay_sums(g, g_next, BLOCK_T)
             q_P = q * tl.exp(P)
-            dq = tl.exp(P) * dot(do, tl.trans(S), DTYPE)
-            dk = tl.exp(R) * dot(v, tl.trans(dS), DTYPE)
+            decay = tl.exp(tl.sum(g, 0))[:, None]                           # e^(P_C)
+            dq = tl.exp(P) * dot(do, tl.trans(S), DTYPE)                    # so far q * dq is Y
+            dk = tl.exp(R) * dot(v, tl.trans(dS), DTYPE)                    # so far k * dk is Z
             dv = dot(k * tl.exp(R), dS, DTYPE)
             dA = dot(do, tl.trans(v), DTYPE)
             if CHANNELS:
@@ -336,31 +362,31 @@ if triton:
                     A += tl.where(cross, dot(q_l, tl.trans(k_l), DTYPE), 0.0)
                     dq += tl.exp(P) * dot(dA_l, k_l, DTYPE)
                     dk += tl.exp(R) * dot(tl.trans(dA_l), q_l, DTYPE)
+                dg = tl.cumsum(q * dq - k * dk, 0, reverse=True) + SdS[None, :]
+                dg = tl.where(g == float("-inf"), 0.0, dg)
             else:
                 D = head_decay(g, BLOCK_T)
                 A = dot(q, tl.trans(k), DTYPE) * D
+                X_Z = tl.cumsum(A * dA, 0, reverse=True) + tl.sum(k * dk, 1)[None, :]   # row t: from j to t or later
+                X_Z = tl.where(t[:, None] > t[None, :], X_Z, 0.0)
+                Y = tl.cumsum(tl.sum(q * dq, 1), 0, reverse=True)
+                dg = (tl.sum(X_Z, 1) + Y)[:, None] + decay * tl.sum(S * dS)
                 dq += dot(dA * D, k, DTYPE)
                 dk += dot(tl.trans(dA * D), q, DTYPE)
             dv += dot(tl.trans(A), do, DTYPE)
 
-            dg = q * dq - k * dk
-            after = carried[None, :]
-            if not CHANNELS:                                                # one number a head: summed over channels
-                dg = tl.sum(dg, 1)[:, None]
-                after = tl.sum(after, 1)[:, None]
-            dg = tl.where(g == float("-inf"), 0.0, tl.cumsum(dg, 0, reverse=True) + after)
             store_tile(dq_ptr, rows, H * K, keys, T, K, dq)
             store_tile(dk_ptr, rows, H * K, keys, T, K, dk)
             store_tile(dv_ptr, rows, H * V, vals, T, V, dv)
             store_tile(dg_ptr, rows, H * n_gates, gates, T, n_gates, dg)
 
-            dS = tl.exp(tl.sum(g, 0))[:, None] * dS + dot(tl.trans(q_P), do, DTYPE)
-            carried = tl.sum(S * dS, 1)                                     # S_0, dS_0: S_C, dS_C of the chunk before
+            dS = decay * dS + dot(tl.trans(q_P), do, DTYPE)
+            SdS = tl.sum(S * dS, 1)                                         # this S_0 is the next one's S_C
         store_tile(dstate_ptr + bh * K * V, keys, V, vals, K, V, dS)
 
 
 class _TritonScan(torch.autograd.Function):
-    """log_decay is (B,T,H) or (B,T,H,K) here; a constant one is expanded with stride 0 and autograd sums its gradient."""
+    """g is (B,T,H) or (B,T,H,K): a constant one comes expanded, stride 0, and autograd sums its gradient."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, state, scale):
@@ -371,7 +397,7 @@ class _TritonScan(torch.autograd.Function):
         o, final = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
         starts = state.new_empty(B, H, triton.cdiv(T, config["BLOCK_T"]), K, V)
         forward_kernel[grid](q, k, v, g, state, o, starts, final, T, H, K, V, scale,
-                             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g.stride()[:3], **config)
+                             *_strides(q, k, v, g), **config)
         ctx.save_for_backward(q, k, v, g, starts, final)
         ctx.scale = scale
         return o, final
@@ -386,9 +412,8 @@ class _TritonScan(torch.autograd.Function):
         dq, dk = final.new_empty(2, parts, B, T, H, K)
         dg = final.new_empty(parts, *g.shape)
         dv, dstate = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(final)
-        backward_kernel[grid](q, k, v, g, do, starts, final, dfinal, dq, dk, dv, dg, dstate, B, T, H, K, V, ctx.scale,
-                              *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g.stride()[:3], *do.stride()[:3],
-                              **config)
+        backward_kernel[grid](q, k, v, g, do, starts, final, dfinal, dq, dk, dv, dg, dstate,
+                              B, T, H, K, V, ctx.scale, *_strides(q, k, v, g, do), **config)
         dq, dk, dg = (x.sum(0).to(like.dtype) for x, like in ((dq, q), (dk, k), (dg, g)))
         return dq, dk, dv, dg, dstate, None
 
@@ -398,14 +423,26 @@ def _dense(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _strides(*tensors):
+    """Each one's strides over batch, time and heads."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
 def _launch(q, k, v, g):
-    """The grid and the compile-time constants: tiles that fit in 99 KB of shared memory."""
+    """The grid and the compile-time constants: tiles small enough for 99 KB of shared memory."""
     B, T, H, K, V = *q.shape, v.shape[-1]
-    BLOCK_K = max(16, triton.next_power_of_2(K))
-    BLOCK_V = min(max(16, triton.next_power_of_2(V)), 64)
-    BLOCK_T = 64 if BLOCK_K <= 64 else 32
-    # bf16 tiles go to the matrix units as they are; a float16 state could pass 65,504, so float16 is read as float32
-    bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
-    config = dict(CHANNELS=g.dim() == 4, DTYPE=tl.bfloat16 if bf16 else tl.float32, LEVELS=BLOCK_T.bit_length() - 1,
+    BLOCK_K, BLOCK_V = (max(16, triton.next_power_of_2(x)) for x in (K, V))
+    bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16 and not _interpreted()
+    if bf16 or _interpreted():              # few, large products suit matrix units and the interpreter
+        BLOCK_T, BLOCK_V = (64, min(BLOCK_V, 64)) if BLOCK_K <= 64 else (32, min(BLOCK_V, 32))
+    else:                                   # float32 is unrolled, outside the matrix units: small products
+        BLOCK_T, BLOCK_V = 16, min(BLOCK_V, 32)
+    DTYPE = tl.bfloat16 if bf16 else tl.float32     # for float16 too: a state can pass its limit of 65,504
+    config = dict(CHANNELS=g.dim() == 4, LEVELS=BLOCK_T.bit_length() - 1, DTYPE=DTYPE,
                   BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, BLOCK_V=BLOCK_V, num_warps=4, num_stages=1)
     return (B * H, triton.cdiv(V, BLOCK_V)), config
+
+
+def _interpreted():
+    """TRITON_INTERPRET=1: the kernels run on a CPU, for tests. That interpreter cannot multiply bf16."""
+    return not isinstance(forward_kernel, triton.JITFunction)
