@@ -192,8 +192,8 @@ def _within_channels(q, k, v, g):
 
 
 # ---------------------------------------------------------------------- triton: one program a head
-# One program holds S of one (batch, head) and BLOCK_V of its V columns, which never meet, and walks over the
-# chunks. The forward keeps S at each chunk's start. The backward walks from the last chunk to the first with
+# One program holds BLOCK_V columns of one head's S (the V columns never meet) and walks over the chunks.
+# The forward keeps S at each chunk's start; the backward walks from the last chunk to the first with
 # dS = dL/dS and so has nothing sequential to recompute. Write dO for scale * dL/dO. Differentiating
 #     O = (Q * e^P) S_0 + A V,    S_C = e^(P_C) * S_0 + (K * e^R)^T V,    A as at the top of this file,
 # gives, with dA_ij = dO_i . v_j for j <= i,
@@ -202,17 +202,17 @@ def _within_channels(q, k, v, g):
 #     dk_j = e^R_j * (dS_C v_j) + sum_{i >= j} dA_ij q_i e^(g_{j+1} + .. + g_i)
 #     dS_0 = e^(P_C) * dS_C + (Q * e^P)^T dO            which is dS_C of the chunk before
 #
-# The decay. What reaches the loss through channel c is a sum of terms, each with a factor e^(sum of the g on its
-# way), so the gradient of g_t is the sum of the terms that have g_t on their way:
+# The decay. What reaches the loss through channel c is a sum of terms, each with a factor e^(sum of the g on
+# its way), so the gradient of g_t is the sum of the terms that have g_t on their way:
 #     X_ij  from k_j to q_i,  if j < t <= i             q_i * dq_i = Y_i + sum_j X_ij
 #     Y_i   from S_0 to q_i,  if t <= i                 k_j * dk_j = Z_j + sum_i X_ij
 #     Z_j   from k_j to S_C,  if j < t                  sum_V S_C * dS_C = W + sum_j Z_j
 #     W     from S_0 to S_C,  always
-# One number a head has its X at hand, summed over channels: X = A * dA. One a channel would need X for every
-# channel, but can do without. Sum q_s * dq_s - k_s * dk_s over s >= t: the X with both ends at t or later cancel,
-# and there remain the X and Y with g_t on their way, less the Z_j of j >= t. Adding W + sum_j Z_j completes it:
+# One number a head has its X at hand, summed over channels: X = A * dA. One number a channel would need an X
+# for each, but can do without. Sum q_s * dq_s - k_s * dk_s over s >= t: the X with both ends at t or later
+# cancel, which leaves the X and Y that cross t, less the Z_j of j >= t; adding W + sum_j Z_j completes it:
 #     dg_t = sum_{s = t .. C} (q_s * dq_s - k_s * dk_s)  +  sum_V S_C * dS_C             (0 where g_t = -inf)
-# It restarts at every chunk's end, so its digits do not wear off with T.
+# Both restart at every chunk, so their digits do not wear off with T.
 if triton:
     @triton.jit
     def load_tile(ptr, rows, stride, cols, n_rows, n_cols):
@@ -258,7 +258,7 @@ if triton:
         q_ptr, k_ptr, v_ptr, g_ptr, state_ptr, o_ptr, starts_ptr, final_ptr, T, H, K, V, scale,
         stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         stride_gb, stride_gt, stride_gh,
-        CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
+        KEEP_STARTS: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
         BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, LEVELS: tl.constexpr,
     ):
         bh = tl.program_id(0).to(tl.int64)                                  # int64: offsets pass 2^31
@@ -277,8 +277,9 @@ if triton:
         S = load_tile(state_ptr + bh * K * V, keys, V, vals, K, V)
 
         for n in range(0, tl.cdiv(T, BLOCK_T)):
-            store_tile(starts_ptr, keys, V, vals, K, V, S)
-            starts_ptr += K * V
+            if KEEP_STARTS:
+                store_tile(starts_ptr, keys, V, vals, K, V, S)
+                starts_ptr += K * V
             rows = n * BLOCK_T + t.to(tl.int64)                             # past T all is 0: no effect on S
             q = load_tile(q_ptr, rows, stride_qt, keys, T, K)
             k = load_tile(k_ptr, rows, stride_kt, keys, T, K)
@@ -367,8 +368,8 @@ if triton:
             else:
                 D = head_decay(g, BLOCK_T)
                 A = dot(q, tl.trans(k), DTYPE) * D
-                X_Z = tl.cumsum(A * dA, 0, reverse=True) + tl.sum(k * dk, 1)[None, :]   # row t: from j to t or later
-                X_Z = tl.where(t[:, None] > t[None, :], X_Z, 0.0)
+                X_Z = tl.cumsum(A * dA, 0, reverse=True) + tl.sum(k * dk, 1)[None, :]
+                X_Z = tl.where(t[:, None] > t[None, :], X_Z, 0.0)           # [t, j]: from j, crossing t
                 Y = tl.cumsum(tl.sum(q * dq, 1), 0, reverse=True)
                 dg = (tl.sum(X_Z, 1) + Y)[:, None] + decay * tl.sum(S * dS)
                 dq += dot(dA * D, k, DTYPE)
@@ -395,9 +396,10 @@ class _TritonScan(torch.autograd.Function):
         B, T, H, K, V = *q.shape, v.shape[-1]
         grid, config = _launch(q, k, v, g)
         o, final = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
-        starts = state.new_empty(B, H, triton.cdiv(T, config["BLOCK_T"]), K, V)
+        keep = any(ctx.needs_input_grad)    # without a backward, memory does not grow with T but for o
+        starts = state.new_empty(B, H, triton.cdiv(T, config["BLOCK_T"]) if keep else 0, K, V)
         forward_kernel[grid](q, k, v, g, state, o, starts, final, T, H, K, V, scale,
-                             *_strides(q, k, v, g), **config)
+                             *_strides(q, k, v, g), KEEP_STARTS=keep, **config)
         ctx.save_for_backward(q, k, v, g, starts, final)
         ctx.scale = scale
         return o, final
