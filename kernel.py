@@ -106,8 +106,8 @@ def _check(q, k, v, log_decay, state, backend):
         cannot = f"tensors are on {q.device}"
     elif any(x.dtype == torch.float64 for x in tensors):
         cannot = "an input is float64"
-    elif K > 256:
-        cannot = f"K is {K}, above 256"
+    elif K > (128 if log_decay.dim() == 4 else 256):    # beyond this a compilation takes minutes
+        cannot = f"K is {K}, above {128 if log_decay.dim() == 4 else 256}"
     if backend == "triton" and cannot:
         raise ValueError(f"backend: given 'triton', but {cannot}; allowed here 'torch' or 'sequential'")
     if backend is None:
@@ -435,8 +435,8 @@ def _launch(q, k, v, g):
     B, T, H, K, V = *q.shape, v.shape[-1]
     BLOCK_K, BLOCK_V = (max(16, triton.next_power_of_2(x)) for x in (K, V))
     bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16 and not _interpreted()
-    if bf16 or _interpreted():              # few, large products suit matrix units and the interpreter
-        BLOCK_T, BLOCK_V = (64, min(BLOCK_V, 64)) if BLOCK_K <= 64 else (32, min(BLOCK_V, 32))
+    if bf16 or _interpreted():              # 32 rows: with 64, triton 3.6 uses Hopper's asynchronous products, and
+        BLOCK_T, BLOCK_V = 32, min(BLOCK_V, 64 if BLOCK_K <= 64 else 32)    # dq, dk come out wrong at K = 24
     else:                                   # float32 is unrolled, outside the matrix units: small products
         BLOCK_T, BLOCK_V = 16, min(BLOCK_V, 32)
     DTYPE = tl.bfloat16 if bf16 else tl.float32     # for float16 too: a state can pass its limit of 65,504
