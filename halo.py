@@ -23,6 +23,7 @@ student: config.json, model.safetensors, tokenizer.json.
 """
 import argparse
 import ctypes
+import gzip
 import hashlib
 import json
 import math
@@ -81,7 +82,7 @@ class Plan:
 PLANS = {
     "paper": dict(align=Plan(320e6, 512, 32, 1e-3, 1e-5, 0.0), distil=Plan(1e9, 512, 96, 1e-4, 1e-5, 0.0),
                   finetune=Plan(1e9, 16384, 128, 1e-5, 1e-5, 0.0), group=Plan(2.3e9, 512, 4096, 1e-5, 1e-5, 0.0)),
-    "tiny": dict(pretrain=Plan(100e6, 256, 256, 3e-3, 1e-4, 0.3, 200), align=Plan(0.5e6, 256, 16, 3e-3, 1e-4),
+    "tiny": dict(pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200), align=Plan(0.5e6, 256, 16, 3e-3, 1e-4),
                  distil=Plan(2e6, 256, 16, 2e-3, 1e-4, 0.25), finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
                  group=Plan(2.5e6, 256, 16, 3e-3, 1e-4, 0.25)),
 }
@@ -95,8 +96,8 @@ TEACHERS = {
 
 
 def stdlib_documents():
-    """(group, path) of every source file of this Python's standard library, tests and site-packages left out.
-    A group is a top-level module or package: its files stand on one side of the held-out split."""
+    """(group, text) of every source file of this Python's standard library, tests and site-packages left out. A
+    group is a top-level module or package: all of it stands on one side of the held-out split."""
     root = sysconfig.get_paths()["stdlib"]
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     for folder, dirs, names in os.walk(root):
@@ -104,31 +105,64 @@ def stdlib_documents():
         for name in sorted(names):
             if name.endswith(".py"):
                 path = os.path.join(folder, name)
-                yield os.path.relpath(path, root).split(os.sep)[0].removesuffix(".py"), path
+                with open(path, encoding="utf-8", errors="replace") as f:
+                    yield os.path.relpath(path, root).split(os.sep)[0].removesuffix(".py"), f.read()
+
+
+def file_documents(paths, piece=65536):
+    """(group, text) of .txt and .jsonl files, gzipped or not, and of folders of them. A line of a .jsonl is a
+    document; a .txt is cut at line ends into pieces of about 64 KB, so that a single file can be split too."""
+    kinds = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+    files = []
+    for path in paths:
+        if os.path.isdir(path):
+            found = sorted(os.path.join(d, n) for d, _, names in os.walk(path) for n in names if n.endswith(kinds))
+            if not found:
+                raise ValueError(f"--data {path}: no file in it ends in {', '.join(kinds)}")
+            files += found
+        elif os.path.isfile(path) and path.endswith(kinds):
+            files.append(path)
+        else:
+            raise ValueError(f"--data {path}: {'must end in ' + ', '.join(kinds) if os.path.exists(path) else 'not found'}")
+    for path in files:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", errors="replace") as f:
+            if ".jsonl" in path:
+                for n, line in enumerate(f, 1):
+                    try:
+                        text = json.loads(line)["text"]
+                    except (ValueError, KeyError, TypeError):
+                        raise ValueError(f"--data {path}: line {n} is no JSON object with a field text") from None
+                    yield text, text
+            else:
+                while lines := f.readlines(piece):
+                    yield lines[0], "".join(lines)
 
 
 class Corpus:
-    """Text as two long rows of token ids, train and held_out (numpy), documents ended by the tokenizer's end id."""
+    """Text as two long rows of token ids, train and held_out (numpy), each document followed by the tokenizer's end
+    id. A document is held out by a hash of its group: 1 in 16, the same on every machine."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, data=None):
         self.tokenizer, sides, digest, count = tokenizer, ([], []), hashlib.sha256(), 0
-        for group, path in stdlib_documents():
-            with open(path, "rb") as f:
-                data = f.read()
-            digest.update(data)
+        for group, text in file_documents(data) if data else stdlib_documents():
+            digest.update(text.encode("utf-8", "replace"))
             count += 1
-            held_out = int(hashlib.sha256(b"hypenet" + group.encode()).hexdigest(), 16) % 16 == 0
-            sides[held_out].extend([tokenizer.encode_array(data.decode("utf-8", "replace")), [tokenizer.end]])
-        self.train, self.held_out = (np.concatenate(side).astype(np.int32) if side else np.zeros(0, np.int32) for side in sides)
-        if len(self.train) + len(self.held_out) < 2e6:
-            raise ValueError(f"only {len(self.train) + len(self.held_out):,} tokens of Python source found in the "
-                             "standard library (a stripped Python?); give text of your own with --data")
-        self.facts = dict(name="stdlib", python=platform.python_version(), files=count,
-                          tokens=len(self.train) + len(self.held_out), sha256=digest.hexdigest())
+            held_out = int(hashlib.sha256(b"hypenet" + group.encode("utf-8", "replace")).hexdigest(), 16) % 16 == 0
+            sides[held_out].extend([tokenizer.encode_array(text), [tokenizer.end]])
+        self.train, self.held_out = (np.concatenate([*side, []]).astype(np.int32) for side in sides)
+        tokens = len(self.train) + len(self.held_out)
+        if not data and tokens < 2e6:
+            raise ValueError(f"only {tokens:,} tokens of Python source found in the standard library (a stripped "
+                             "Python?); give text of your own with --data")
+        self.facts = dict(name=" ".join(data) if data else "stdlib", python=platform.python_version(), documents=count,
+                          tokens=tokens, sha256=digest.hexdigest())
 
     def windows(self, rng, batch, length, held_out=False):
         """(batch, length) int64: stretches of text from random places."""
         text = self.held_out if held_out else self.train
+        if len(text) < length:
+            raise ValueError(f"{length:,} tokens asked of the {'held-out' if held_out else 'training'} text, which has "
+                             f"{len(text):,}; give more with --data")
         starts = rng.integers(0, len(text) - length + 1, batch)
         return np.stack([text[s:s + length] for s in starts]).astype(np.int64)
 
@@ -163,16 +197,16 @@ def plant(tokenizer, text, rng, depth=None, ask=1):
 # ---- transfer: a student out of a teacher's weights --------------------------------------------------------
 
 
-def student_config(teacher, layers, o, max_ctx):
+def student_config(teacher, layers, o):
     """The config of a student with these layers, o being the options of a recipe."""
     on = o.extras == "on"
     chunk = min(2048, teacher.max_len // 4) if o.pe == "chunk" else None
     half = o.state == "half"
-    return replace(teacher, layers=layers, chunk=chunk, n_chunks=math.ceil(max_ctx / chunk) if chunk else 0,
-                   attn_pe=0.0 if o.pe == "hype" else 1.0, attn_gate=on, window=o.window or None, decay=o.decay,
-                   key_dim=teacher.head_dim // 2 if half else teacher.head_dim, linear_rope=o.pe != "chunk",
-                   linear_qk_norm=on and not half, linear_norm=on, linear_gate=on,
-                   linear_kv_head=teacher.n_head, **o.set)
+    config = dict(layers=layers, chunk=chunk, n_chunks=math.ceil(o.max_ctx / chunk) if chunk else 0,
+                  attn_pe=0.0 if o.pe == "hype" else 1.0, attn_gate=on, window=o.window or None, decay=o.decay,
+                  key_dim=teacher.head_dim // 2 if half else teacher.head_dim, linear_rope=o.pe != "chunk",
+                  linear_qk_norm=on and not half, linear_norm=on, linear_gate=on, linear_kv_head=teacher.n_head)
+    return replace(teacher, **{**config, **o.changes})
 
 
 def attention_twin(attn, config):
@@ -216,7 +250,7 @@ def low_rank_keys(attn, x, rank):
 
 
 @torch.no_grad()
-def linear_twin(attn, config, x, where, retention=0.7, random=False):
+def linear_twin(attn, config, x, where, retention=0.7):
     """A linear layer out of an attention layer: its weights, KV heads cloned (paper eq. 13), gates neutral. On
     one batch of the layer's inputs x (B,T,C), W_o is then scaled channel by channel so that the twin's output
     starts as close to the teacher's as a scale can bring it (least squares)."""
@@ -365,27 +399,31 @@ def compare(teacher, student, batches):
 
 
 class Run:
-    """A folder that a run lives in, and can be taken up from. run.json holds the options and what is done."""
+    """A folder that a run lives in and can be taken up from. run.json holds its options and the results of the
+    steps that are done; a stop (Ctrl-C, SIGTERM) waits for the training step to end, then saves."""
 
     def __init__(self, folder, options):
-        self.folder, self.options, self.stop, self.began = folder, options, False, time.time()
+        self.folder, self.options, self.done, self.began = folder, options, {}, time.time()
+        self.stop = False
         os.makedirs(folder, exist_ok=True)
-        self.done = {}                                    # result of each finished step, and seconds used so far
         if os.path.exists(self.path("run.json")):
             with open(self.path("run.json"), encoding="utf-8") as f:
                 self.done = json.load(f)["done"]
         self.before = self.done.get("seconds", 0.0)
         self.save()
-        for sig in (signal.SIGINT, signal.SIGTERM):       # a stop waits for the step to end, then saves
-            signal.signal(sig, self.on_signal)
+        self.handlers = {sig: signal.signal(sig, self.on_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self):
+        for sig, handler in self.handlers.items():
+            signal.signal(sig, handler)
+
+    def on_signal(self, *_):
+        if self.stop:                                     # asked twice: at once
+            raise KeyboardInterrupt
+        self.stop = True
 
     def path(self, *names):
         return os.path.join(self.folder, *names)
-
-    def on_signal(self, *_):
-        if self.stop:
-            raise KeyboardInterrupt
-        self.stop = True
 
     def seconds(self):
         return self.before + time.time() - self.began
@@ -483,7 +521,8 @@ def align(run, teacher, config, corpus, plan, o):
     rng = np.random.default_rng([o.seed, zlib.crc32(b"transfer")])
     idx = torch.from_numpy(corpus.mixed(rng, plan.batch, plan.length, plan.recall)).to(device)
     with torch.no_grad():
-        twins = nn.ModuleList(linear_twin(attn, config, h, where) for attn, h, where, _ in neighbours(teacher, config, idx))
+        twins = nn.ModuleList(linear_twin(attn, config, h, where, o.retention)
+                              for attn, h, where, _ in neighbours(teacher, config, idx))
 
     def loss_fn(idx, targets, step):
         with torch.no_grad():
@@ -540,7 +579,7 @@ def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0):
 def convert_staged(run, teacher, corpus, plans, o):
     """The paper's HALO: align, select, distil, finetune, fit."""
     L = len(teacher.config.layers)
-    config = student_config(teacher.config, "L" * L, o, o.max_ctx)
+    config = student_config(teacher.config, "L" * L, o)
     twins = align(run, teacher, config, corpus, plans["align"], o)
     scores = None
     if o.layers in ("score", "guarded"):
@@ -593,12 +632,13 @@ def convert_progressive(run, teacher, corpus, plans, o):
     layers = choose_layers(o.layers, len(teacher.config.layers))
     linear = [i for i, kind in enumerate(layers) if kind == "L"]
     n_groups = min(len(linear), o.groups or max(2, math.ceil(len(linear) / 6)))
-    config = student_config(teacher.config, layers, o, o.max_ctx)
+    config = student_config(teacher.config, layers, o)
     rng = np.random.default_rng([o.seed, zlib.crc32(b"transfer")])
     plan = replace(plans["group"], tokens=plans["group"].tokens / n_groups)
     idx = torch.from_numpy(corpus.mixed(rng, plan.batch, plan.length, plan.recall)).to(teacher.wte.weight.device)
     with torch.no_grad():
-        twins = [linear_twin(attn, config, h, where) for attn, h, where, _ in neighbours(teacher, config, idx)]
+        twins = [linear_twin(attn, config, h, where, o.retention)
+                 for attn, h, where, _ in neighbours(teacher, config, idx)]
     mixers = [attention_twin(block.mixer, config) for block in teacher.blocks]
     batches = held_out(corpus, teacher.config.max_len, o.eval_windows)
     for g, group in enumerate(np.array_split(linear, n_groups), 1):
@@ -607,14 +647,14 @@ def convert_progressive(run, teacher, corpus, plans, o):
         now = "".join("L" if isinstance(m, LinearAttention) else "A" for m in mixers)
         student = assemble(teacher, replace(config, layers=now), mixers)
         if g > 1 and hasattr(student, "chunk_embd"):
-            student.chunk_embd.load_state_dict(before.chunk_embd.state_dict())
+            student.chunk_embd.load_state_dict(last.chunk_embd.state_dict())
         params = [p for i in group for p in student.blocks[i].mixer.parameters()]
         params += [p for name, p in student.named_parameters() if "chunk_embd" in name]
 
         def loss_fn(idx, targets, step):
             return distil_loss(student, teacher, idx, targets, o.kl, o.alpha, random_offset(student, idx, step, o))
         train(run, f"group{g}", plan, o.seed, corpus, student, [params], loss_fn)
-        mixers, before = [block.mixer for block in student.blocks], student
+        mixers, last = [block.mixer for block in student.blocks], student
 
         def usable():
             student.save_pretrained(run.path(f"group{g}"))
@@ -644,11 +684,12 @@ def evaluate(teacher, student, corpus, o, lengths):
     report = dict(val_loss=dict(teacher=losses(teacher, batches).mean().item(), student=losses(student, batches).mean().item()),
                   kl=kl, top1_agreement=agree, passkey=dict(teacher={}, student={}))
     for n in tqdm(lengths, desc="pass keys", dynamic_ncols=True):
+        trials = max(5, o.trials * min(lengths[-2], n) // n)                      # the longest are dear
         for name, model in (("teacher", teacher), ("student", student)):
             if name == "teacher" and n > 16 * c.max_len:
                 continue
             beyond = model.config.position == "learned" and model.config.attn_pe and n > c.max_len
-            report["passkey"][name][str(n)] = None if beyond else recall(model, corpus, n, o.trials)[1].mean().item()
+            report["passkey"][name][str(n)] = None if beyond else recall(model, corpus, n, trials)[1].mean().item()
     return report
 
 
@@ -662,116 +703,245 @@ def print_report(r):
     for n in r["passkey"]["student"]:
         cells = ["-" if r["passkey"][m].get(n) is None else f"{r['passkey'][m][n]:.0%}" for m in ("teacher", "student")]
         print(f"{'pass key found in ' + format(int(n), ',') + ' tokens':34s}{cells[0]:>10s}{cells[1]:>10s}")
-    print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes, logit base {r['logit_base']}, "
-          f"peak memory {r['peak_gb']:.1f} GB")
+    peak = f", peak memory {r['peak_gb']:.1f} GB" if r["peak_gb"] else ""
+    print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, logit base {r['logit_base']}\n")
 
 
 # ---- command line ------------------------------------------------------------------------------------------
 
 
-def pretrain(run, corpus, plans, o):
-    """Train a teacher (or, with --layers, a hybrid) from random weights on text and pass keys."""
-    torch.manual_seed(o.seed)
-    config = TEACHERS[o.teacher]
-    if o.layers not in RECIPES_LAYERS:
-        config = student_config(config, choose_layers(o.layers, len(config.layers)), o, o.max_ctx)
-    model = HypeNet(config).to(o.device)
-    train(run, "pretrain", plans["pretrain"], o.seed, corpus, model, [list(model.parameters())],
-          lambda idx, targets, step: model(idx, targets, offset=random_offset(model, idx, step, o))[1])
-    return model
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                             # one line, no usage
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
-RECIPES_LAYERS = ("score", "guarded", "ends", "even")
+def get_args(argv):
+    p = Parser(prog="halo.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
+               epilog="A recipe is ten rows, each a flag; a flag left out follows --recipe.")
+    p.add_argument("--teacher", default="tiny", help="tiny (shipped, about 1M parameters), or the folder of a model")
+    p.add_argument("--recipe", default="paper", choices=RECIPES, help="the paper's (default) or the article's")
+    p.add_argument("--out", help="folder of the run; default out/TEACHER-RECIPE, or the next free number")
+    p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, under its own options")
+    p.add_argument("--data", nargs="+", metavar="PATH", help="text to train on: .txt, .jsonl (field text), .gz of "
+                   "either, or folders of them; default: the source of Python's standard library")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--budget", type=float, default=1.0, help="multiply the tokens of every stage by this")
+    p.add_argument("--plan", nargs="+", default=[], metavar="STAGE.FIELD=X", help="change one entry of the plan, "
+                   "such as distil.tokens=4e6 or align.lr=1e-3")
+    p.add_argument("--pretrain", action="store_true", help="train the teacher from random weights instead; with "
+                   "--layers a hybrid, of the recipe's kind")
+    r = p.add_argument_group("rows of the recipe")
+    r.add_argument("--layers", help="which layers stay attention: guarded (eq. 8, its denominator floored at the "
+                   "noise), score (eq. 8 as written), even, ends (first and last quarter), or letters such as LLAL")
+    r.add_argument("--decay", choices=("constant", "none", "head", "channel"), help="of linear layers: eq. 19, no "
+                   "forgetting, or a gate for each head or key channel")
+    r.add_argument("--state", choices=("full", "half"), help="width of a key in linear layers")
+    r.add_argument("--pe", choices=("hype", "chunk", "rope"), help="hype: RoPE in linear layers, none in attention; "
+                   "chunk: the article's; rope: RoPE in both")
+    r.add_argument("--extras", choices=("on", "off"), help="QK-norm, output norm and gates")
+    r.add_argument("--training", choices=("staged", "progressive"), help="the paper's stages, or groups of layers")
+    r.add_argument("--kl", choices=("forward", "reverse"), help="KL(teacher, student) or KL(student, teacher)")
+    r.add_argument("--alpha", type=float, help="share of cross-entropy in the distillation loss, 0 to 1")
+    r.add_argument("--window", type=int, help="attention reaches this many tokens back, 0: all")
+    r.add_argument("--logit-base", help="a of s_t (eq. 11): fit, none, or a number above 1")
+    m = p.add_argument_group("finer choices")
+    m.add_argument("--groups", type=int, default=0, help="groups of a progressive run; default ceil(linear / 6), >= 2")
+    m.add_argument("--retention", type=float, default=0.7, help="what a forget gate keeps at the start")
+    m.add_argument("--fade", type=float, default=0.0, help="share of stage 2 over which RoPE leaves attention; 0: at once")
+    m.add_argument("--max-ctx", type=int, default=65536, help="longest context a chunk HyPE model will be asked for")
+    m.add_argument("--trials", type=int, default=20, help="pass keys asked at each length")
+    m.add_argument("--eval-windows", type=int, default=256, help="held-out sequences for the losses")
+    m.add_argument("--set", nargs="+", default=[], metavar="FIELD=X", help="set any field of HypeNetConfig of the "
+                   "student, such as linear_rope=false")
+    return p.parse_args(argv)
+
+
+def settle(o):
+    """Fill in the recipe, read --plan and --set; ValueError, in one line, for what does not go together."""
+    o.hybrid = o.layers is not None                       # for --pretrain: layers were asked for
+    for key, value in RECIPES[o.recipe].items():
+        if getattr(o, key) is None:
+            setattr(o, key, value)
+    plans = {k: replace(p, tokens=p.tokens * o.budget) for k, p in PLANS["tiny"].items()}
+    for item in o.plan:
+        key, _, value = item.partition("=")
+        stage, _, field = key.partition(".")
+        if stage not in plans or field not in asdict(plans[stage]):
+            raise ValueError(f"--plan {item}: no such entry; stages {', '.join(plans)}; fields {', '.join(asdict(plans['align']))}")
+        try:
+            plans[stage] = replace(plans[stage], **{field: type(getattr(plans[stage], field))(float(value))})
+        except ValueError:
+            raise ValueError(f"--plan {item}: {value!r} is no number") from None
+    for stage, plan in plans.items():
+        if min(plan.tokens, plan.length, plan.batch) <= 0 or not 0 <= plan.recall <= 1:
+            raise ValueError(f"--plan: tokens, length and batch of {stage} must be positive, recall between 0 and 1: {plan}")
+    types = {f.name: f.type for f in fields(HypeNetConfig)}
+    changes = {}
+    for item in o.set:
+        key, _, value = item.partition("=")
+        if key not in types:
+            raise ValueError(f"--set {item}: no field {key!r}; fields: {', '.join(types)}")
+        try:
+            changes[key] = json.loads(value)
+        except ValueError:
+            changes[key] = value
+    try:
+        base = o.logit_base in ("fit", "none") or float(o.logit_base) > 1
+    except ValueError:
+        base = False
+    for ok, message in (
+            (base, f"--logit-base {o.logit_base}: give fit, none or a number above 1"),
+            (0 <= o.alpha <= 1, f"--alpha {o.alpha}: a share between 0 and 1"),
+            (0 < o.retention < 1, f"--retention {o.retention}: a share between 0 and 1"),
+            (0 <= o.fade <= 1, f"--fade {o.fade}: a share between 0 and 1"),
+            (o.window >= 0, f"--window {o.window}: 0 for all, or a number of tokens"),
+            (min(o.trials, o.eval_windows, o.max_ctx) > 0, "--trials, --eval-windows and --max-ctx must be positive"),
+            (o.training == "staged" or o.layers not in ("score", "guarded"),
+             f"--training progressive with --layers {o.layers}: scores come from stage 1; use ends, even or letters"),
+            (o.training == "progressive" or not o.groups, "--groups goes with --training progressive"),
+            (o.device.split(":")[0] in ("cpu", "cuda", "mps"), f"--device {o.device}: cuda, mps or cpu"),
+            (not o.device.startswith("cuda") or torch.cuda.is_available(), f"--device {o.device}: no CUDA device here; use cpu")):
+        if not ok:
+            raise ValueError(message)
+    return plans, changes
 
 
 def keep_memory():
-    """Let glibc keep what it has freed: tensors of a few MB cost more in page faults than in arithmetic (CPU steps
-    take 0.7 of the time). Does nothing elsewhere."""
+    """Let glibc keep what it has freed: tensors of a few MB cost more in page faults than in arithmetic (a CPU step
+    takes 0.7 of the time). Does nothing elsewhere."""
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 2 ** 30)                              # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2 ** 31 - 1)                          # M_TRIM_THRESHOLD
-            libc.mallopt(-2, 2 ** 27)                              # M_TOP_PAD
+            for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 27)):  # mmap and trim threshold, top pad
+                libc.mallopt(option, value)
         except (OSError, AttributeError):
             pass
 
 
-def get_args(argv):
-    p = argparse.ArgumentParser(prog="halo.py", formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--teacher", default="tiny")
-    p.add_argument("--recipe", default="paper", choices=list(RECIPES))
-    p.add_argument("--out")
-    p.add_argument("--resume")
-    p.add_argument("--pretrain", action="store_true")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--layers")
-    p.add_argument("--decay")
-    p.add_argument("--state")
-    p.add_argument("--pe")
-    p.add_argument("--extras")
-    p.add_argument("--training")
-    p.add_argument("--kl")
-    p.add_argument("--alpha", type=float)
-    p.add_argument("--window", type=int)
-    p.add_argument("--logit-base", dest="logit_base")
-    p.add_argument("--groups", type=int, default=0)
-    p.add_argument("--fade", type=float, default=0.0)
-    p.add_argument("--max-ctx", type=int, default=65536)
-    p.add_argument("--trials", type=int, default=20)
-    p.add_argument("--eval-windows", type=int, default=256)
-    p.add_argument("--plan", nargs="*", default=[])
-    p.add_argument("--set", nargs="*", default=[])
-    o = p.parse_args(argv)
-    for key, value in RECIPES[o.recipe].items():
-        if getattr(o, key) is None:
-            setattr(o, key, value)
-    return o
+def new_folder(o):
+    folder = o.out or os.path.join("out", f"{os.path.basename(os.path.normpath(o.teacher))}-{o.recipe}")
+    if not os.path.isdir(folder) or not os.listdir(folder):
+        return folder
+    if o.out:
+        raise ValueError(f"--out {folder} is not empty; go on with it by --resume {folder}, or name another")
+    return next(f"{folder}-{i}" for i in range(2, 10 ** 6) if not os.path.exists(f"{folder}-{i}"))
+
+
+def print_plan(run, teacher, corpus, plans, stages, o):
+    facts = corpus.facts
+    print(f"teacher {o.teacher}: {len(teacher.layers)} layers, trained at {teacher.max_len} tokens | recipe {o.recipe} | "
+          f"device {o.device} | run {run.folder}")
+    print(f"text {facts['name']}: {len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} held out")
+    print(f"{'stage':10s}{'tokens':>12s}{'steps':>8s}{'length':>8s}{'batch':>7s}   learning rate")
+    for name, plan in stages:
+        print(f"{name:10s}{plan.steps * plan.batch * plan.length:12,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}"
+              f"   {plan.lr:.0e} -> {plan.lr_end:.0e}")
+    print(flush=True)
+
+
+def convert(teacher, o, run, plans):
+    """Distil a teacher into a student by the options o; returns the student and its report."""
+    corpus, T = Corpus(o.tokenizer, o.data), teacher.config.max_len
+    if o.training == "progressive":
+        names, go = ["group"], convert_progressive
+    else:
+        names, go = ["align", "distil", "finetune"], convert_staged
+    print_plan(run, teacher.config, corpus, plans, [(n, plans[n]) for n in names], o)
+    student = go(run, teacher, corpus, plans, o).eval()
+    if o.logit_base == "fit":
+        fits = run.once("fit", lambda: fit_logit_base(student, corpus, 16 * T, o.seed))
+        best = min(fits, key=fits.get)
+        print(f"held-out loss at {16 * T:,} tokens by logit base: " + ", ".join(f"{a} {x:.4f}" for a, x in fits.items()))
+    else:
+        best = o.logit_base.capitalize()
+    student.config.logit_base = None if best == "None" else float(best)
+    measured = run.once("eval", lambda: evaluate(teacher, student, corpus, o, [T, 2 * T, 4 * T, 16 * T, 64 * T]))
+    report = dict(recipe=o.recipe, teacher=o.teacher, layers=student.config.layers, logit_base=student.config.logit_base,
+                  params=dict(teacher=teacher.n_params(), student=student.n_params()),
+                  tokens=sum(plans[n].steps * plans[n].batch * plans[n].length for n in names),
+                  seconds=run.seconds(), peak_gb=peak_gb(), device=o.device, **measured, text=corpus.facts)
+    student.save_pretrained(run.folder)
+    o.tokenizer.save(run.folder)
+    write_json(run.path("report.json"), report)
+    return student, report
+
+
+def pretrain(config, o, run, plans):
+    """Train a teacher (or, with --layers, a hybrid) from random weights on text and pass keys; returns it."""
+    corpus, plan = Corpus(o.tokenizer, o.data), plans["pretrain"]
+    if o.hybrid:
+        config = student_config(config, choose_layers(o.layers, len(config.layers)), o)
+    print_plan(run, config, corpus, plans, [("pretrain", plan)], o)
+    torch.manual_seed(o.seed)
+    model = HypeNet(config).to(o.device)
+    train(run, "pretrain", plan, o.seed, corpus, model, [list(model.parameters())],
+          lambda idx, targets, step: model(idx, targets, offset=random_offset(model, idx, step, o))[1])
+    model.eval().save_pretrained(run.folder, torch.bfloat16)
+    o.tokenizer.save(run.folder)
+    loss = losses(model, held_out(corpus, config.max_len, o.eval_windows)).mean().item()
+    hits = recall(model, corpus, config.max_len, o.trials)[1].mean().item()
+    print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, pass key found in {config.max_len} tokens "
+          f"{hits:.0%}, {run.seconds() / 60:.1f} minutes")
+    return model
+
+
+def peak_gb():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource                                   # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def run_main(argv):
+    o = get_args(argv)
+    if o.resume:
+        try:
+            with open(os.path.join(o.resume, "run.json"), encoding="utf-8") as f:
+                options = json.load(f)["options"]
+        except (OSError, ValueError, KeyError):
+            raise ValueError(f"--resume {o.resume}: no run there (no run.json that can be read)") from None
+        o = argparse.Namespace(**{**options, "out": o.resume, "resume": o.resume})
+    options = dict(vars(o))
+    plans, o.changes = settle(o)
+    if o.pretrain and o.teacher not in TEACHERS:
+        raise ValueError(f"--pretrain --teacher {o.teacher}: known sizes: {', '.join(TEACHERS)}")
+    o.tokenizer = Tokenizer.bytes()
+    if not o.pretrain:
+        path = os.path.join(HERE, "assets", f"{o.teacher}-teacher") if o.teacher in TEACHERS else o.teacher
+        teacher = HypeNet.from_pretrained(path, device=o.device).requires_grad_(False)
+        if "L" in teacher.config.layers:
+            raise ValueError(f"--teacher {o.teacher} has linear layers ({teacher.config.layers}); a teacher has none")
+        o.tokenizer = Tokenizer.load(path)
+        student_config(teacher.config, "L" * len(teacher.config.layers), o)       # fails now, not after stage 1
+        if o.layers not in ("score", "guarded"):
+            choose_layers(o.layers, len(teacher.config.layers))
+    keep_memory()
+    run = Run(o.resume or new_folder(o), options)
+    try:
+        if o.pretrain:
+            pretrain(TEACHERS[o.teacher], o, run, plans)
+            print(f"use it with: python halo.py --teacher {run.folder}")
+        else:
+            _, report = convert(teacher, o, run, plans)
+            print_report(report)
+            print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, log.jsonl\n\n"
+                  f"python sample.py --model {run.folder} --ctx 65536")
+    finally:
+        run.close()
 
 
 def main(argv=None):
-    o = get_args(argv)
-    kinds = {f.name: f.type for f in fields(HypeNetConfig)}
-    o.set = {k: json.loads(v) for k, v in (s.split("=") for s in o.set)}
-    plans = dict(PLANS["tiny"])
-    for item in o.plan:
-        key, value = item.split("=")
-        stage, field = key.split(".")
-        plans[stage] = replace(plans[stage], **{field: type(getattr(plans[stage], field))(float(value))})
-    keep_memory()
-    run = Run(o.out or f"out/{o.teacher}-{o.recipe}", vars(o))
-    corpus = Corpus(Tokenizer.bytes())
-    if o.pretrain:
-        model = pretrain(run, corpus, plans, o).eval()
-        model.save_pretrained(o.out, torch.bfloat16)
-        corpus.tokenizer.save(o.out)
-        b = held_out(corpus, model.config.max_len, 256)
-        r = dict(loss=losses(model, b).mean().item(), **{str(n): recall(model, corpus, n, 50)[1].mean().item() for n in (256, 512, 1024, 4096)})
-        print(r)
-        return
-    path = os.path.join(HERE, "assets", "tiny-teacher") if o.teacher == "tiny" else o.teacher
-    teacher = HypeNet.from_pretrained(path, device=o.device).requires_grad_(False)
-    teacher.config = replace(teacher.config)
-    convert = convert_progressive if o.training == "progressive" else convert_staged
-    student = convert(run, teacher, corpus, plans, o).eval()
-    T = teacher.config.max_len
-    if o.logit_base == "fit":
-        fits = run.once("fit", lambda: fit_logit_base(student, corpus, 16 * T, o.seed))
-        print(fits)
-        best = min(fits, key=fits.get)
-        student.config.logit_base = None if best == "None" else float(best)
-    else:
-        student.config.logit_base = None if o.logit_base == "none" else float(o.logit_base)
-    report = run.once("eval", lambda: evaluate(teacher, student, corpus, o, [T, 2 * T, 4 * T, 16 * T, 64 * T]))
-    import resource
-    report = dict(recipe=o.recipe, layers=student.config.layers, logit_base=student.config.logit_base,
-                  params=dict(teacher=teacher.n_params(), student=student.n_params()),
-                  tokens=0, seconds=run.seconds(), peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, **report, corpus=corpus.facts)
-    student.save_pretrained(run.folder)
-    corpus.tokenizer.save(run.folder)
-    write_json(run.path("report.json"), report)
-    print_report(report)
+    try:
+        run_main(argv)
+    except (ValueError, OSError) as e:
+        print(f"halo.py: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -560,7 +560,7 @@ class HypeNet(nn.Module):
         try:
             with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
                 config = json.load(f)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"no model in {path}: it has no config.json") from None
         except ValueError:
             raise ValueError(f"{path}/config.json is not JSON; write it again") from None
@@ -661,5 +661,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as f:
-            return cls(json.load(f))
+        try:
+            with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as f:
+                return cls(json.load(f))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"no tokenizer in {path}: it has no tokenizer.json") from None
+        except (json.JSONDecodeError, AttributeError):
+            raise ValueError(f"{path}/tokenizer.json is no tokenizer; copy it again") from None

@@ -1,0 +1,153 @@
+"""Generate from a HypeNet that halo.py made, after a context of any length.
+
+    python sample.py --ctx 65536                            held-out text with a pass key in it, then the question
+    python sample.py --file book.txt --ctx 32768            the last 32,768 tokens of a file, continued
+    python sample.py --prompt "import os" --tokens 200      a prompt, continued
+    python sample.py --ctx 4096 --teacher                   the same, asked of the teacher
+
+Without --model the newest run under out/ is taken, else the student that ships with the project. The context is
+read in segments, so memory for activations does not grow with it; what grows is the K/V of the few attention
+layers, and with a window not even that.
+"""
+import argparse
+import codecs
+import glob
+import os
+import sys
+import time
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see halo.py
+
+import torch
+from tqdm import tqdm
+
+from hypenet import HypeNet, State, Tokenizer
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def get_args(argv):
+    p = Parser(prog="sample.py", description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", help="folder of a model; default: the newest run under out/, else the shipped student")
+    p.add_argument("--ctx", type=int, help="tokens of context; default: the prompt's or file's own, else 4096")
+    p.add_argument("--prompt", help="text to continue")
+    p.add_argument("--file", help="text file to continue, from its last --ctx tokens")
+    p.add_argument("--tokens", type=int, default=64, help="tokens to generate")
+    p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
+    p.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    p.add_argument("--top-p", type=float, help="sample among the fewest tokens of this total probability")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--segment", type=int, default=1024, help="tokens read at a time")
+    p.add_argument("--teacher", action="store_true", help="run the all-attention teacher on the same input")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+    o = p.parse_args(argv)
+    for ok, message in (
+            (o.ctx is None or o.ctx > 0, f"--ctx {o.ctx}: a positive number of tokens"),
+            (min(o.tokens, o.segment) > 0, "--tokens and --segment must be positive"),
+            (o.temperature >= 0, f"--temperature {o.temperature}: 0 or more"),
+            (o.top_k is None or o.top_k > 0, f"--top-k {o.top_k}: 1 or more"),
+            (o.top_p is None or 0 < o.top_p <= 1, f"--top-p {o.top_p}: above 0, at most 1"),
+            (not (o.prompt and o.file), "--prompt and --file: give one of them"),
+            (o.device.split(":")[0] in ("cpu", "cuda", "mps"), f"--device {o.device}: cuda, mps or cpu"),
+            (not o.device.startswith("cuda") or torch.cuda.is_available(), f"--device {o.device}: no CUDA device here")):
+        if not ok:
+            raise ValueError(message)
+    return o
+
+
+def find_model():
+    """The newest finished run of this machine, else the shipped student."""
+    runs = sorted(glob.glob(os.path.join("out", "*", "report.json")), key=os.path.getmtime)
+    return os.path.dirname(runs[-1]) if runs else os.path.join(HERE, "assets", "tiny-student")
+
+
+def context(o, tokenizer):
+    """Ids of the context, and the answer that would be right, if there is one."""
+    if o.prompt is None and o.file is None:
+        from halo import Corpus, plant
+        import numpy as np
+        n, corpus, rng = o.ctx or 4096, Corpus(tokenizer), np.random.default_rng(o.seed)
+        text = np.resize(corpus.held_out, n)                 # the held-out text again where it is too short
+        ids, n_answer = plant(tokenizer, text, rng, depth=rng.random())
+        return ids[:-n_answer].tolist(), tokenizer.decode(ids[-n_answer:]).strip()
+    text = o.prompt
+    if text is None:
+        with open(o.file, encoding="utf-8", errors="replace") as f:
+            text = f.read()
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ValueError(f"{'--file ' + o.file if o.file else '--prompt'} is empty: give at least one token of text")
+    if o.ctx and len(ids) < o.ctx:
+        print(f"the text has {len(ids):,} tokens, fewer than --ctx {o.ctx:,}; all of it is used", file=sys.stderr)
+    return ids[-(o.ctx or len(ids)):], None
+
+
+def size(n):
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+
+
+def run_main(argv):
+    o = get_args(argv)
+    folder = o.model or find_model()
+    tokenizer = Tokenizer.load(folder)
+    weights = folder
+    if o.teacher:
+        import json
+        with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
+            weights = json.load(f)["teacher"]
+        weights = os.path.join(HERE, "assets", f"{weights}-teacher") if not os.path.isdir(weights) else weights
+    dtype = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
+    model = HypeNet.from_pretrained(weights, dtype=dtype, device=o.device)
+    prompt, answer = context(o, tokenizer)
+    c, total = model.config, len(prompt) + o.tokens
+    base = f", logit base {c.logit_base:g}" if c.logit_base else ""
+    print(f"model {weights}: layers {c.layers}, {model.n_params():,} parameters{base}", file=sys.stderr)
+    state = model.init_state(1, total)
+    S, KV = state.nbytes()
+    ids = tokenizer.decode(prompt[-300:])
+    with tqdm(total=len(prompt), desc="reading", unit="tok", unit_scale=True, file=sys.stderr) as bar:
+        decoder, out, began, times = codecs.getincrementaldecoder("utf-8")("replace"), [], time.time(), []
+        for idx in model.stream([prompt], o.tokens, o.temperature, o.top_k, o.top_p, o.seed, tokenizer.n_vocab,
+                                o.segment, bar.update, state):
+            times.append(time.time())
+            if len(times) == 1:
+                bar.close()
+                sys.stdout.write(f"... {ids.lstrip()}\033[1m" if sys.stdout.isatty() else f"... {ids.lstrip()}")
+            token = idx.item()
+            if token == tokenizer.end:
+                break
+            out.append(token)
+            sys.stdout.write(decoder.decode(tokenizer.token_bytes(token)))
+            sys.stdout.flush()
+    sys.stdout.write(decoder.decode(b"", final=True) + ("\033[0m\n" if sys.stdout.isatty() else "\n"))
+    read = times[0] - began
+    with torch.device("meta"):                               # what a model of attention layers alone would hold
+        _, teacher_KV = State(type(c)(**{**c.__dict__, "layers": "A" * len(c.layers), "window": None}), 1, total,
+                              "meta", dtype).nbytes()
+    print(f"\nread {len(prompt):,} tokens in {read:.1f} s, {len(prompt) / read:,.0f} tokens/s", file=sys.stderr)
+    if len(times) > 1:
+        print(f"wrote {len(out)} tokens, {1000 * (times[-1] - times[0]) / (len(times) - 1):.1f} ms a token", file=sys.stderr)
+    print(f"memory of the context: state {size(S)} + K/V {size(KV)}; all-attention K/V {size(teacher_KV)}", file=sys.stderr)
+    if answer:
+        found = tokenizer.decode(out).strip().startswith(answer)
+        print(f"pass key {answer}: {'found' if found else 'NOT found'}", file=sys.stderr)
+
+
+def main(argv=None):
+    try:
+        run_main(argv)
+    except (ValueError, OSError) as e:
+        print(f"sample.py: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\033[0m" if sys.stdout.isatty() else "", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
