@@ -1,4 +1,4 @@
-"""HALO: distil a pretrained Transformer into a HypeNet (hypenet.py), a hybrid that reads long contexts cheaply.
+"""HALO: distil a pretrained Transformer into a HypeNet (hypenet.py), which reads long contexts cheaply.
 
     python halo.py                             the whole job on a laptop CPU, offline, in minutes
     python halo.py --recipe article            the recipe of the article in place of the paper's
@@ -17,9 +17,9 @@ The paper's recipe (arXiv 2601.22156 section 4) is a row of stages, and one loop
 The article's recipe is progressive: the middle layers are converted in groups; only the newest group and the
 chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 
-Every random choice is a function of (seed, stage, step), so a run repeats exactly and a stopped run goes on as
-one never stopped. A run's folder holds log.jsonl (a line a step), one checkpoint a stage, report.json, and the
-student: config.json, model.safetensors, tokenizer.json.
+Every random choice is a function of (seed, stage, step), so a run repeats exactly and a stopped run goes on
+as one never stopped. A run's folder holds log.jsonl (a line a step), one checkpoint a stage, report.json, and
+the student: config.json, model.safetensors, tokenizer.json.
 """
 import argparse
 import ctypes
@@ -37,35 +37,35 @@ import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a second busy program would stall spinning threads: 10x slower
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # beside another busy program long spins cost 10x
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-from hypenet import (FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, Tokenizer, locate, write_file,
-                     write_json)
+from hypenet import (FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, Tokenizer,  # noqa: E402
+                     locate, write_file, write_json)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---- recipes and plans -------------------------------------------------------------------------------------
 
-# One row of DESIGN's table each; every key is a flag, so an ablation is one flag.
+# Every key is a flag of its own, so an ablation is one flag; get_args says what the values mean.
 RECIPES = {
-    "paper": dict(layers="guarded", decay="constant", state="full", pe="hype", extras="on", training="staged",
-                  kl="forward", alpha=0.0, window=0, logit_base="fit"),
-    "article": dict(layers="ends", decay="channel", state="half", pe="chunk", extras="off", training="progressive",
-                    kl="reverse", alpha=0.5, window=2048, logit_base="none"),
+    "paper": dict(layers="guarded", decay="constant", state="full", pe="hype", extras="on",
+                  training="staged", kl="forward", alpha=0.0, window=0, logit_base="fit"),
+    "article": dict(layers="ends", decay="channel", state="half", pe="chunk", extras="off",
+                    training="progressive", kl="reverse", alpha=0.5, window=2048, logit_base="none"),
 }
 
 
 @dataclass
 class Plan:
-    """What one stage costs. tokens in all; length of a sequence; batch in sequences; learning rate from lr to
-    lr_end by a cosine after a warm-up; recall: the share of sequences that hold a pass key and its question."""
+    """What one stage costs: tokens in all, length of a sequence, batch in sequences, learning rate from lr to
+    lr_end by a cosine after a warm-up, and recall, the share of sequences that hold a pass key asked for."""
     tokens: float
     length: int
     batch: int
@@ -79,25 +79,27 @@ class Plan:
         return max(1, round(self.tokens / (self.length * self.batch)))
 
 
-PLANS = {
-    "paper": dict(align=Plan(320e6, 512, 32, 1e-3, 1e-5, 0.0), distil=Plan(1e9, 512, 96, 1e-4, 1e-5, 0.0),
-                  finetune=Plan(1e9, 16384, 128, 1e-5, 1e-5, 0.0), group=Plan(2.3e9, 512, 4096, 1e-5, 1e-5, 0.0)),
-    "tiny": dict(pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200), align=Plan(0.5e6, 256, 16, 3e-3, 1e-4),
-                 distil=Plan(2e6, 256, 16, 2e-3, 1e-4, 0.25), finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
-                 group=Plan(2.5e6, 256, 16, 3e-3, 1e-4, 0.25)),
-}
+# The tiny teacher's plan. The paper's own (its Table 5) is align 320M tokens of length 512, distil 1B of 512,
+# finetune 1B of 16,384, the article's 2.3B in all; at 1M parameters these would take a laptop months.
+PLANS = dict(
+    pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
+    align=Plan(0.5e6, 256, 16, 3e-3, 1e-4),
+    distil=Plan(2e6, 256, 16, 2e-3, 1e-4, 0.25),
+    finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
+    group=Plan(2.5e6, 256, 16, 3e-3, 1e-4, 0.25),
+)
 
 TEACHERS = {
-    "tiny": HypeNetConfig(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, n_hidden=288, max_len=256,
-                          **FAMILIES["qwen3"]),
+    "tiny": HypeNetConfig(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, n_hidden=288,
+                          max_len=256, **FAMILIES["qwen3"]),
 }
 
 # ---- text --------------------------------------------------------------------------------------------------
 
 
 def stdlib_documents():
-    """(group, text) of every source file of this Python's standard library, tests and site-packages left out. A
-    group is a top-level module or package: all of it stands on one side of the held-out split."""
+    """(group, text) of every source file of this Python's standard library, but for tests and site-packages.
+    A group is a top-level module or package: all of it stands on one side of the held-out split."""
     root = sysconfig.get_paths()["stdlib"]
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     for folder, dirs, names in os.walk(root):
@@ -111,27 +113,25 @@ def stdlib_documents():
 
 def file_documents(paths, piece=65536):
     """(group, text) of .txt and .jsonl files, gzipped or not, and of folders of them. A line of a .jsonl is a
-    document; a .txt is cut at line ends into pieces of about 64 KB, so that a single file can be split too."""
-    kinds = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-    files = []
+    document; a .txt is cut at line ends into pieces of about 64 KB, so that one file can be split too."""
+    kinds, files = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz"), []
     for path in paths:
-        if os.path.isdir(path):
-            found = sorted(os.path.join(d, n) for d, _, names in os.walk(path) for n in names if n.endswith(kinds))
-            if not found:
-                raise ValueError(f"--data {path}: no file in it ends in {', '.join(kinds)}")
-            files += found
-        elif os.path.isfile(path) and path.endswith(kinds):
-            files.append(path)
-        else:
-            raise ValueError(f"--data {path}: {'must end in ' + ', '.join(kinds) if os.path.exists(path) else 'not found'}")
+        if not os.path.exists(path):
+            raise ValueError(f"--data {path}: not found")
+        inside = sorted(os.path.join(d, n) for d, _, names in os.walk(path) for n in names) or [path]
+        found = [p for p in inside if p.endswith(kinds)]
+        if not found:
+            raise ValueError(f"--data {path}: no file there ends in {', '.join(kinds)}")
+        files += found
     for path in files:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", errors="replace") as f:
+        unpack = gzip.open if path.endswith(".gz") else open
+        with unpack(path, "rt", encoding="utf-8", errors="replace") as f:
             if ".jsonl" in path:
                 for n, line in enumerate(f, 1):
                     try:
                         text = json.loads(line)["text"]
                     except (ValueError, KeyError, TypeError):
-                        raise ValueError(f"--data {path}: line {n} is no JSON object with a field text") from None
+                        raise ValueError(f"--data {path}: line {n} has no JSON object with a text") from None
                     yield text, text
             else:
                 while lines := f.readlines(piece):
@@ -139,30 +139,30 @@ def file_documents(paths, piece=65536):
 
 
 class Corpus:
-    """Text as two long rows of token ids, train and held_out (numpy), each document followed by the tokenizer's end
-    id. A document is held out by a hash of its group: 1 in 16, the same on every machine."""
+    """Text as two long rows of token ids, train and held_out (numpy), the tokenizer's end id after each
+    document. One group in 16 is held out, by a hash of its name: the same ones on every machine."""
 
     def __init__(self, tokenizer, data=None):
         self.tokenizer, sides, digest, count = tokenizer, ([], []), hashlib.sha256(), 0
         for group, text in file_documents(data) if data else stdlib_documents():
             digest.update(text.encode("utf-8", "replace"))
             count += 1
-            held_out = int(hashlib.sha256(b"hypenet" + group.encode("utf-8", "replace")).hexdigest(), 16) % 16 == 0
-            sides[held_out].extend([tokenizer.encode_array(text), [tokenizer.end]])
+            name = hashlib.sha256(b"hypenet" + group.encode("utf-8", "replace"))
+            sides[int(name.hexdigest(), 16) % 16 == 0].extend([tokenizer.encode_array(text), [tokenizer.end]])
         self.train, self.held_out = (np.concatenate([*side, []]).astype(np.int32) for side in sides)
         tokens = len(self.train) + len(self.held_out)
         if not data and tokens < 2e6:
-            raise ValueError(f"only {tokens:,} tokens of Python source found in the standard library (a stripped "
-                             "Python?); give text of your own with --data")
-        self.facts = dict(name=" ".join(data) if data else "stdlib", python=platform.python_version(), documents=count,
-                          tokens=tokens, sha256=digest.hexdigest())
+            raise ValueError(f"only {tokens:,} tokens of source in Python's standard library (stripped?); "
+                             "give text of your own with --data")
+        self.facts = dict(name=" ".join(data) if data else "stdlib", python=platform.python_version(),
+                          documents=count, tokens=tokens, sha256=digest.hexdigest())
 
     def windows(self, rng, batch, length, held_out=False):
         """(batch, length) int64: stretches of text from random places."""
         text = self.held_out if held_out else self.train
         if len(text) < length:
-            raise ValueError(f"{length:,} tokens asked of the {'held-out' if held_out else 'training'} text, which has "
-                             f"{len(text):,}; give more with --data")
+            raise ValueError(f"the {'held-out' if held_out else 'training'} text has {len(text):,} tokens, "
+                             f"too few for a sequence of {length:,}; give more with --data")
         starts = rng.integers(0, len(text) - length + 1, batch)
         return np.stack([text[s:s + length] for s in starts]).astype(np.int64)
 
@@ -175,9 +175,9 @@ class Corpus:
 
 
 def plant(tokenizer, text, rng, depth=None, ask=1):
-    """Hide a five-digit pass key in text (n,) and ask for it: ids (n,), and how many ids at the end of a question
-    are its answer. depth None: key and questions at random places (training); else the key at that share of
-    the text and the question at its very end (testing)."""
+    """Hide a five-digit pass key in text (n,) and ask for it: ids (n,), and how many ids at the end of a
+    question are its answer. depth None: key and questions at random places (training); else the key at that
+    share of the text and the question at its very end (testing)."""
     key = "".join(map(str, rng.integers(0, 10, 5)))
     needle = tokenizer.encode_array(f"\n# The pass key is {key}. Remember it.\n")
     answer = tokenizer.encode_array(f" {key}")
@@ -187,7 +187,8 @@ def plant(tokenizer, text, rng, depth=None, ask=1):
         pieces.pop()
     room = len(text) - sum(map(len, pieces))
     if room < 0:
-        raise ValueError(f"{len(text)} tokens are too few for a pass key and its question ({len(text) - room})")
+        raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
+                         f"{len(text) - room} tokens")
     cuts = sorted(rng.integers(0, room + 1, len(pieces))) if depth is None else [int(depth * room), room]
     edges = [0, *map(int, cuts), room]
     parts = [part for i, piece in enumerate(pieces) for part in (text[edges[i]:edges[i + 1]], piece)]
@@ -203,105 +204,123 @@ def student_config(teacher, layers, o):
     chunk = min(2048, teacher.max_len // 4) if o.pe == "chunk" else None
     half = o.state == "half"
     config = dict(layers=layers, chunk=chunk, n_chunks=math.ceil(o.max_ctx / chunk) if chunk else 0,
-                  attn_pe=0.0 if o.pe == "hype" else 1.0, attn_gate=on, window=o.window or None, decay=o.decay,
-                  key_dim=teacher.head_dim // 2 if half else teacher.head_dim, linear_rope=o.pe != "chunk",
-                  linear_qk_norm=on and not half, linear_norm=on, linear_gate=on, linear_kv_head=teacher.n_head)
+                  attn_pe=0.0 if o.pe == "hype" else 1.0, attn_gate=on, window=o.window or None,
+                  decay=o.decay, key_dim=teacher.head_dim // 2 if half else teacher.head_dim,
+                  linear_rope=o.pe != "chunk", linear_qk_norm=on and not half, linear_norm=on,
+                  linear_gate=on, linear_kv_head=teacher.n_head)
     return replace(teacher, **{**config, **o.changes})
 
 
-def attention_twin(attn, config):
-    """An attention layer for the student: its teacher's weights; a new gate starts as the identity, its
-    sigmoid(0) = 1/2 made up for by doubling W_o."""
-    twin = Attention(config).to(attn.out.weight.device)
-    n = attn.qkvz.weight.size(0)                                   # q, k, v
-    with torch.no_grad():
-        twin.qkvz.weight[:n], twin.qkvz.weight[n:] = attn.qkvz.weight, 0
-        twin.out.weight.copy_(attn.out.weight * (2 if config.attn_gate else 1))
-        if config.bias:
-            twin.qkvz.bias[:n], twin.qkvz.bias[n:] = attn.qkvz.bias, 0
-            twin.out.bias.copy_(attn.out.bias)
-        if config.qk_norm:
-            twin.q_norm.load_state_dict(attn.q_norm.state_dict())
-            twin.k_norm.load_state_dict(attn.k_norm.state_dict())
-        if hasattr(twin, "chunk_embd"):
-            nn.init.normal_(twin.chunk_embd.weight, std=0.02)
-    return twin
-
-
+@torch.no_grad()
 def low_rank_keys(attn, x, rank):
     """Projections of half width whose products come closest to the teacher's (the article's smaller state).
-    With A = [diag(gain / rms) W, bias] of a head, q . k = [x, 1] A_q^T A_k [x, 1]^T; its best approximation of
-    rank r is U_r S_r V_r^T, and each side takes the square root of S. Returns q and k rows, (H*r, C + 1) each."""
-    c = attn.config
+    With A = [diag(gain / rms) W, bias] of a head, q . k = [x, 1] A_q^T A_k [x, 1]^T. The best rank-r
+    approximation of A_q^T A_k is U_r S_r V_r^T; each side takes the square root of S. Returns the rows of q
+    and k, (H*r, C + 1) each, the bias last. 1 / rms is QK-norm's, its mean over one batch x (B,T,C)."""
+    c, sides = attn.config, []
     H, D = c.n_head, c.head_dim
-    q, k, _ = attn.qkvz(x).split(attn.sizes[:3], dim=-1)
-    sides = []
-    for y, first, heads, norm in ((q, 0, H, "q_norm"), (k, H * D, c.n_kv_head, "k_norm")):
-        rows = slice(first, first + heads * D)
-        A = attn.qkvz.weight[rows]
-        A = torch.cat((A, attn.qkvz.bias[rows, None] if c.bias else torch.zeros_like(A[:, :1])), 1).view(heads, D, -1)
-        if c.qk_norm:                                              # no norm in the twin: its typical 1 / rms, folded in
-            rms = y.unflatten(-1, (heads, D)).pow(2).mean(-1).add(c.norm_eps).sqrt()
+    outputs, weights = attn.qkvz(x).split(attn.sizes, dim=-1), with_bias(attn.qkvz).split(attn.sizes)
+    for y, A, heads, norm in zip(outputs, weights, (H, c.n_kv_head), ("q_norm", "k_norm")):
+        A = A.unflatten(0, (heads, D))                             # (heads, D, C + 1)
+        if c.qk_norm:
+            rms = y.unflatten(-1, (heads, D)).square().mean(-1).add(c.norm_eps).sqrt()
             A = A * getattr(attn, norm).weight[:, None] * (1 / rms).mean((0, 1))[:, None, None]
-        sides.append(A.repeat_interleave(H // heads, 0).double())  # (H, D, C + 1)
+        sides.append(A.repeat_interleave(H // heads, 0).double())
     U, S, Vh = torch.linalg.svd(sides[0].mT @ sides[1])            # of (H, C + 1, C + 1)
     root = S[:, :rank, None].sqrt()
-    return [(root * M).flatten(0, 1).float() for M in (U.mT[:, :rank], Vh[:, :rank])]
+    return [(root * M[:, :rank]).flatten(0, 1).float() for M in (U.mT, Vh)]
+
+
+def with_bias(linear):
+    """Rows of a Linear with their bias, or 0, as a last column: (out, in + 1)."""
+    bias = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+    return torch.cat((linear.weight, bias[:, None]), 1)
 
 
 @torch.no_grad()
 def linear_twin(attn, config, x, where, retention=0.7):
-    """A linear layer out of an attention layer: its weights, KV heads cloned (paper eq. 13), gates neutral. On
-    one batch of the layer's inputs x (B,T,C), W_o is then scaled channel by channel so that the twin's output
-    starts as close to the teacher's as a scale can bring it (least squares)."""
+    """A linear layer out of an attention layer: its weights, KV heads cloned (paper eq. 13), gates neutral.
+    On one batch of the layer's inputs x (B,T,C), W_o is then scaled column by column, by least squares, so
+    that what it reads starts as close to what the teacher's reads as a factor can bring it."""
     c, t = config, attn.config
     twin = LinearAttention(c).to(x.device)
-    H, D, K = c.n_head, c.head_dim, c.key_dim
-    nq, nk, nv, _ = twin.sizes
-    w = torch.cat((attn.qkvz.weight, attn.qkvz.bias[:, None]), 1) if t.bias else F.pad(attn.qkvz.weight, (0, 1))
-    q, k, v, _ = w.split(attn.sizes)                               # rows, the bias as a last column
-    def clone(m):                                                  # rows of one kv head after another
-        return m.unflatten(0, (t.n_kv_head, -1)).repeat_interleave(c.linear_kv_head // t.n_kv_head, 0).flatten(0, 1)
-    if K < D:
-        q, k = low_rank_keys(attn, x, K)
-        k = k.unflatten(0, (H, K))[::H // c.linear_kv_head].flatten(0, 1)
+    q, k, v, _ = with_bias(attn.qkvz).split(attn.sizes)
+    clones = c.linear_kv_head // t.n_kv_head
+
+    def clone(rows):                                               # a head's rows, again for each query head
+        return rows.unflatten(0, (t.n_kv_head, -1)).repeat_interleave(clones, 0).flatten(0, 1)
+    if c.key_dim < c.head_dim:
+        q, k = low_rank_keys(attn, x, c.key_dim)                   # k has a head a query head already
+        k = k.unflatten(0, (c.n_head, -1))[::c.n_head // c.linear_kv_head].flatten(0, 1)
     else:
         k = clone(k)
-    rows = torch.cat((q, k, clone(v)))
-    twin.qkvz.weight[:nq + nk + nv], twin.qkvz.weight[nq + nk + nv:] = rows[:, :-1], 0
-    twin.out.weight.copy_(attn.out.weight)
-    if c.bias:
-        twin.qkvz.bias[:nq + nk + nv], twin.qkvz.bias[nq + nk + nv:] = rows[:, -1], 0
-        twin.out.bias.copy_(attn.out.bias)
-    if c.linear_qk_norm and t.qk_norm and K == D:
+    fill(twin.qkvz, torch.cat((q, k, clone(v))))
+    fill(twin.out, with_bias(attn.out))
+    if c.linear_qk_norm and t.qk_norm and c.key_dim == c.head_dim:
         twin.q_norm.load_state_dict(attn.q_norm.state_dict())
         twin.k_norm.load_state_dict(attn.k_norm.state_dict())
     if hasattr(twin, "forget"):
         nn.init.zeros_(twin.forget.weight)
         nn.init.constant_(twin.forget.bias, math.log(retention / (1 - retention)))
-    a, o = attn.mix(x, where), twin.mix(x, where)                  # what W_o reads: the teacher's and the twin's
-    twin.out.weight *= (a * o).sum((0, 1)) / (o * o).sum((0, 1))   # (H*D,), one factor a column
+    a, o = attn.mix(x, where), twin.mix(x, where)                  # (B,T,H*D): what W_o reads, in both
+    twin.out.weight *= (a * o).sum((0, 1)) / (o * o).sum((0, 1))   # a factor a column
     return twin
 
 
-def neighbours(teacher, config, idx):
-    """Run a frozen teacher on idx (B,T) and yield, layer by layer, what a twin needs: the layer's attention, its
-    normed input h, where its tokens stand, and its output y."""
-    where = locate(replace(config, attn_pe=1.0, chunk=None, n_chunks=0), torch.arange(idx.size(1), device=idx.device)[None])
-    x = teacher.embed(idx, where)
+@torch.no_grad()
+def attention_twin(attn, config):
+    """An attention layer for the student: its teacher's weights; a new gate starts as the identity, its
+    sigmoid(0) = 1/2 made up for by doubling W_o; chunk embeddings start random (std 0.02)."""
+    twin = Attention(config).to(attn.out.weight.device)
+    fill(twin.qkvz, with_bias(attn.qkvz))
+    fill(twin.out, with_bias(attn.out))
+    if config.attn_gate:
+        twin.out.weight *= 2
+    if config.qk_norm:
+        twin.q_norm.load_state_dict(attn.q_norm.state_dict())
+        twin.k_norm.load_state_dict(attn.k_norm.state_dict())
+    if hasattr(twin, "chunk_embd"):
+        nn.init.normal_(twin.chunk_embd.weight, std=0.02)
+    return twin
+
+
+def fill(linear, rows):
+    """Set the first rows of a Linear, the bias last in each; what is left, a gate, becomes 0."""
+    n = len(rows)
+    linear.weight[:n], linear.weight[n:] = rows[:, :-1], 0
+    if linear.bias is not None:
+        linear.bias[:n], linear.bias[n:] = rows[:, -1], 0
+
+
+@torch.no_grad()
+def teacher_layers(teacher, config, idx):
+    """Run a teacher on idx (B,T) and list, for each layer, what a twin of it needs: the attention layer,
+    its input x (B,T,C) after the norm, where its tokens stand, and its output y (B,T,C)."""
+    known = replace(config, attn_pe=1.0, chunk=None, n_chunks=0)   # the teacher's positions, the twins' RoPE
+    where, out = locate(known, torch.arange(idx.size(1), device=idx.device)[None]), []
+    h = teacher.embed(idx, where)
     for block in teacher.blocks:
-        h = block.norm1(x)
-        y = block.mixer(h, where)
-        yield block.mixer, h, where, y
-        x = x + y
-        x = x + block.mlp(block.norm2(x))
+        x = block.norm1(h)
+        y = block.mixer(x, where)
+        out.append((block.mixer, x, where, y))
+        h = h + y
+        h = h + block.mlp(block.norm2(h))
+    return out
+
+
+def make_twins(teacher, config, corpus, plan, o):
+    """A linear twin of every attention layer, calibrated on one batch of text."""
+    rng = np.random.default_rng([o.seed, zlib.crc32(b"transfer")])
+    idx = torch.from_numpy(corpus.mixed(rng, plan.batch, plan.length, plan.recall)).to(o.device)
+    return nn.ModuleList(linear_twin(attn, config, x, where, o.retention)
+                         for attn, x, where, _ in teacher_layers(teacher, config, idx))
 
 
 def assemble(teacher, config, mixers):
-    """A student: everything but the mixers copied from the teacher, the mixers' weights copied from a list."""
+    """A student: all but the mixers copied from a model (the teacher), the mixers' weights from a list."""
     student = HypeNet(config).to(teacher.wte.weight.device)
-    own = student.state_dict()
-    student.load_state_dict({name: w for name, w in teacher.state_dict().items() if ".mixer." not in name}, strict=False)
+    shared = {name: w for name, w in teacher.state_dict().items() if ".mixer." not in name}
+    student.load_state_dict(shared, strict=False)
     for block, mixer in zip(student.blocks, mixers):
         block.mixer.load_state_dict(mixer.state_dict())
     return student
@@ -339,8 +358,8 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
 
 @torch.no_grad()
 def answers(model, prompts, n_answer):
-    """Prompts (B,n) that end in their answers -> log-probability of each answer token (B, n_answer), and whether
-    greedy decoding would give the whole answer (B,)."""
+    """Prompts (B,n) that end in their answers -> log-probability of each answer token (B, n_answer), and
+    whether greedy decoding would give the whole answer (B,)."""
     state, cut = model.init_state(len(prompts), prompts.size(1)), prompts.size(1) - n_answer - 1
     for part in prompts[:, :cut].split(1024, dim=1):
         model.hidden(part, state)
@@ -359,16 +378,18 @@ def prompts_of(corpus, length, trials, seed):
 
 
 def recall(model, corpus, length, trials, seed=0):
-    """(mean log-probability of an answer token (trials,), answered in full (trials,)) at one context length."""
+    """At one context length: mean log-probability of an answer's tokens, answered in full, (trials,) each."""
     prompts, n = prompts_of(corpus, length, trials, seed)
-    parts = [answers(model, part.to(model.wte.weight.device), n) for part in prompts.split(max(1, 65536 // length))]
+    prompts = prompts.to(model.wte.weight.device)
+    parts = [answers(model, part, n) for part in prompts.split(max(1, 65536 // length))]
     return torch.cat([p.mean(1) for p, _ in parts]).cpu(), torch.cat([hit for _, hit in parts]).cpu().float()
 
 
 @torch.no_grad()
 def held_out(corpus, length, count, seed=0, batch=32):
     """Batches idx, targets (b,length) of held-out text, the same at every call."""
-    rows = torch.from_numpy(corpus.windows(np.random.default_rng([seed, 1]), count, length + 1, held_out=True))
+    rng = np.random.default_rng([seed, 1])
+    rows = torch.from_numpy(corpus.windows(rng, count, length + 1, held_out=True))
     return [(part[:, :-1], part[:, 1:]) for part in rows.split(batch)]
 
 
@@ -399,8 +420,8 @@ def compare(teacher, student, batches):
 
 
 class Run:
-    """A folder that a run lives in and can be taken up from. run.json holds its options and the results of the
-    steps that are done; a stop (Ctrl-C, SIGTERM) waits for the training step to end, then saves."""
+    """A folder that a run lives in and can be taken up from. run.json holds its options and the results of
+    what is done; a stop (Ctrl-C, SIGTERM) waits for the training step to end, then saves."""
 
     def __init__(self, folder, options):
         self.folder, self.options, self.done, self.began = folder, options, {}, time.time()
@@ -451,8 +472,9 @@ class Run:
 
 
 def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=120.0):
-    """The one training loop (AdamW 0.9/0.95, no weight decay, paper appendix B). groups: lists of parameters, each
-    clipped to a gradient norm of 1 alone. loss_fn(idx, targets, step) -> loss. A finished stage is only loaded."""
+    """The one training loop (AdamW 0.9/0.95, no weight decay: paper appendix B). groups: lists of parameters,
+    each clipped to a gradient norm of 1 alone; all else in module is frozen. loss_fn(idx, targets, step) ->
+    loss. A stage that was stopped goes on; one that is finished is only loaded."""
     params, file, device = [p for g in groups for p in g], run.path(f"{stage}.pt"), groups[0][0].device
     for p in module.parameters():
         p.requires_grad_(False)
@@ -482,15 +504,17 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
         rng = np.random.default_rng([seed, zlib.crc32(stage.encode()), step])
         rows = torch.from_numpy(corpus.mixed(rng, plan.batch, plan.length + 1, plan.recall)).to(device)
         warm = min(1.0, (step + 1) / min(plan.warmup, max(1, plan.steps // 10)))
-        lr = warm * (plan.lr_end + (plan.lr - plan.lr_end) * 0.5 * (1 + math.cos(math.pi * step / plan.steps)))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / plan.steps))
+        lr = warm * (plan.lr_end + (plan.lr - plan.lr_end) * cosine)
         with autocast:
             loss = loss_fn(rows[:, :-1], rows[:, 1:], step)
         loss.backward()
         norm = max(nn.utils.clip_grad_norm_(g, 1.0) for g in groups)
         value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise ValueError(f"{stage}: loss {value} or gradient norm {norm:.3g} at step {step} is not finite; the weights "
-                             f"were not touched; last good checkpoint: {file}; try a lower {stage}.lr with --plan")
+            save(step)                                             # the weights have not seen this step
+            raise ValueError(f"{stage}: loss {value:.3g} and gradient norm {float(norm):.3g} at step {step + 1}; "
+                             f"the last good weights are in {file}; try --plan {stage}.lr={plan.lr / 3:.0e}")
         for group in opt.param_groups:
             group["lr"] = lr
         opt.step()
@@ -500,8 +524,8 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
         ms, tick = 1000 * (now - tick), now
         run.log(stage=stage, step=step + 1, loss=value, norm=float(norm), lr=lr, ms=round(ms, 2))
         if (step + 1) % max(1, plan.steps // 4) == 0 or step + 1 == plan.steps:
-            tqdm.write(f"{stage:9s}{step + 1:6,}/{plan.steps:,} | loss {mean:.4f} | norm {norm:.2f} | lr {lr:.1e} | "
-                       f"{ms:,.0f} ms | {1000 * per_step / ms:,.0f} tok/s")
+            tqdm.write(f"{stage:9s}{step + 1:6,}/{plan.steps:,} | loss {mean:.4f} | norm {norm:.2f} | "
+                       f"lr {lr:.1e} | {ms:,.0f} ms | {1000 * per_step / ms:,.0f} tok/s")
         bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
         if step + 1 == plan.steps or run.stop or now - saved_at > save_every:
             save(step + 1)
@@ -515,47 +539,44 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
 
 
 def align(run, teacher, config, corpus, plan, o):
-    """Stage 1 (paper eq. 7): a linear twin of every attention layer, each alone, fed the teacher's hidden states.
-    The loss shown is the sum over layers of MSE over the target's mean square (Adam does not see the factor)."""
-    device = teacher.wte.weight.device
-    rng = np.random.default_rng([o.seed, zlib.crc32(b"transfer")])
-    idx = torch.from_numpy(corpus.mixed(rng, plan.batch, plan.length, plan.recall)).to(device)
-    with torch.no_grad():
-        twins = nn.ModuleList(linear_twin(attn, config, h, where, o.retention)
-                              for attn, h, where, _ in neighbours(teacher, config, idx))
+    """Stage 1 (paper eq. 7): a linear twin of every attention layer, each alone, on the teacher's own hidden
+    states. The loss shown is the sum over layers of MSE / mean square of the target: Adam does not see the
+    factor, and 1 a layer is what an output of zero would score."""
+    twins = make_twins(teacher, config, corpus, plan, o)
 
     def loss_fn(idx, targets, step):
-        with torch.no_grad():
-            given = list(neighbours(teacher, config, idx))
-        return sum((twin(h, where) - y).square().mean() / y.square().mean()
-                   for twin, (_, h, where, y) in zip(twins, given))
+        given = teacher_layers(teacher, config, idx)
+        return sum((twin(x, where) - y).square().mean() / y.square().mean()
+                   for twin, (_, x, where, y) in zip(twins, given))
     train(run, "align", plan, o.seed, corpus, twins, [list(t.parameters()) for t in twins], loss_fn)
     return twins
 
 
-def swap_scores(run, teacher, twins, config, corpus, o):
-    """R and C of paper eq. 8, measured with what is built in: for every layer, the model in which it alone is linear:
-    mean log-probability of a pass key's tokens (R) and minus the held-out loss (C), each with its standard error."""
-    batches, scores, own = held_out(corpus, teacher.config.max_len, o.eval_windows // 2), [], teacher.config
+def swap_scores(teacher, twins, config, corpus, o):
+    """R and C of paper eq. 8, measured with what is built in. For every layer, of the model in which it alone
+    is linear: mean log-probability of a pass key's tokens (R) and minus the held-out loss (C), with their
+    standard errors. Returns these and the teacher's own C."""
+    own, scores = teacher.config, []
+    batches = held_out(corpus, own.max_len, max(2, o.eval_windows // 2))
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
         attn = teacher.blocks[i].mixer
         try:
             teacher.blocks[i].mixer = twin
-            teacher.config = replace(config, layers="A" * i + "L" + "A" * (len(twins) - 1 - i), attn_pe=1.0, chunk=None,
-                                     n_chunks=0, window=None, attn_gate=False)
-            R, hits = recall(teacher, corpus, own.max_len, o.trials * 2)
+            teacher.config = replace(config, layers="A" * i + "L" + "A" * (len(twins) - 1 - i), attn_pe=1.0,
+                                     chunk=None, n_chunks=0, window=None, attn_gate=False)
+            R = recall(teacher, corpus, own.max_len, o.trials * 2)[0]
             C = -losses(teacher, batches)
         finally:
             teacher.blocks[i].mixer, teacher.config = attn, own
-        scores.append({name: x.item() for name, x in dict(
-            R=R.mean(), R_se=R.std() / len(R) ** 0.5, C=C.mean(), C_se=C.std() / len(C) ** 0.5, hit=hits.mean()).items()})
-    return scores
+        scores.append(dict(R=R.mean().item(), R_se=R.std().item() / len(R) ** 0.5,
+                           C=C.mean().item(), C_se=C.std().item() / len(C) ** 0.5))
+    return scores, -losses(teacher, batches).mean().item()
 
 
 def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0):
     """The layers that stay attention, as a string of "A" and "L". how: "score", paper eq. 8 and 9 as written;
-    "guarded", the same with the denominator floored at C's standard error, and a layer whose lone swap costs
-    more than `limit` nats always kept; "even"; "ends", the article's first and last quarter; or the string itself."""
+    "guarded", the same with the denominator floored at C's standard error, and those layers first whose lone
+    swap costs more than `limit` nats; "even"; "ends", the article's first and last quarter; or the string."""
     if set(how) <= set("AL"):
         if len(how) != n_layer:
             raise ValueError(f"--layers {how} names {len(how)} layers; the teacher has {n_layer}")
@@ -581,23 +602,22 @@ def convert_staged(run, teacher, corpus, plans, o):
     L = len(teacher.config.layers)
     config = student_config(teacher.config, "L" * L, o)
     twins = align(run, teacher, config, corpus, plans["align"], o)
-    scores = None
+    scores = base = None
     if o.layers in ("score", "guarded"):
-        scores = run.once("scores", lambda: swap_scores(run, teacher, twins, config, corpus, o))
-        base = -losses(teacher, held_out(corpus, teacher.config.max_len, o.eval_windows // 2)).mean().item()
-        layers = choose_layers(o.layers, L, scores, base)
+        scores, base = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, o))
+    layers = choose_layers(o.layers, L, scores, base)
+    if scores:
         print_scores(scores, layers, base)
-    else:
-        layers = choose_layers(o.layers, L)
     config = replace(config, layers=layers)
     student = assemble(teacher, config, [attention_twin(b.mixer, config) if kind == "A" else twin
                                          for b, twin, kind in zip(teacher.blocks, twins, layers)])
     fade = round(o.fade * plans["distil"].steps) if o.pe == "hype" else 0
 
     def loss_fn(idx, targets, step):
-        if o.pe == "hype":                                         # RoPE (or wpe) leaves attention: HyPE
-            student.config.attn_pe = max(0.0, 1 - step / fade) if fade else 0.0
-        return distil_loss(student, teacher, idx, targets, o.kl, o.alpha, random_offset(student, idx, step, o))
+        if fade:                                                   # RoPE (or wpe) leaves attention slowly
+            student.config.attn_pe = max(0.0, 1 - step / fade)
+        offset = random_offset(student, idx, step, o)
+        return distil_loss(student, teacher, idx, targets, o.kl, o.alpha, offset)
     train(run, "distil", plans["distil"], o.seed, corpus, student, [list(student.parameters())], loss_fn)
     student.config.attn_pe = config.attn_pe
 
@@ -613,14 +633,15 @@ def random_offset(student, idx, step, o):
     if not c.chunk:
         return None
     rng = np.random.default_rng([o.seed, zlib.crc32(b"offset"), step])
-    return torch.from_numpy(rng.integers(0, max(1, c.chunk * c.n_chunks - idx.size(1) + 1), len(idx))).to(idx.device)
+    last = max(0, c.chunk * c.n_chunks - idx.size(1))
+    return torch.from_numpy(rng.integers(0, last + 1, len(idx))).to(idx.device)
 
 
 def print_scores(scores, layers, base):
     print("\nlayer  recall if linear (log p)   held-out loss if linear   score")
     for i, s in enumerate(scores):
-        print(f"{i:3d} {layers[i]}  {s['R']:9.3f} +- {s['R_se']:.3f}        {-s['C']:9.4f} +- {s['C_se']:.4f}    "
-              f"{s['score']:8.3f}" + ("  (never converted)" if s["must"] else ""))
+        print(f"{i:3d} {layers[i]}  {s['R']:9.3f} +- {s['R_se']:.3f}        {-s['C']:9.4f} +- {s['C_se']:.4f}"
+              f"    {s['score']:8.3f}" + ("  (never converted)" if s["must"] else ""))
     print(f"teacher's held-out loss {-base:.4f}; layers: {layers}\n")
 
 
@@ -633,78 +654,81 @@ def convert_progressive(run, teacher, corpus, plans, o):
     linear = [i for i, kind in enumerate(layers) if kind == "L"]
     n_groups = min(len(linear), o.groups or max(2, math.ceil(len(linear) / 6)))
     config = student_config(teacher.config, layers, o)
-    rng = np.random.default_rng([o.seed, zlib.crc32(b"transfer")])
     plan = replace(plans["group"], tokens=plans["group"].tokens / n_groups)
-    idx = torch.from_numpy(corpus.mixed(rng, plan.batch, plan.length, plan.recall)).to(teacher.wte.weight.device)
-    with torch.no_grad():
-        twins = [linear_twin(attn, config, h, where, o.retention)
-                 for attn, h, where, _ in neighbours(teacher, config, idx)]
+    twins = make_twins(teacher, config, corpus, plan, o)
     mixers = [attention_twin(block.mixer, config) for block in teacher.blocks]
-    batches = held_out(corpus, teacher.config.max_len, o.eval_windows)
+    batches, student = held_out(corpus, teacher.config.max_len, o.eval_windows), teacher
     for g, group in enumerate(np.array_split(linear, n_groups), 1):
         for i in group:
             mixers[i] = twins[i]
         now = "".join("L" if isinstance(m, LinearAttention) else "A" for m in mixers)
-        student = assemble(teacher, replace(config, layers=now), mixers)
-        if g > 1 and hasattr(student, "chunk_embd"):
-            student.chunk_embd.load_state_dict(last.chunk_embd.state_dict())
+        student = assemble(student, replace(config, layers=now), mixers)
         params = [p for i in group for p in student.blocks[i].mixer.parameters()]
         params += [p for name, p in student.named_parameters() if "chunk_embd" in name]
 
         def loss_fn(idx, targets, step):
-            return distil_loss(student, teacher, idx, targets, o.kl, o.alpha, random_offset(student, idx, step, o))
+            offset = random_offset(student, idx, step, o)
+            return distil_loss(student, teacher, idx, targets, o.kl, o.alpha, offset)
         train(run, f"group{g}", plan, o.seed, corpus, student, [params], loss_fn)
-        mixers, last = [block.mixer for block in student.blocks], student
+        mixers = [block.mixer for block in student.blocks]
 
         def usable():
             student.save_pretrained(run.path(f"group{g}"))
             corpus.tokenizer.save(run.path(f"group{g}"))
             return losses(student, batches).mean().item()
         loss = run.once(f"group{g}", usable)
-        print(f"group {g} of {n_groups}: {now} | held-out loss {loss:.4f} | usable model in {run.path(f'group{g}')}")
+        print(f"group {g} of {n_groups}: {now} | held-out loss {loss:.4f} | usable: {run.path(f'group{g}')}")
     return student
 
 
 # ---- the logit base, the report ----------------------------------------------------------------------------
 
 
-def fit_logit_base(student, corpus, length, seed, candidates=(None, 10000, 3000, 1000, 500, 300, 100, 50, 20)):
+def fit_logit_base(student, corpus, length, seed):
     """The base a of s_t (paper eq. 11) of least loss on long held-out text: {a: loss}."""
     batches, out = held_out(corpus, length, 8, seed, batch=4), {}
-    for a in tqdm(candidates, desc="fit a    ", dynamic_ncols=True):
+    for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
         out[str(a)] = losses(student, batches).mean().item()
     return out
 
 
-def evaluate(teacher, student, corpus, o, lengths):
-    """The numbers of the final table and of report.json."""
-    c, batches = teacher.config, held_out(corpus, teacher.config.max_len, o.eval_windows)
+def evaluate(teacher, student, corpus, o):
+    """The numbers of the final table and of report.json. Pass keys are asked at 1 to 16 times the teacher's
+    length, and of the student at 64 times too."""
+    T, batches = teacher.config.max_len, held_out(corpus, teacher.config.max_len, o.eval_windows)
     kl, agree = compare(teacher, student, batches)
-    report = dict(val_loss=dict(teacher=losses(teacher, batches).mean().item(), student=losses(student, batches).mean().item()),
-                  kl=kl, top1_agreement=agree, passkey=dict(teacher={}, student={}))
-    for n in tqdm(lengths, desc="pass keys", dynamic_ncols=True):
-        trials = max(5, o.trials * min(lengths[-2], n) // n)                      # the longest are dear
-        for name, model in (("teacher", teacher), ("student", student)):
-            if name == "teacher" and n > 16 * c.max_len:
-                continue
-            beyond = model.config.position == "learned" and model.config.attn_pe and n > c.max_len
-            report["passkey"][name][str(n)] = None if beyond else recall(model, corpus, n, trials)[1].mean().item()
-    return report
+    models, found = dict(teacher=teacher, student=student), dict(teacher={}, student={})
+    for n in tqdm((T, 2 * T, 4 * T, 16 * T, 64 * T), desc="pass keys", dynamic_ncols=True):
+        trials = max(5, o.trials * 16 * T // max(n, 16 * T))       # the longest are dear
+        for name, model in models.items():
+            c = model.config
+            if n <= 16 * T or name == "student":
+                no_such_position = c.position == "learned" and c.attn_pe and not c.chunk and n > c.max_len
+                found[name][str(n)] = (None if no_such_position else
+                                       recall(model, corpus, n, trials)[1].mean().item())
+    return dict(val_loss={name: losses(model, batches).mean().item() for name, model in models.items()},
+                kl=kl, top1_agreement=agree, passkey=found)
 
 
 def print_report(r):
-    print(f"\n{'':34s}{'teacher':>10s}{'student':>10s}")
-    print(f"{'layers':34s}{'A' * len(r['layers']):>10s}{r['layers']:>10s}")
-    print(f"{'parameters':34s}{r['params']['teacher']:>10,}{r['params']['student']:>10,}")
-    print(f"{'held-out loss, nats a token':34s}{r['val_loss']['teacher']:>10.4f}{r['val_loss']['student']:>10.4f}")
-    print(f"{'KL to the teacher, nats a token':34s}{'':>10s}{r['kl']:>10.4f}")
-    print(f"{'same likeliest next token':34s}{'':>10s}{r['top1_agreement']:>10.1%}")
+    def row(title, teacher, student):
+        print(f"{title:34s}{teacher:>10s}{student:>10s}")
+
+    def found(model, n):
+        hits = r["passkey"][model].get(n)
+        return "-" if hits is None else f"{hits:.0%}"
+    row("", "teacher", "student")
+    row("layers", "A" * len(r["layers"]), r["layers"])
+    row("parameters", *(f"{r['params'][m]:,}" for m in ("teacher", "student")))
+    row("held-out loss, nats a token", *(f"{r['val_loss'][m]:.4f}" for m in ("teacher", "student")))
+    row("KL to the teacher, nats a token", "", f"{r['kl']:.4f}")
+    row("same likeliest next token", "", f"{r['top1_agreement']:.1%}")
     for n in r["passkey"]["student"]:
-        cells = ["-" if r["passkey"][m].get(n) is None else f"{r['passkey'][m][n]:.0%}" for m in ("teacher", "student")]
-        print(f"{'pass key found in ' + format(int(n), ',') + ' tokens':34s}{cells[0]:>10s}{cells[1]:>10s}")
+        row(f"pass key found in {int(n):,} tokens", found("teacher", n), found("student", n))
     peak = f", peak memory {r['peak_gb']:.1f} GB" if r["peak_gb"] else ""
-    print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, logit base {r['logit_base']}\n")
+    print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, "
+          f"logit base {r['logit_base']}\n")
 
 
 # ---- command line ------------------------------------------------------------------------------------------
@@ -716,72 +740,74 @@ class Parser(argparse.ArgumentParser):
 
 
 def get_args(argv):
-    p = Parser(prog="halo.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0],
+    p = Parser(prog="halo.py", description=__doc__.split("\n\n")[0],
                epilog="A recipe is ten rows, each a flag; a flag left out follows --recipe.")
-    p.add_argument("--teacher", default="tiny", help="tiny (shipped, about 1M parameters), or the folder of a model")
-    p.add_argument("--recipe", default="paper", choices=RECIPES, help="the paper's (default) or the article's")
+    p.add_argument("--teacher", default="tiny", help="tiny (shipped, 1M parameters) or the folder of a model")
+    p.add_argument("--recipe", default="paper", choices=RECIPES, help="the paper's (default), the article's")
     p.add_argument("--out", help="folder of the run; default out/TEACHER-RECIPE, or the next free number")
     p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, under its own options")
-    p.add_argument("--data", nargs="+", metavar="PATH", help="text to train on: .txt, .jsonl (field text), .gz of "
-                   "either, or folders of them; default: the source of Python's standard library")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+    p.add_argument("--data", nargs="+", metavar="PATH",
+                   help="text to train on: .txt, .jsonl (field text), .gz of either, or folders of them; "
+                        "default: the source of Python's standard library")
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    p.add_argument("--device", default=gpu, help="cuda, mps or cpu; default: %(default)s here")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--budget", type=float, default=1.0, help="multiply the tokens of every stage by this")
-    p.add_argument("--plan", nargs="+", default=[], metavar="STAGE.FIELD=X", help="change one entry of the plan, "
-                   "such as distil.tokens=4e6 or align.lr=1e-3")
-    p.add_argument("--pretrain", action="store_true", help="train the teacher from random weights instead; with "
-                   "--layers a hybrid, of the recipe's kind")
+    p.add_argument("--plan", nargs="+", default=[], metavar="STAGE.FIELD=X",
+                   help="change entries of the plan, such as distil.tokens=4e6 or align.lr=1e-3")
+    p.add_argument("--pretrain", action="store_true",
+                   help="train the teacher from random weights instead; with --layers a hybrid")
     r = p.add_argument_group("rows of the recipe")
-    r.add_argument("--layers", help="which layers stay attention: guarded (eq. 8, its denominator floored at the "
-                   "noise), score (eq. 8 as written), even, ends (first and last quarter), or letters such as LLAL")
-    r.add_argument("--decay", choices=("constant", "none", "head", "channel"), help="of linear layers: eq. 19, no "
-                   "forgetting, or a gate for each head or key channel")
+    r.add_argument("--layers", help="which stay attention: guarded (eq. 8, its denominator floored at the "
+                                    "noise), score (eq. 8 as written), even, ends (first and last quarter), or "
+                                    "letters such as LLALLLAL")
+    r.add_argument("--decay", choices=("constant", "none", "head", "channel"),
+                   help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
     r.add_argument("--state", choices=("full", "half"), help="width of a key in linear layers")
-    r.add_argument("--pe", choices=("hype", "chunk", "rope"), help="hype: RoPE in linear layers, none in attention; "
-                   "chunk: the article's; rope: RoPE in both")
+    r.add_argument("--pe", choices=("hype", "chunk", "rope"),
+                   help="hype: RoPE in linear layers, none in attention; chunk: the article's; rope: both")
     r.add_argument("--extras", choices=("on", "off"), help="QK-norm, output norm and gates")
-    r.add_argument("--training", choices=("staged", "progressive"), help="the paper's stages, or groups of layers")
-    r.add_argument("--kl", choices=("forward", "reverse"), help="KL(teacher, student) or KL(student, teacher)")
+    r.add_argument("--training", choices=("staged", "progressive"), help="stages, or groups of layers")
+    r.add_argument("--kl", choices=("forward", "reverse"), help="KL(teacher, student), KL(student, teacher)")
     r.add_argument("--alpha", type=float, help="share of cross-entropy in the distillation loss, 0 to 1")
     r.add_argument("--window", type=int, help="attention reaches this many tokens back, 0: all")
     r.add_argument("--logit-base", help="a of s_t (eq. 11): fit, none, or a number above 1")
     m = p.add_argument_group("finer choices")
-    m.add_argument("--groups", type=int, default=0, help="groups of a progressive run; default ceil(linear / 6), >= 2")
+    m.add_argument("--groups", type=int, default=0, help="of layers; default ceil(linear / 6), at least 2")
     m.add_argument("--retention", type=float, default=0.7, help="what a forget gate keeps at the start")
-    m.add_argument("--fade", type=float, default=0.0, help="share of stage 2 over which RoPE leaves attention; 0: at once")
-    m.add_argument("--max-ctx", type=int, default=65536, help="longest context a chunk HyPE model will be asked for")
+    m.add_argument("--fade", type=float, default=0.0,
+                   help="share of stage 2 over which RoPE leaves attention; 0: at once")
+    m.add_argument("--max-ctx", type=int, default=65536, help="longest context a chunk HyPE model will see")
     m.add_argument("--trials", type=int, default=20, help="pass keys asked at each length")
     m.add_argument("--eval-windows", type=int, default=256, help="held-out sequences for the losses")
-    m.add_argument("--set", nargs="+", default=[], metavar="FIELD=X", help="set any field of HypeNetConfig of the "
-                   "student, such as linear_rope=false")
+    m.add_argument("--set", nargs="+", default=[], metavar="FIELD=X",
+                   help="set fields of the student's HypeNetConfig, such as linear_rope=false")
     return p.parse_args(argv)
 
 
 def settle(o):
-    """Fill in the recipe, read --plan and --set; ValueError, in one line, for what does not go together."""
+    """Fill in the recipe; return the plans and the changes of --set. ValueError for what cannot go together."""
     o.hybrid = o.layers is not None                       # for --pretrain: layers were asked for
     for key, value in RECIPES[o.recipe].items():
         if getattr(o, key) is None:
             setattr(o, key, value)
-    plans = {k: replace(p, tokens=p.tokens * o.budget) for k, p in PLANS["tiny"].items()}
+    plans = {stage: replace(plan, tokens=plan.tokens * o.budget) for stage, plan in PLANS.items()}
     for item in o.plan:
         key, _, value = item.partition("=")
         stage, _, field = key.partition(".")
         if stage not in plans or field not in asdict(plans[stage]):
-            raise ValueError(f"--plan {item}: no such entry; stages {', '.join(plans)}; fields {', '.join(asdict(plans['align']))}")
+            raise ValueError(f"--plan {item}: STAGE is one of {', '.join(plans)}; FIELD one of "
+                             + ", ".join(asdict(plans["align"])))
+        kind = type(getattr(PLANS[stage], field))
         try:
-            plans[stage] = replace(plans[stage], **{field: type(getattr(plans[stage], field))(float(value))})
-        except ValueError:
+            plans[stage] = replace(plans[stage], **{field: kind(float(value))})
+        except (ValueError, OverflowError):
             raise ValueError(f"--plan {item}: {value!r} is no number") from None
-    for stage, plan in plans.items():
-        if min(plan.tokens, plan.length, plan.batch) <= 0 or not 0 <= plan.recall <= 1:
-            raise ValueError(f"--plan: tokens, length and batch of {stage} must be positive, recall between 0 and 1: {plan}")
-    types = {f.name: f.type for f in fields(HypeNetConfig)}
-    changes = {}
+    changes, known = {}, [f.name for f in fields(HypeNetConfig)]
     for item in o.set:
         key, _, value = item.partition("=")
-        if key not in types:
-            raise ValueError(f"--set {item}: no field {key!r}; fields: {', '.join(types)}")
+        if key not in known:
+            raise ValueError(f"--set {item}: fields are {', '.join(known)}")
         try:
             changes[key] = json.loads(value)
         except ValueError:
@@ -791,30 +817,37 @@ def settle(o):
     except ValueError:
         base = False
     for ok, message in (
+            (all(min(p.tokens, p.length, p.batch, p.lr) > 0 and 0 <= p.recall <= 1 for p in plans.values()),
+             "--plan, --budget: tokens, length, batch and lr must be positive, recall between 0 and 1"),
             (base, f"--logit-base {o.logit_base}: give fit, none or a number above 1"),
             (0 <= o.alpha <= 1, f"--alpha {o.alpha}: a share between 0 and 1"),
             (0 < o.retention < 1, f"--retention {o.retention}: a share between 0 and 1"),
             (0 <= o.fade <= 1, f"--fade {o.fade}: a share between 0 and 1"),
+            (not o.fade or o.pe == "hype", f"--fade {o.fade} goes with --pe hype"),
             (o.window >= 0, f"--window {o.window}: 0 for all, or a number of tokens"),
-            (min(o.trials, o.eval_windows, o.max_ctx) > 0, "--trials, --eval-windows and --max-ctx must be positive"),
-            (o.training == "staged" or o.layers not in ("score", "guarded"),
-             f"--training progressive with --layers {o.layers}: scores come from stage 1; use ends, even or letters"),
+            (min(o.trials, o.eval_windows, o.max_ctx) > 0, "--trials, --eval-windows, --max-ctx: above 0"),
+            (o.training == "staged" or o.pretrain or o.layers not in ("score", "guarded"),
+             f"--training progressive with --layers {o.layers}: no stage 1 to score by; use ends or even"),
+            (not o.pretrain or not o.hybrid or o.layers not in ("score", "guarded"),
+             f"--pretrain with --layers {o.layers}: no teacher to score; use ends, even or letters"),
             (o.training == "progressive" or not o.groups, "--groups goes with --training progressive"),
+            (o.groups >= 0, f"--groups {o.groups}: a number of groups"),
             (o.device.split(":")[0] in ("cpu", "cuda", "mps"), f"--device {o.device}: cuda, mps or cpu"),
-            (not o.device.startswith("cuda") or torch.cuda.is_available(), f"--device {o.device}: no CUDA device here; use cpu")):
+            (not o.device.startswith("cuda") or torch.cuda.is_available(),
+             f"--device {o.device}: there is no CUDA device here; use cpu")):
         if not ok:
             raise ValueError(message)
     return plans, changes
 
 
 def keep_memory():
-    """Let glibc keep what it has freed: tensors of a few MB cost more in page faults than in arithmetic (a CPU step
-    takes 0.7 of the time). Does nothing elsewhere."""
+    """Let glibc keep what it has freed: tensors of a few MB cost more in page faults than in arithmetic (a
+    CPU step takes 0.7 of the time). Does nothing elsewhere."""
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
-            for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 27)):  # mmap and trim threshold, top pad
-                libc.mallopt(option, value)
+            for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 27)):
+                libc.mallopt(option, value)               # mmap threshold, trim threshold, top pad
         except (OSError, AttributeError):
             pass
 
@@ -828,15 +861,15 @@ def new_folder(o):
     return next(f"{folder}-{i}" for i in range(2, 10 ** 6) if not os.path.exists(f"{folder}-{i}"))
 
 
-def print_plan(run, teacher, corpus, plans, stages, o):
-    facts = corpus.facts
-    print(f"teacher {o.teacher}: {len(teacher.layers)} layers, trained at {teacher.max_len} tokens | recipe {o.recipe} | "
-          f"device {o.device} | run {run.folder}")
-    print(f"text {facts['name']}: {len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} held out")
+def print_plan(run, teacher, corpus, plans, o):
+    print(f"teacher {o.teacher}: {len(teacher.layers)} layers, trained at {teacher.max_len} tokens | "
+          f"recipe {o.recipe} | device {o.device} | run {run.folder}")
+    print(f"text {corpus.facts['name']}: {len(corpus.train):,} tokens to train on, "
+          f"{len(corpus.held_out):,} held out")
     print(f"{'stage':10s}{'tokens':>12s}{'steps':>8s}{'length':>8s}{'batch':>7s}   learning rate")
-    for name, plan in stages:
-        print(f"{name:10s}{plan.steps * plan.batch * plan.length:12,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}"
-              f"   {plan.lr:.0e} -> {plan.lr_end:.0e}")
+    for name, plan in plans.items():
+        print(f"{name:10s}{plan.steps * plan.batch * plan.length:12,}{plan.steps:8,}{plan.length:8,}"
+              f"{plan.batch:7,}   {plan.lr:.0e} -> {plan.lr_end:.0e}")
     print(flush=True)
 
 
@@ -847,17 +880,20 @@ def convert(teacher, o, run, plans):
         names, go = ["group"], convert_progressive
     else:
         names, go = ["align", "distil", "finetune"], convert_staged
-    print_plan(run, teacher.config, corpus, plans, [(n, plans[n]) for n in names], o)
+    print_plan(run, teacher.config, corpus, {n: plans[n] for n in names}, o)
+    torch.manual_seed(o.seed)                             # chunk embeddings and other new weights
     student = go(run, teacher, corpus, plans, o).eval()
     if o.logit_base == "fit":
         fits = run.once("fit", lambda: fit_logit_base(student, corpus, 16 * T, o.seed))
         best = min(fits, key=fits.get)
-        print(f"held-out loss at {16 * T:,} tokens by logit base: " + ", ".join(f"{a} {x:.4f}" for a, x in fits.items()))
+        print(f"held-out loss at {16 * T:,} tokens by logit base: "
+              + ", ".join(f"{a} {x:.4f}" for a, x in fits.items()) + "\n")
     else:
         best = o.logit_base.capitalize()
     student.config.logit_base = None if best == "None" else float(best)
-    measured = run.once("eval", lambda: evaluate(teacher, student, corpus, o, [T, 2 * T, 4 * T, 16 * T, 64 * T]))
-    report = dict(recipe=o.recipe, teacher=o.teacher, layers=student.config.layers, logit_base=student.config.logit_base,
+    measured = run.once("eval", lambda: evaluate(teacher, student, corpus, o))
+    report = dict(recipe=o.recipe, teacher=o.teacher, layers=student.config.layers,
+                  logit_base=student.config.logit_base,
                   params=dict(teacher=teacher.n_params(), student=student.n_params()),
                   tokens=sum(plans[n].steps * plans[n].batch * plans[n].length for n in names),
                   seconds=run.seconds(), peak_gb=peak_gb(), device=o.device, **measured, text=corpus.facts)
@@ -872,7 +908,7 @@ def pretrain(config, o, run, plans):
     corpus, plan = Corpus(o.tokenizer, o.data), plans["pretrain"]
     if o.hybrid:
         config = student_config(config, choose_layers(o.layers, len(config.layers)), o)
-    print_plan(run, config, corpus, plans, [("pretrain", plan)], o)
+    print_plan(run, config, corpus, {"pretrain": plan}, o)
     torch.manual_seed(o.seed)
     model = HypeNet(config).to(o.device)
     train(run, "pretrain", plan, o.seed, corpus, model, [list(model.parameters())],
@@ -881,8 +917,8 @@ def pretrain(config, o, run, plans):
     o.tokenizer.save(run.folder)
     loss = losses(model, held_out(corpus, config.max_len, o.eval_windows)).mean().item()
     hits = recall(model, corpus, config.max_len, o.trials)[1].mean().item()
-    print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, pass key found in {config.max_len} tokens "
-          f"{hits:.0%}, {run.seconds() / 60:.1f} minutes")
+    print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, pass key found in "
+          f"{config.max_len} tokens {hits:.0%}, {run.seconds() / 60:.1f} minutes")
     return model
 
 
@@ -893,7 +929,8 @@ def peak_gb():
         import resource                                   # not on Windows
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def run_main(argv):
@@ -914,9 +951,9 @@ def run_main(argv):
         path = os.path.join(HERE, "assets", f"{o.teacher}-teacher") if o.teacher in TEACHERS else o.teacher
         teacher = HypeNet.from_pretrained(path, device=o.device).requires_grad_(False)
         if "L" in teacher.config.layers:
-            raise ValueError(f"--teacher {o.teacher} has linear layers ({teacher.config.layers}); a teacher has none")
+            raise ValueError(f"--teacher {o.teacher} is a hybrid, {teacher.config.layers}: not a teacher")
         o.tokenizer = Tokenizer.load(path)
-        student_config(teacher.config, "L" * len(teacher.config.layers), o)       # fails now, not after stage 1
+        student_config(teacher.config, "L" * len(teacher.config.layers), o)   # fails now, not after stage 1
         if o.layers not in ("score", "guarded"):
             choose_layers(o.layers, len(teacher.config.layers))
     keep_memory()
@@ -928,8 +965,8 @@ def run_main(argv):
         else:
             _, report = convert(teacher, o, run, plans)
             print_report(report)
-            print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, log.jsonl\n\n"
-                  f"python sample.py --model {run.folder} --ctx 65536")
+            print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, "
+                  f"log.jsonl\n\npython sample.py --model {run.folder} --ctx 65536")
     finally:
         run.close()
 

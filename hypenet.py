@@ -4,26 +4,26 @@ A linear-attention layer carries a state of fixed size from token to token, so a
 thousands of tokens costs it no memory; the few attention layers that remain keep exact recall. The file has
 both kinds of layer, the model, its state, generation, the tokenizer, and loading and saving.
 
-    paper (default)                              article (--recipe article)
+    paper (default)                          article (--recipe article)
 
-    logits                                       logits
-      |  norm, head                                |  norm, head
-      |                                            |
-     (+)<-- MLP <-- norm                          (+)<-- MLP <-- norm
-      |                                            |
-     (+)<-- W_o (gate * o)      <- norm           (+)<-- W_o o                <- norm
-      |       o = softmax(s_t q k^T) v             |       o = softmax(q k^T) v, window of 2,048
-      |       no position at all (NoPE)            |       q, k = RoPE(position mod chunk) + e[position div chunk]
-      |     "A": floor(L/4) layers, by score       |     "A": the first and the last quarter
-     (+)<-- MLP <-- norm                          (+)<-- MLP <-- norm
-      |                                            |
-     (+)<-- W_o (gate * norm(o)) <- norm          (+)<-- W_o o                <- norm
-      |       o_t = q_t S_t                        |       o_t = q_t S_t
-      |       S_t = gamma S_{t-1} + k_t^T v_t      |       S_t = diag(f_t) S_{t-1} + k_t^T v_t
-      |       q, k = RoPE(QK-norm(q, k))           |       keys of half width, no RoPE, no QK-norm
-      |       gamma: one constant a head           |       f_t = sigmoid(x W_f + b): a gate a key channel
-      |     "L": all other layers                  |     "L": the middle half
-    tokens                                       tokens
+    logits                                   logits
+      |  norm, head                            |  norm, head
+      |                                        |
+     (+)<-- MLP <-- norm                      (+)<-- MLP <-- norm
+      |                                        |
+     (+)<-- W_o (gate * o)      <- norm       (+)<-- W_o o                <- norm
+      |       o = softmax(s_t q k^T) v         |       o = softmax(q k^T) v, window of 2,048
+      |       no position at all (NoPE)        |       q, k = RoPE(position mod chunk) + e[position div chunk]
+      |     "A": floor(L/4) layers, by score   |     "A": the first and the last quarter
+     (+)<-- MLP <-- norm                      (+)<-- MLP <-- norm
+      |                                        |
+     (+)<-- W_o (gate * norm(o)) <- norm      (+)<-- W_o o                <- norm
+      |       o_t = q_t S_t                    |       o_t = q_t S_t
+      |       S_t = gamma S_{t-1} + k_t^T v_t  |       S_t = diag(f_t) S_{t-1} + k_t^T v_t
+      |       q, k = RoPE(QK-norm(q, k))       |       keys of half width, no RoPE, no QK-norm
+      |       gamma: one constant a head       |       f_t = sigmoid(x W_f + b): a gate a key channel
+      |     "L": all other layers              |     "L": the middle half
+    tokens                                   tokens
 
 A teacher is the same class: a HypeNet whose layers are all "A", with RoPE (or learned positions).
 
@@ -58,15 +58,15 @@ from kernel import chunked_scan
 
 @dataclass
 class HypeNetConfig:
-    """Sizes and choices of one model, teacher or student. Raises ValueError, naming the values, if they clash."""
+    """Sizes and choices of one model, teacher or student; a ValueError names the values that clash."""
     layers: str = "AAAA"            # one letter a layer: "A" attention, "L" linear attention
     vocab_size: int = 256           # rows of the embedding, at least the tokenizer's ids
     n_embd: int = 128               # C, the width
     n_head: int = 4                 # H, query heads
-    n_kv_head: int = 4              # heads of k and v in attention layers; n_head / n_kv_head queries share one
+    n_kv_head: int = 4              # k and v heads of attention layers; n_head / n_kv_head queries share one
     head_dim: int = 32              # D, free of n_embd / n_head
     n_hidden: int = 384             # width of the MLP's hidden layer
-    max_len: int = 256              # tokens the teacher was trained on; rows of wpe where positions are learned
+    max_len: int = 256              # tokens the teacher was trained on; rows of wpe if positions are learned
     norm: str = "rms"               # "rms" (RMSNorm) or "layer" (LayerNorm)
     norm_eps: float = 1e-6
     mlp: str = "swiglu"             # "swiglu" or "gelu" (tanh form)
@@ -77,14 +77,14 @@ class HypeNetConfig:
     tied: bool = True               # the head is the embedding
     qk_norm: bool = True            # RMSNorm of q and k, per head, in attention layers
     # attention layers of a student
-    attn_pe: float = 1.0            # 1: the teacher's RoPE or wpe; 0: none (HyPE). Between: angles or wpe scaled
+    attn_pe: float = 1.0            # scales RoPE's angles or wpe: 1 as in the teacher, 0 none (HyPE)
     chunk: int | None = None        # chunk HyPE: positions modulo this many tokens ...
     n_chunks: int = 0               # ... plus a learned embedding of each of this many chunks
     attn_gate: bool = False         # sigmoid output gate
     logit_base: float | None = None  # a of s_t = log(t + a) / log(a), paper eq. 11; None: s_t = 1
     window: int | None = None       # attend to this many tokens, the query's own included; None: all
     # linear layers
-    decay: str = "constant"         # "constant" per head (paper eq. 19), "none", or a gate per "head" / "channel"
+    decay: str = "constant"         # "constant" (paper eq. 19), "none", or a gate per "head" / "channel"
     key_dim: int = 0                # K, width of a key; 0: head_dim
     linear_kv_head: int = 0         # heads of k and v; 0: n_head, as cloned by paper eq. 13
     linear_rope: bool = True        # RoPE on q and k
@@ -100,8 +100,8 @@ class HypeNetConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if not self.layers or set(self.layers) - set("AL"):
-            raise ValueError(f'layers is {self.layers!r}; write one letter a layer, "A" attention, "L" linear')
-        for name in ("vocab_size", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "max_len", "key_dim"):
+            raise ValueError(f'layers is {self.layers!r}; one letter a layer, "A" attention, "L" linear')
+        for name in "vocab_size n_embd n_head n_kv_head head_dim n_hidden max_len key_dim".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("n_kv_head", "linear_kv_head"):
@@ -109,7 +109,7 @@ class HypeNetConfig:
                 raise ValueError(f"n_head {self.n_head} is no multiple of {name} {getattr(self, name)}")
         for name, used in dict(head_dim=self.position == "rope", key_dim=self.linear_rope).items():
             if used and getattr(self, name) % 2:
-                raise ValueError(f"{name} is {getattr(self, name)}; RoPE turns pairs of channels, so it must be even")
+                raise ValueError(f"{name} is {getattr(self, name)}; RoPE pairs channels, so it must be even")
         if self.logit_base is not None and self.logit_base <= 1:
             raise ValueError(f"logit_base is {self.logit_base}; s_t = log(t + a) / log(a) needs a > 1")
         for name in ("window", "chunk"):
@@ -121,7 +121,8 @@ class HypeNetConfig:
 
 # The three teacher families, as data (loaded weights bring the sizes).
 FAMILIES = {
-    "gpt2": dict(norm="layer", norm_eps=1e-5, mlp="gelu", bias=True, qk_norm=False, position="learned", tied=True),
+    "gpt2": dict(norm="layer", norm_eps=1e-5, mlp="gelu", bias=True, qk_norm=False, position="learned",
+                 tied=True),
     "qwen3": dict(norm="rms", mlp="swiglu", bias=False, qk_norm=True, position="rope"),
     "llama": dict(norm="rms", mlp="swiglu", bias=False, qk_norm=False, position="rope"),
 }
@@ -130,12 +131,12 @@ FAMILIES = {
 
 
 def rope_frequencies(config, dim, device=None):
-    """Angle a token of each pair of channels, (dim / 2,) fp32: theta^(-2i / dim) (RoPE section 3.2), slowed for
-    the long wavelengths where config.rope_scaling is Llama 3's. Made anew at each call, so no cast touches it."""
+    """Angle a token of each pair of channels, (dim / 2,) fp32: theta^(-2i / dim) (RoPE section 3.2), the long
+    wavelengths slowed where rope_scaling is Llama 3's. Made anew at each call, so that no cast touches it."""
     freq = config.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
     if config.rope_scaling:
         s = config.rope_scaling
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns in the first training
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns when pretrained
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)                     # 1: as it was, 0: fully slowed
         freq = keep * freq + (1 - keep) * freq / s["factor"]
@@ -160,7 +161,7 @@ class Where(NamedTuple):
 def locate(config, pos, start=0):
     """The Where of tokens at positions pos (B or 1, T), the longest row's first one at `start`."""
     def cos_sin(pos, dim, scale=1.0):
-        angle = scale * pos[..., None, None] * rope_frequencies(config, dim, pos.device)  # (B or 1, T, 1, dim / 2)
+        angle = scale * pos[..., None, None] * rope_frequencies(config, dim, pos.device)  # (B or 1,T,1,dim/2)
         return angle.cos(), angle.sin()
     c, attn_rope, linear_rope = config, None, None
     if c.position == "rope" and c.attn_pe:
@@ -221,9 +222,8 @@ def attend_lse(q, k, v, causal=False):
 
 
 class Attention(nn.Module):
-    """Softmax attention with grouped KV heads. As a teacher's layer: RoPE or nothing. As a student's: NoPE with
-    scaled queries, or chunk HyPE; an output gate, a window. Paper eq. 17 also norms o; the authors' code does
-    not, and neither does this."""
+    """Softmax attention with grouped KV heads. A teacher's: RoPE or nothing. A student's: NoPE with scaled
+    queries, or chunk HyPE; an output gate, a window. Eq. 17 also norms o; the authors' code does not."""
 
     def __init__(self, config):
         super().__init__()
@@ -274,7 +274,7 @@ class Attention(nn.Module):
         return attend(q, k, v, mask=torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - W))
 
     def segment(self, q, k, v, where, cache):
-        """T tokens that follow `start` others, all rows alike. The past needs no mask and the segment is causal:
+        """T tokens that follow `start` others, all rows alike. The past needs no mask, the segment is causal:
         two calls, merged by the weight of each part in the softmax's denominator. A window is one masked call
         on what the ring holds and the segment."""
         B, T, H, D = q.shape
@@ -285,7 +285,7 @@ class Attention(nn.Module):
             if start:
                 G = k.size(2)                                       # a group's queries are rows of one matrix
                 rows = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)
-                o_past, lse_past = attend_lse(rows, K[:, :start].transpose(1, 2), V[:, :start].transpose(1, 2))
+                o_past, lse_past = attend_lse(rows, *(t[:, :start].transpose(1, 2) for t in (K, V)))
                 w = torch.sigmoid(lse_past.view(B, H, T) - lse).unsqueeze(-1)
                 o = o + (o_past.view(B, H, T, D) - o) * w.to(o.dtype)
             o = o.transpose(1, 2)
@@ -294,7 +294,7 @@ class Attention(nn.Module):
             past = torch.arange(max(0, start - W + 1), start, device=q.device)
             key = torch.cat((past, where.pos[0]))                   # positions of the keys
             near = (key <= where.pos[0, :, None]) & (key > where.pos[0, :, None] - W)
-            o = attend(q, torch.cat((K[:, past % size], k), 1), torch.cat((V[:, past % size], v), 1), mask=near)
+            o = attend(q, torch.cat((K[:, past % size], k), 1), torch.cat((V[:, past % size], v), 1), near)
         K[:, slots], V[:, slots] = k[:, -size:], v[:, -size:]
         return o
 
@@ -387,9 +387,9 @@ class Block(nn.Module):
 
 
 class State:
-    """All that a model remembers of the tokens it has read. Allocated once and updated in place.
-    pos (B,) int64: tokens each row holds. seen: the most any row holds, on the host. layers: for an attention
-    layer k and v (B, size, H_kv, D), size = max_tokens, or window as a ring; for a linear one S (B,H,K,V) fp32."""
+    """All that a model remembers of the tokens it has read. Allocated once, updated in place. pos (B,) int64:
+    tokens each row holds. seen: the most any row holds, on the host. layers: for an attention layer k and v
+    (B, size, H_kv, D), size = max_tokens, or window as a ring; for a linear one S (B,H,K,V) fp32."""
 
     def __init__(self, config, batch_size, max_tokens, device, dtype):
         def zeros(*shape, dtype=dtype):
@@ -431,7 +431,7 @@ class HypeNet(nn.Module):
         self.norm = make_norm(c)
         if not c.tied:
             self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        for name, p in self.named_parameters():      # GPT-2's: 0.02, less where it adds to the residual stream
+        for name, p in self.named_parameters():      # GPT-2's: 0.02, less for what is added to x
             if p.dim() == 2:
                 residual = name.endswith(("mixer.out.weight", "mlp.down.weight"))
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * len(c.layers)) if residual else 1))
@@ -451,13 +451,13 @@ class HypeNet(nn.Module):
         return x
 
     def hidden(self, idx, state=None, offset=None):
-        """idx (B,T) -> x (B,T,C), after the final norm. Without a state the sequence starts at position 0, or at
-        offset (B,) tokens. With one, the tokens follow those it holds: T = 1, each row at its own position, or
-        T > 1, all rows at one. Raises ValueError past the state's room or the last known position."""
+        """idx (B,T) -> x (B,T,C), after the final norm. The first token is at 0 or at offset (B,); with a
+        state, after those it holds: T = 1, each row at its own position, or T > 1, all rows at one. Raises
+        ValueError past the state's room or the last known position."""
         c, T = self.config, idx.size(1)
         end = T + (state.seen if state is not None else 0)
         if state is not None and end > state.max_tokens:
-            raise ValueError(f"{end:,} tokens do not fit a state of {state.max_tokens:,}; ask init_state for more")
+            raise ValueError(f"{end:,} tokens exceed the {state.max_tokens:,} that init_state was asked for")
         if c.chunk and end > c.chunk * c.n_chunks:
             raise ValueError(f"{end:,} tokens reach past the last of {c.n_chunks} chunks of {c.chunk}: "
                              f"this model was converted for at most {c.chunk * c.n_chunks:,} tokens")
@@ -482,8 +482,8 @@ class HypeNet(nn.Module):
         return F.linear(x, self.wte.weight if self.config.tied else self.lm_head.weight)
 
     def forward(self, idx, targets=None, state=None, all_logits=False, offset=None):
-        """idx (B,T) -> logits, loss. Without a state the logits are (B,T,vocab_size); with one (B,1,vocab_size),
-        the last position's, unless all_logits. loss: mean cross-entropy in nats, None without targets (B,T)."""
+        """idx (B,T) -> logits (B,T,vocab_size), loss. With a state only the last position's (B,1,vocab_size),
+        unless all_logits or targets. loss: mean cross-entropy in nats, None without targets (B,T)."""
         x = self.hidden(idx, state, offset)
         if state is not None and not all_logits and targets is None:
             x = x[:, -1:]
@@ -500,8 +500,8 @@ class HypeNet(nn.Module):
 
     @torch.no_grad()
     def prefill(self, prompt, state, segment=1024, progress=None):
-        """Read a prompt (a sequence of ids) into a state of one row, `segment` tokens at a time, so that memory
-        for activations is bounded; progress(n) is called after each. Returns logits (1,1,vocab_size)."""
+        """Read a prompt (a sequence of ids) into a state of one row, `segment` tokens at a time, to bound
+        memory for activations; progress(n) is called after each. Returns logits (1,1,vocab_size)."""
         idx = torch.as_tensor(prompt, dtype=torch.int64).to(self.wte.weight.device)[None]
         for part in idx.split(segment, dim=1):
             x = self.hidden(part, state)
@@ -510,10 +510,10 @@ class HypeNet(nn.Module):
         return self.head(x[:, -1:])
 
     @torch.no_grad()
-    def stream(self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None, n_vocab=None,
-               segment=1024, progress=None, state=None):
-        """Continue a list of prompts (lists of ids, any lengths): yields the next ids (B,) of all rows, one step
-        after another. Each row is read alone and unpadded into its slice of the state; decoding is batched.
+    def stream(self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None,
+               n_vocab=None, segment=1024, progress=None, state=None):
+        """Continue a list of prompts (lists of ids, any lengths): yields the next ids (B,) of all rows, step
+        by step. Each row is read alone and unpadded into its slice of the state; decoding is batched.
         temperature 0 is greedy; top_k and top_p cut the tail; ids from n_vocab on are never sampled."""
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("every prompt needs at least one token")
@@ -545,8 +545,7 @@ class HypeNet(nn.Module):
     # ---- files ----
 
     def save_pretrained(self, path, dtype=None):
-        """Write config.json and model.safetensors, in dtype or as they are, into a folder; each appears whole or
-        not at all."""
+        """Write config.json and model.safetensors (in dtype, or as is) to path, each whole or not at all."""
         from safetensors.torch import save_file
         os.makedirs(path, exist_ok=True)
         weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.state_dict().items()}
@@ -565,24 +564,25 @@ class HypeNet(nn.Module):
         except ValueError:
             raise ValueError(f"{path}/config.json is not JSON; write it again") from None
         if config.pop("model_type", None) != "hypenet":
-            raise ValueError(f"{path} holds no HypeNet (model_type in its config.json); name a folder halo.py made")
+            raise ValueError(f"{path} holds no HypeNet (see its model_type); name a folder halo.py made")
         unknown = set(config) - {f.name for f in fields(HypeNetConfig)}
         if unknown:
             raise ValueError(f"{path}/config.json has unknown fields {', '.join(sorted(unknown))}")
         with torch.device("meta"):                   # no memory for weights that are about to be replaced
             model = cls(HypeNetConfig(**config))
+        file = os.path.join(path, "model.safetensors")
         try:
-            weights = load_file(os.path.join(path, "model.safetensors"))
+            weights = load_file(file)
         except FileNotFoundError:
             raise ValueError(f"no model in {path}: it has no model.safetensors") from None
         except Exception as e:                       # safetensors raises its own type on a truncated file
-            raise ValueError(f"{path}/model.safetensors cannot be read ({e}); copy it again") from None
+            raise ValueError(f"{file} cannot be read ({e}); copy it again") from None
         expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
         for name in sorted(expected.keys() ^ weights.keys()):
-            raise ValueError(f"{path}/model.safetensors: {name} is {'missing' if name in expected else 'unexpected'}")
+            raise ValueError(f"{file}: {name} is {'missing' if name in expected else 'unexpected'}")
         for name, shape in expected.items():
             if tuple(weights[name].shape) != shape:
-                raise ValueError(f"{path}/model.safetensors: {name} is {tuple(weights[name].shape)}, not {shape}")
+                raise ValueError(f"{file}: {name} is {tuple(weights[name].shape)}, not {shape}")
         weights = {name: w.to(device, dtype) for name, w in weights.items()}
         model.load_state_dict(weights, assign=True)
         return model.eval()
@@ -594,7 +594,7 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
+        logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
     probs = logits.softmax(-1)
     if top_p is not None:                            # keep the fewest ids whose probability reaches top_p
         ordered, ids = probs.sort(-1, descending=True)
@@ -604,7 +604,7 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
 
 
 def write_file(path, write):
-    """write(tmp) makes the file under a temporary name; then it takes its own name, so none is half-written."""
+    """write(tmp) makes the file under a temporary name, then it takes its own: none is ever half-written."""
     tmp = f"{path}.tmp{os.getpid()}"
     try:
         write(tmp)
@@ -633,8 +633,8 @@ class Tokenizer:
         if spec.get("type") != "bytes":
             raise ValueError(f"tokenizer of type {spec.get('type')!r}; this version knows bytes")
         self.spec, self.n_vocab, self.end = spec, 256, 0  # id 0, NUL, ends a document
-        self.encoding = tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,128})",
-                                          mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+        self.encoding = tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,128})", special_tokens={},
+                                          mergeable_ranks={bytes([i]): i for i in range(256)})
 
     @classmethod
     def bytes(cls):

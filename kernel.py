@@ -435,7 +435,7 @@ def _launch(q, k, v, g):
     B, T, H, K, V = *q.shape, v.shape[-1]
     BLOCK_K, BLOCK_V = (max(16, triton.next_power_of_2(x)) for x in (K, V))
     bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16 and not _interpreted()
-    if bf16 or _interpreted():              # 32 rows: with 64, triton 3.6 uses Hopper's asynchronous products, and
+    if bf16 or _interpreted():              # 32 rows: with 64, triton 3.6 uses Hopper's async products, and
         BLOCK_T, BLOCK_V = 32, min(BLOCK_V, 64 if BLOCK_K <= 64 else 32)    # dq, dk come out wrong at K = 24
     else:                                   # float32 is unrolled, outside the matrix units: small products
         BLOCK_T, BLOCK_V = 16, min(BLOCK_V, 32)

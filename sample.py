@@ -1,13 +1,12 @@
 """Generate from a HypeNet that halo.py made, after a context of any length.
 
-    python sample.py --ctx 65536                            held-out text with a pass key in it, then the question
-    python sample.py --file book.txt --ctx 32768            the last 32,768 tokens of a file, continued
-    python sample.py --prompt "import os" --tokens 200      a prompt, continued
-    python sample.py --ctx 4096 --teacher                   the same, asked of the teacher
+    python sample.py --ctx 65536                        held-out text with a pass key in it, then the question
+    python sample.py --file book.txt --ctx 32768        the last 32,768 tokens of a file, continued
+    python sample.py --prompt "import os" --tokens 200  a prompt, continued
+    python sample.py --ctx 4096 --teacher               the same, asked of the teacher
 
-Without --model the newest run under out/ is taken, else the student that ships with the project. The context is
-read in segments, so memory for activations does not grow with it; what grows is the K/V of the few attention
-layers, and with a window not even that.
+Without --model: the newest run under out/, else the shipped student. The context is read in segments, so all
+that grows with it is the K/V of the few attention layers, and with a window not even that.
 """
 import argparse
 import codecs
@@ -33,8 +32,8 @@ class Parser(argparse.ArgumentParser):
 
 def get_args(argv):
     p = Parser(prog="sample.py", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", help="folder of a model; default: the newest run under out/, else the shipped student")
-    p.add_argument("--ctx", type=int, help="tokens of context; default: the prompt's or file's own, else 4096")
+    p.add_argument("--model", help="model folder; default: the newest run in out/, else the shipped student")
+    p.add_argument("--ctx", type=int, help="tokens of context; default: the prompt's or file's, else 4096")
     p.add_argument("--prompt", help="text to continue")
     p.add_argument("--file", help="text file to continue, from its last --ctx tokens")
     p.add_argument("--tokens", type=int, default=64, help="tokens to generate")
@@ -44,7 +43,7 @@ def get_args(argv):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--segment", type=int, default=1024, help="tokens read at a time")
     p.add_argument("--teacher", action="store_true", help="run the all-attention teacher on the same input")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps, cpu")
     o = p.parse_args(argv)
     for ok, message in (
             (o.ctx is None or o.ctx > 0, f"--ctx {o.ctx}: a positive number of tokens"),
@@ -54,7 +53,7 @@ def get_args(argv):
             (o.top_p is None or 0 < o.top_p <= 1, f"--top-p {o.top_p}: above 0, at most 1"),
             (not (o.prompt and o.file), "--prompt and --file: give one of them"),
             (o.device.split(":")[0] in ("cpu", "cuda", "mps"), f"--device {o.device}: cuda, mps or cpu"),
-            (not o.device.startswith("cuda") or torch.cuda.is_available(), f"--device {o.device}: no CUDA device here")):
+            (torch.cuda.is_available() or "cuda" not in o.device, f"--device {o.device}: no CUDA device")):
         if not ok:
             raise ValueError(message)
     return o
@@ -81,9 +80,9 @@ def context(o, tokenizer):
             text = f.read()
     ids = tokenizer.encode(text)
     if not ids:
-        raise ValueError(f"{'--file ' + o.file if o.file else '--prompt'} is empty: give at least one token of text")
+        raise ValueError(f"{'--file ' + o.file if o.file else '--prompt'} is empty: give some text")
     if o.ctx and len(ids) < o.ctx:
-        print(f"the text has {len(ids):,} tokens, fewer than --ctx {o.ctx:,}; all of it is used", file=sys.stderr)
+        print(f"the text has {len(ids):,} tokens, fewer than --ctx {o.ctx:,}; all are used", file=sys.stderr)
     return ids[-(o.ctx or len(ids)):], None
 
 
@@ -100,7 +99,7 @@ def run_main(argv):
         import json
         with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
             weights = json.load(f)["teacher"]
-        weights = os.path.join(HERE, "assets", f"{weights}-teacher") if not os.path.isdir(weights) else weights
+        weights = weights if os.path.isdir(weights) else os.path.join(HERE, "assets", f"{weights}-teacher")
     dtype = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
     model = HypeNet.from_pretrained(weights, dtype=dtype, device=o.device)
     prompt, answer = context(o, tokenizer)
@@ -112,12 +111,12 @@ def run_main(argv):
     ids = tokenizer.decode(prompt[-300:])
     with tqdm(total=len(prompt), desc="reading", unit="tok", unit_scale=True, file=sys.stderr) as bar:
         decoder, out, began, times = codecs.getincrementaldecoder("utf-8")("replace"), [], time.time(), []
-        for idx in model.stream([prompt], o.tokens, o.temperature, o.top_k, o.top_p, o.seed, tokenizer.n_vocab,
-                                o.segment, bar.update, state):
+        for idx in model.stream([prompt], o.tokens, o.temperature, o.top_k, o.top_p, o.seed,
+                                tokenizer.n_vocab, o.segment, bar.update, state):
             times.append(time.time())
             if len(times) == 1:
                 bar.close()
-                sys.stdout.write(f"... {ids.lstrip()}\033[1m" if sys.stdout.isatty() else f"... {ids.lstrip()}")
+                sys.stdout.write(f"... {ids.lstrip()}" + ("\033[1m" if sys.stdout.isatty() else ""))
             token = idx.item()
             if token == tokenizer.end:
                 break
@@ -126,13 +125,14 @@ def run_main(argv):
             sys.stdout.flush()
     sys.stdout.write(decoder.decode(b"", final=True) + ("\033[0m\n" if sys.stdout.isatty() else "\n"))
     read = times[0] - began
-    with torch.device("meta"):                               # what a model of attention layers alone would hold
-        _, teacher_KV = State(type(c)(**{**c.__dict__, "layers": "A" * len(c.layers), "window": None}), 1, total,
-                              "meta", dtype).nbytes()
-    print(f"\nread {len(prompt):,} tokens in {read:.1f} s, {len(prompt) / read:,.0f} tokens/s", file=sys.stderr)
+    with torch.device("meta"):                               # what attention layers alone would hold
+        _, teacher_KV = State(type(c)(**{**c.__dict__, "layers": "A" * len(c.layers), "window": None}),
+                              1, total, "meta", dtype).nbytes()
+    print(f"\nread {len(prompt):,} tokens in {read:.1f} s, {len(prompt) / read:,.0f} tok/s", file=sys.stderr)
     if len(times) > 1:
-        print(f"wrote {len(out)} tokens, {1000 * (times[-1] - times[0]) / (len(times) - 1):.1f} ms a token", file=sys.stderr)
-    print(f"memory of the context: state {size(S)} + K/V {size(KV)}; all-attention K/V {size(teacher_KV)}", file=sys.stderr)
+        ms = 1000 * (times[-1] - times[0]) / (len(times) - 1)
+        print(f"wrote {len(out)} tokens, {ms:.1f} ms a token", file=sys.stderr)
+    print(f"memory: state {size(S)} + K/V {size(KV)}; all-attention K/V {size(teacher_KV)}", file=sys.stderr)
     if answer:
         found = tokenizer.decode(out).strip().startswith(answer)
         print(f"pass key {answer}: {'found' if found else 'NOT found'}", file=sys.stderr)
