@@ -83,10 +83,10 @@ class Plan:
 # finetune 1B of 16,384, the article's 2.3B in all; at 1M parameters these would take a laptop months.
 PLANS = dict(
     pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
-    align=Plan(0.5e6, 256, 16, 3e-3, 1e-4),
-    distil=Plan(2e6, 256, 16, 2e-3, 1e-4, 0.25),
+    align=Plan(0.4e6, 256, 16, 3e-3, 1e-4),
+    distil=Plan(1.5e6, 256, 16, 2e-3, 1e-4, 0.25),
     finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
-    group=Plan(2.5e6, 256, 16, 3e-3, 1e-4, 0.25),
+    group=Plan(2e6, 256, 16, 3e-3, 1e-4, 0.25),
 )
 
 TEACHERS = {

@@ -40,6 +40,7 @@ References: HypeNet and HALO, arXiv 2601.22156 ("the paper": section 5, appendix
 github.com/thunlp/hybrid-linear-attention.
 Not here: training on several GPUs, short convolutions, delta-rule mixers.
 """
+import copy
 import json
 import math
 import os
@@ -93,6 +94,10 @@ class HypeNetConfig:
     linear_gate: bool = True        # sigmoid output gate
 
     def __post_init__(self):
+        for f in fields(self):
+            value, kind = getattr(self, f.name), f.type | int if f.type in (float, float | None) else f.type
+            if not isinstance(value, kind) or isinstance(value, bool) and f.type is not bool:
+                raise ValueError(f"{f.name} is {value!r}; its type is {getattr(f.type, '__name__', f.type)}")
         self.key_dim = self.key_dim or self.head_dim
         self.linear_kv_head = self.linear_kv_head or self.n_head
         for name, allowed in dict(norm=("rms", "layer"), mlp=("swiglu", "gelu"), position=("rope", "learned"),
@@ -101,8 +106,9 @@ class HypeNetConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if not self.layers or set(self.layers) - set("AL"):
             raise ValueError(f'layers is {self.layers!r}; one letter a layer, "A" attention, "L" linear')
-        for name in "vocab_size n_embd n_head n_kv_head head_dim n_hidden max_len key_dim".split():
-            if getattr(self, name) < 1:
+        for name in ("vocab_size n_embd n_head n_kv_head head_dim n_hidden max_len key_dim linear_kv_head "
+                     "window chunk").split():
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("n_kv_head", "linear_kv_head"):
             if self.n_head % getattr(self, name):
@@ -112,14 +118,22 @@ class HypeNetConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; RoPE pairs channels, so it must be even")
         if self.logit_base is not None and self.logit_base <= 1:
             raise ValueError(f"logit_base is {self.logit_base}; s_t = log(t + a) / log(a) needs a > 1")
-        for name in ("window", "chunk"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or null for none")
-        if (self.chunk is None) != (self.n_chunks == 0):
+        if not 0 <= self.attn_pe <= 1 or self.rope_theta <= 0 or self.norm_eps < 0:
+            raise ValueError(f"attn_pe {self.attn_pe} (0 to 1), rope_theta {self.rope_theta} (positive), "
+                             f"norm_eps {self.norm_eps} (not negative)")
+        if (self.chunk is None) != (self.n_chunks == 0) or self.n_chunks < 0:
             raise ValueError(f"chunk {self.chunk} and n_chunks {self.n_chunks}: give both or neither")
+        if self.position == "learned" and self.chunk and self.chunk > self.max_len:
+            raise ValueError(f"chunk {self.chunk} and n_chunks {self.n_chunks} with position learned: a chunk exceeds "
+                             f"the {self.max_len} positions of max_len")
+        missing = [] if self.rope_scaling is None else [
+            k for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            if k not in self.rope_scaling]
+        if missing:
+            raise ValueError(f"rope_scaling lacks {', '.join(missing)}; only Llama 3's kind is known")
 
 
-# The three teacher families, as data (loaded weights bring the sizes).
+# The three teacher families, as data; the sizes are a model's own.
 FAMILIES = {
     "gpt2": dict(norm="layer", norm_eps=1e-5, mlp="gelu", bias=True, qk_norm=False, position="learned",
                  tied=True),
@@ -153,13 +167,13 @@ def rotate(x, cos_sin):
 class Where(NamedTuple):
     """Where the tokens of a call stand: made once in locate, used by every layer."""
     pos: torch.Tensor                # (B or 1, T) absolute positions
-    start: int                       # position of the first token, on the host (segments are uniform)
+    start: int                       # tokens the longest row already holds, on the host; 0 without a state
     attn_rope: tuple | None          # cos and sin for attention layers, None: no rotation
     linear_rope: tuple | None        # the same for linear layers
 
 
 def locate(config, pos, start=0):
-    """The Where of tokens at positions pos (B or 1, T), the longest row's first one at `start`."""
+    """The Where of tokens at positions pos (B or 1, T); start: see Where."""
     def cos_sin(pos, dim, scale=1.0):
         angle = scale * pos[..., None, None] * rope_frequencies(config, dim, pos.device)  # (B or 1,T,1,dim/2)
         return angle.cos(), angle.sin()
@@ -207,9 +221,10 @@ def attend_lse(q, k, v, causal=False):
     q (B,H,T,D), k, v (B,H,S,D) -> (B,H,T,D), (B,H,T)."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type == "cuda" and half and q.size(-1) in range(8, 257, 8):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    if q.device.type == "cuda":                                # pads its rows of lse to a multiple of 32
+    if q.device.type == "cuda" and q.size(-1) % 8 == 0:        # pads its rows of lse to a multiple of 32
         o, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)[:2]
         return o, lse[..., :q.size(2)]
     scores = (q @ k.mT).float() * q.size(-1) ** -0.5
@@ -252,11 +267,12 @@ class Attention(nn.Module):
         if where.attn_rope is not None:
             q, k = rotate(q, where.attn_rope), rotate(k, where.attn_rope)
         if hasattr(self, "chunk_embd"):
-            e = self.chunk_embd(where.pos // c.chunk).unflatten(-1, (c.n_head, c.head_dim)).to(q.dtype)
+            e = self.chunk_embd(where.pos // c.chunk).unflatten(-1, (c.n_head, c.head_dim))
             q, k = q + e, k + e[:, :, ::c.n_head // c.n_kv_head]    # grouped k: the group's first head
         if c.logit_base is not None:                                # paper eq. 11
             s_t = torch.log(where.pos + c.logit_base) / math.log(c.logit_base)
-            q = (q * s_t[..., None, None]).to(q.dtype)
+            q = q * s_t[..., None, None]
+        q, k = q.to(v.dtype), k.to(v.dtype)                         # autocast leaves norms in fp32
         if cache is None:
             o = self.whole(q, k, v)
         elif T == 1:
@@ -277,39 +293,41 @@ class Attention(nn.Module):
         """T tokens that follow `start` others, all rows alike. The past needs no mask, the segment is causal:
         two calls, merged by the weight of each part in the softmax's denominator. A window is one masked call
         on what the ring holds and the segment."""
-        B, T, H, D = q.shape
-        K, V, size, start = cache["k"], cache["v"], cache["k"].size(1), where.start
-        slots = torch.arange(start, start + T, device=q.device)[-size:] % size
+        (B, T, H, D), G = q.shape, k.size(2)
+        keys, values, size, start = cache["k"], cache["v"], cache["k"].size(1), where.start
         if self.config.window is None:
-            o, lse = attend_lse(*(t.transpose(1, 2) for t in (q, *self.per_query_head(k, v))), causal=True)
-            if start:
-                G = k.size(2)                                       # a group's queries are rows of one matrix
+            own = (t.repeat_interleave(H // G, dim=2) for t in (k, v))
+            o, lse = attend_lse(*(t.transpose(1, 2) for t in (q, *own)), causal=True)
+            if start:                                               # a group's queries are rows of one matrix
                 rows = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)
-                o_past, lse_past = attend_lse(rows, *(t[:, :start].transpose(1, 2) for t in (K, V)))
-                w = torch.sigmoid(lse_past.view(B, H, T) - lse).unsqueeze(-1)
-                o = o + (o_past.view(B, H, T, D) - o) * w.to(o.dtype)
+                past = (t[:, :start].transpose(1, 2).to(q.dtype) for t in (keys, values))
+                o_past, lse_past = attend_lse(rows, *past)
+                w = torch.sigmoid(lse_past.reshape(B, H, T) - lse).unsqueeze(-1)
+                o = o + (o_past.reshape(B, H, T, D) - o) * w.to(o.dtype)
             o = o.transpose(1, 2)
         else:
             W = self.config.window
-            past = torch.arange(max(0, start - W + 1), start, device=q.device)
-            key = torch.cat((past, where.pos[0]))                   # positions of the keys
-            near = (key <= where.pos[0, :, None]) & (key > where.pos[0, :, None] - W)
-            o = attend(q, torch.cat((K[:, past % size], k), 1), torch.cat((V[:, past % size], v), 1), near)
-        K[:, slots], V[:, slots] = k[:, -size:], v[:, -size:]
+            pos = torch.arange(max(0, start - W + 1), start + T, device=q.device)   # of what is attended to
+            distance = pos[-T:, None] - pos
+            past = (t[:, pos[:-T] % size].to(q.dtype) for t in (keys, values))
+            near = (distance >= 0) & (distance < W)
+            o = attend(q, *(torch.cat(pair, dim=1) for pair in zip(past, (k, v))), near)
+        slots = torch.arange(start, start + T, device=q.device)[-size:] % size
+        keys[:, slots], values[:, slots] = k[:, -size:].to(keys.dtype), v[:, -size:].to(values.dtype)
         return o
 
     def decode(self, q, k, v, where, cache):
         """One token a row, each row at its own position: it attends to its own keys and no others."""
-        K, V, pos = cache["k"], cache["v"], where.pos[:, 0]         # pos (B,)
-        row, slot = torch.arange(len(pos), device=q.device), pos % K.size(1)
-        K[row, slot], V[row, slot] = k[:, 0], v[:, 0]
-        used = min(where.start + 1, K.size(1))                      # where.start: the longest row
-        mine = torch.arange(used, device=q.device) <= pos[:, None]  # a full ring is all mine
-        return attend(q, K[:, :used], V[:, :used], mask=mine[:, None, None])
-
-    def per_query_head(self, *kv):
-        groups = self.config.n_head // self.config.n_kv_head
-        return [t.repeat_interleave(groups, dim=2) if groups > 1 else t for t in kv]
+        keys, values, pos = cache["k"], cache["v"], where.pos[:, 0]                 # pos (B,)
+        row, slot = torch.arange(len(pos), device=q.device), pos % keys.size(1)
+        keys[row, slot], values[row, slot] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
+        used = min(where.start + 1, keys.size(1))                   # where.start: the longest row
+        mine = None                                                 # one row: all of them are its own
+        if len(pos) > 1:                                            # a full ring is all mine
+            mine = (torch.arange(used, device=q.device) <= pos[:, None])[:, None, None]
+        rows = q.view(len(q), k.size(2), -1, q.size(-1)).transpose(1, 2)            # a group's queries: rows
+        o = attend(rows, keys[:, :used].to(q.dtype), values[:, :used].to(q.dtype), mine)
+        return o.transpose(1, 2).reshape(q.shape)
 
 
 # ---- linear-attention layer (paper eq. 18) -----------------------------------------------------------------
@@ -338,7 +356,7 @@ class LinearAttention(nn.Module):
         H = self.config.n_head
         if self.config.decay == "none":
             return torch.zeros(H, device=x.device)
-        if self.config.decay == "constant":                        # paper eq. 19, for every H
+        if self.config.decay == "constant":                        # paper eq. 19, whether or not H is 2^n
             return -torch.exp2(-8.0 * torch.arange(1, H + 1, device=x.device) / H)
         g = F.logsigmoid(self.forget(x).float())
         return g if self.config.decay == "head" else g.unflatten(-1, (H, -1))
@@ -360,7 +378,8 @@ class LinearAttention(nn.Module):
         if c.linear_kv_head < c.n_head:
             k, v = (t.repeat_interleave(c.n_head // c.linear_kv_head, dim=2) for t in (k, v))
         S = None if cache is None else cache["S"]
-        o, S_new = chunked_scan(q, k, v.to(q.dtype), self.log_decay(x), S, scale=c.key_dim ** -0.5)
+        q, k = q.to(v.dtype), k.to(v.dtype)                        # autocast leaves norms in fp32
+        o, S_new = chunked_scan(q, k, v, self.log_decay(x), S, scale=c.key_dim ** -0.5)
         if cache is not None:
             S.copy_(S_new)                                         # in place: the address never changes
         o = o.reshape(B, T, -1)                                    # (B,T,H*D)
@@ -401,9 +420,9 @@ class State:
                        for kind in c.layers]
 
     def row(self, b):
-        """A view of row b: what is read into it lands in this state."""
-        view = object.__new__(State)
-        view.max_tokens, view.seen, view.pos = self.max_tokens, int(self.pos[b]), self.pos[b:b + 1]
+        """A view of row b: what is read into it lands in this state, whose `seen` is left to the caller."""
+        view = copy.copy(self)
+        view.seen, view.pos = int(self.pos[b]), self.pos[b:b + 1]
         view.layers = [{name: t[b:b + 1] for name, t in layer.items()} for layer in self.layers]
         return view
 
@@ -421,7 +440,7 @@ class HypeNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
+        self.config = c = config                     # shared by all layers: a change of attn_pe reaches each
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         if c.position == "learned":
             self.wpe = nn.Embedding(c.max_len, c.n_embd)
@@ -435,6 +454,8 @@ class HypeNet(nn.Module):
             if p.dim() == 2:
                 residual = name.endswith(("mixer.out.weight", "mlp.down.weight"))
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * len(c.layers)) if residual else 1))
+            elif name.endswith("forget.bias"):       # keep 0.70 of the state
+                nn.init.constant_(p, math.log(0.7 / 0.3))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -450,32 +471,39 @@ class HypeNet(nn.Module):
             x = x + c.attn_pe * self.wpe(where.pos)
         return x
 
-    def hidden(self, idx, state=None, offset=None):
-        """idx (B,T) -> x (B,T,C), after the final norm. The first token is at 0 or at offset (B,); with a
-        state, after those it holds: T = 1, each row at its own position, or T > 1, all rows at one. Raises
-        ValueError past the state's room or the last known position."""
-        c, T = self.config, idx.size(1)
-        end = T + (state.seen if state is not None else 0)
-        if state is not None and end > state.max_tokens:
-            raise ValueError(f"{end:,} tokens exceed the {state.max_tokens:,} that init_state was asked for")
-        if c.chunk and end > c.chunk * c.n_chunks:
-            raise ValueError(f"{end:,} tokens reach past the last of {c.n_chunks} chunks of {c.chunk}: "
+    def check_length(self, n):
+        """ValueError if a sequence of n tokens reaches past the last position this model knows."""
+        c = self.config
+        if c.chunk and n > c.chunk * c.n_chunks:
+            raise ValueError(f"{n:,} tokens reach past the last of {c.n_chunks} chunks of {c.chunk}: "
                              f"this model was converted for at most {c.chunk * c.n_chunks:,} tokens")
-        if c.position == "learned" and c.attn_pe and not c.chunk and end > c.max_len:
-            raise ValueError(f"{end:,} tokens exceed this model's {c.max_len:,} learned positions")
+        if c.position == "learned" and c.attn_pe and not c.chunk and n > c.max_len:
+            raise ValueError(f"{n:,} tokens exceed this model's {c.max_len:,} learned positions")
+
+    def hidden(self, idx, state=None, offset=None):
+        """idx (B,T) -> x (B,T,C), after the final norm. The first token is at position 0, or at offset (B,),
+        for training; with a state, which no gradient flows through, after those it holds: T = 1, each row at
+        its own position, or T > 1, all rows at one. ValueError past the state's room or the last position."""
+        c, T, start = self.config, idx.size(1), 0
         pos = torch.arange(T, device=idx.device)[None]                             # (1,T)
         if state is not None:
-            pos = pos + state.pos[:, None]                                         # (B,T)
+            start, pos = state.seen, pos + state.pos[:, None]                      # (B,T)
+            if start + T > state.max_tokens:
+                raise ValueError(f"{start + T:,} tokens do not fit the {state.max_tokens:,} of init_state")
+            if T > 1 and (state.pos != start).any():
+                raise ValueError("rows hold different numbers of tokens; read each through state.row(b)")
         elif offset is not None:
             pos = pos + offset[:, None]
-        where = locate(c, pos, end - T)
-        x = self.embed(idx, where)
-        for i, block in enumerate(self.blocks):
-            x = block(x, where, state.layers[i] if state is not None else None)
-        if state is not None:
-            state.pos += T
-            state.seen = end
-        return self.norm(x)
+        self.check_length(start + T)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
+            where = locate(c, pos, start)
+            x = self.embed(idx, where)
+            for i, block in enumerate(self.blocks):
+                x = block(x, where, state.layers[i] if state is not None else None)
+            if state is not None:
+                state.pos += T
+                state.seen = start + T
+            return self.norm(x)
 
     def head(self, x):
         """x (...,C) -> logits (...,vocab_size)."""
@@ -517,12 +545,16 @@ class HypeNet(nn.Module):
         temperature 0 is greedy; top_k and top_p cut the tail; ids from n_vocab on are never sampled."""
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("every prompt needs at least one token")
+        if temperature < 0 or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature} (0 or more), top_k {top_k} (1 or more), "
+                             f"top_p {top_p} (above 0, at most 1)")
         device = self.wte.weight.device
         rng = torch.Generator(device).manual_seed(seed) if seed is not None else None
         if state is None:
             state = self.init_state(len(prompts), max(map(len, prompts)) + max_new_tokens)
+        self.check_length(state.seen + max(map(len, prompts)) + max_new_tokens - 1)
         logits = torch.cat([self.prefill(p, state.row(b), segment, progress) for b, p in enumerate(prompts)])
-        state.seen = max(map(len, prompts))
+        state.seen = int(state.pos.max())
         for step in range(max_new_tokens):
             idx = sample(logits[:, -1, :n_vocab], temperature, top_k, top_p, rng)  # (B,)
             yield idx
@@ -554,7 +586,7 @@ class HypeNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load a folder that save_pretrained wrote. Raises ValueError for anything else."""
+        """Load a folder that save_pretrained wrote, as dtype whatever it holds. ValueError for all else."""
         from safetensors.torch import load_file
         try:
             with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
@@ -563,8 +595,8 @@ class HypeNet(nn.Module):
             raise ValueError(f"no model in {path}: it has no config.json") from None
         except ValueError:
             raise ValueError(f"{path}/config.json is not JSON; write it again") from None
-        if config.pop("model_type", None) != "hypenet":
-            raise ValueError(f"{path} holds no HypeNet (see its model_type); name a folder halo.py made")
+        if not isinstance(config, dict) or config.pop("model_type", None) != "hypenet":
+            raise ValueError(f"{path}/config.json: model_type is not hypenet; name a folder halo.py made")
         unknown = set(config) - {f.name for f in fields(HypeNetConfig)}
         if unknown:
             raise ValueError(f"{path}/config.json has unknown fields {', '.join(sorted(unknown))}")
@@ -589,7 +621,7 @@ class HypeNet(nn.Module):
 
 
 def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
-    """Draw ids (B,) from logits (B,V)."""
+    """Draw ids (B,) from logits (B,vocab)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -608,6 +640,9 @@ def write_file(path, write):
     tmp = f"{path}.tmp{os.getpid()}"
     try:
         write(tmp)
+        mask = os.umask(0)                           # safetensors would leave it readable to its owner alone
+        os.umask(mask)
+        os.chmod(tmp, 0o666 & ~mask)
         os.replace(tmp, path)
     finally:
         if os.path.exists(tmp):
@@ -626,7 +661,7 @@ def write_json(path, value):
 
 
 class Tokenizer:
-    """A tiktoken encoding and the file it came from. Tokenizer.bytes(): one id a byte of UTF-8."""
+    """A tiktoken encoding and the spec it is built from (tokenizer.json); bytes(): one id a byte of UTF-8."""
 
     def __init__(self, spec):
         import tiktoken
@@ -666,5 +701,5 @@ class Tokenizer:
                 return cls(json.load(f))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"no tokenizer in {path}: it has no tokenizer.json") from None
-        except (json.JSONDecodeError, AttributeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
             raise ValueError(f"{path}/tokenizer.json is no tokenizer; copy it again") from None

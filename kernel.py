@@ -432,7 +432,7 @@ def _strides(*tensors):
 
 def _launch(q, k, v, g):
     """The grid and the compile-time constants: tiles small enough for 99 KB of shared memory."""
-    B, T, H, K, V = *q.shape, v.shape[-1]
+    B, _, H, K, V = *q.shape, v.shape[-1]
     BLOCK_K, BLOCK_V = (max(16, triton.next_power_of_2(x)) for x in (K, V))
     bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16 and not _interpreted()
     if bf16 or _interpreted():              # 32 rows: with 64, triton 3.6 uses Hopper's async products, and
