@@ -513,7 +513,7 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
         value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
             save(step)                                             # the weights have not seen this step
-            raise ValueError(f"{stage}: loss {value:.3g} and gradient norm {float(norm):.3g} at step {step + 1}; "
+            raise ValueError(f"{stage}: loss {value:.3g}, gradient norm {float(norm):.3g} at step {step + 1}; "
                              f"the last good weights are in {file}; try --plan {stage}.lr={plan.lr / 3:.0e}")
         for group in opt.param_groups:
             group["lr"] = lr
@@ -759,7 +759,7 @@ def get_args(argv):
                    help="train the teacher from random weights instead; with --layers a hybrid")
     r = p.add_argument_group("rows of the recipe")
     r.add_argument("--layers", help="which stay attention: guarded (eq. 8, its denominator floored at the "
-                                    "noise), score (eq. 8 as written), even, ends (first and last quarter), or "
+                                    "noise), score (eq. 8 as written), even, ends (first, last quarter), or "
                                     "letters such as LLALLLAL")
     r.add_argument("--decay", choices=("constant", "none", "head", "channel"),
                    help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
@@ -786,7 +786,7 @@ def get_args(argv):
 
 
 def settle(o):
-    """Fill in the recipe; return the plans and the changes of --set. ValueError for what cannot go together."""
+    """Fill in the recipe; return the plans and the changes of --set. ValueError for what cannot go."""
     o.hybrid = o.layers is not None                       # for --pretrain: layers were asked for
     for key, value in RECIPES[o.recipe].items():
         if getattr(o, key) is None:

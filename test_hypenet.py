@@ -1,16 +1,23 @@
-"""Laws of kernel.py, hypenet.py and halo.py: what each must satisfy, whatever its weights. Every test compares
-values with a definition, with another way to compute the same, or with what was there before. Needs no network and
-no GPU; Triton's kernels run on the GPU where there is one, else in Triton's interpreter."""
+"""Laws of kernel.py, hypenet.py and halo.py. Every test compares values: with a definition written out, with
+another way to compute the same, or with what was there before. No network and no GPU needed: the Triton
+kernels run on a GPU where there is one, else in Triton's interpreter. Models are random and tiny, runs of
+halo.py a few steps long."""
 
+import argparse
 import contextlib
 import dataclasses
+import gzip
 import importlib.util
+import io
 import json
 import math
 import os
 import random
+import re
+import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,45 +40,44 @@ FAST = ["torch", pytest.param("triton", marks=needs_triton)]
 
 def rmse(out, ref):
     """RMSE(ref - out) / RMSE(ref) in float64; inf and NaN fail any limit."""
-    out, ref = out.detach().double().cpu(), ref.detach().double().cpu()
     assert out.shape == ref.shape, (out.shape, ref.shape)
+    out, ref = out.detach().double().cpu(), ref.detach().double().cpu()
     return ((out - ref).norm() / ref.norm().clamp_min(1e-30)).item()
 
 
 @contextlib.contextmanager
-def one_line(*words, error=ValueError):
+def one_line(*words):
     """The block must raise a ValueError of one line that holds these words."""
-    with pytest.raises(error) as caught:
+    with pytest.raises(ValueError) as error:
         yield
-    text = str(caught.value)
-    assert "\n" not in text and all(word in text for word in words), text
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
-# ---- the scan: inputs and one way to run it ----------------------------------------------------------------
+# ---- the scan ----------------------------------------------------------------------------------------------
 
 
-def inputs(shape, T, B=2, H=3, K=24, V=40, dtype=torch.float64, seed=0):
+def inputs(shape, T, B=2, H=3, K=24, V=40, dtype=torch.float64):
     """q, k, v, log_decay, state, all random, with decays of every strength."""
-    rng = torch.Generator().manual_seed(seed)
-    def draw(*size):
-        return torch.randn(*size, generator=rng, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
     size = {"head": (H,), "step": (B, T, H), "channel": (B, T, H, K)}[shape]
-    log_decay = -draw(*size).abs() * torch.rand(size, generator=rng, dtype=torch.float64)
-    tensors = draw(B, T, H, K), draw(B, T, H, K), draw(B, T, H, V), log_decay, draw(B, H, K, V)
-    return [x.to(DEVICE, dtype) for x in tensors]
+    log_decay = -torch.randn(size, generator=rng).abs() * torch.rand(size, generator=rng)
+    sizes = (B, T, H, K), (B, T, H, K), (B, T, H, V), (B, H, K, V)
+    q, k, v, state = (torch.randn(size, generator=rng, dtype=torch.float64) for size in sizes)
+    return [x.to(DEVICE, dtype) for x in (q, k, v, log_decay, state)]
 
 
-def upstream(o, state):
-    """A fixed random gradient for each."""
+def gradients(o, state, tensors):
+    """Those of a fixed random function of o and the final state."""
     rng = torch.Generator().manual_seed(1)
-    return [torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x) for x in (o, state)]
+    upstream = [torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x) for x in (o, state)]
+    return torch.autograd.grad((o, state), tensors, upstream)
 
 
 def scan(tensors, backend, grads=True, dtype=None):
-    """o, the final state, and the gradients of a fixed random function of both, in the given dtype."""
+    """o, the final state and, of both, the gradients, computed in the given dtype."""
     tensors = [x.detach().to(dtype or x.dtype).requires_grad_(grads) for x in tensors]
     o, state = kernel.chunked_scan(*tensors, scale=0.3, backend=backend)
-    return [o, state, *(torch.autograd.grad((o, state), tensors, upstream(o, state)) if grads else ())]
+    return [o, state, *(gradients(o, state, tensors) if grads else ())]
 
 
 def assert_equal(outs, refs, limit):
@@ -79,31 +85,21 @@ def assert_equal(outs, refs, limit):
         assert rmse(out, ref) <= limit, f"{name}: {rmse(out, ref):.1e}, allowed {limit:.0e}"
 
 
-# ---- the scan: chunked equals sequential -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("T", [1, 2, 31, 33, 63, 64, 65, 200])
+@pytest.mark.parametrize("n", [1, 2, 31, 33, 63, 64, 65, 200])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_torch_equals_sequential(shape, T):
+def test_torch_equals_sequential(shape, n):
     """Chunks of matrix products equal the recurrence, forward and gradients, at any length, in float64."""
-    tensors = inputs(shape, T)
+    tensors = inputs(shape, n)
     assert_equal(scan(tensors, "torch"), scan(tensors, "sequential"), 1e-13)
 
 
 @needs_triton
-@pytest.mark.parametrize("T, K, V", [(1, 16, 16), (63, 24, 40), (64, 32, 16), (65, 24, 72), (130, 24, 40)])
+@pytest.mark.parametrize("n, K, V", [
+    (1, 16, 16), (63, 24, 40), (64, 32, 16), (65, 24, 72), (130, 24, 40), (50, 100, 72)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_triton_equals_sequential(shape, T, K, V):
+def test_triton_equals_sequential(shape, n, K, V):
     """The kernels equal the recurrence, forward and every gradient, to the digits of float32."""
-    tensors = inputs(shape, T, 2, 1, K, V, torch.float32)
-    assert_equal(scan(tensors, "triton"), scan(tensors, "sequential", dtype=torch.float64), 3e-6)
-
-
-@needs_triton
-@pytest.mark.parametrize("shape, K", [("head", 144), ("channel", 72)])
-def test_triton_wide_heads(shape, K):
-    """Wide keys and V of several blocks are equal too."""
-    tensors = inputs(shape, 40, 1, 1, K, 72, torch.float32)
+    tensors = inputs(shape, n, 2, 1, K, V, torch.float32)
     assert_equal(scan(tensors, "triton"), scan(tensors, "sequential", dtype=torch.float64), 3e-6)
 
 
@@ -113,19 +109,19 @@ def test_strides_do_not_matter(shape, backend):
     """Views with any strides give what their contiguous copies give, gradients too."""
     tensors = inputs(shape, 34, 2, 2, dtype=torch.float32)
     views = [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in tensors]     # batch last in memory
-    wide = torch.cat(tensors[:3], -1).split([24, 24, 40], -1)                   # q, k, v of one fused projection
+    wide = torch.cat(tensors[:3], -1).split([24, 24, 40], -1)     # q, k, v of one fused projection
     refs = scan(tensors, backend)
     assert not views[0].is_contiguous() and not wide[0].is_contiguous()
     for others in (views, [*wide, *views[3:]]):
-        leaves = [x.detach().requires_grad_() for x in others]
-        assert [x.stride() for x in leaves] == [x.stride() for x in others]
+        assert [x.detach().requires_grad_().stride() for x in others] == [x.stride() for x in others]
         assert_equal(scan(others, backend), refs, 1e-6)
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_half_precision_inputs(shape, backend):
-    """bf16 inputs give bf16 outputs and a float32 state, near float64's on the same numbers."""
+    """bf16 inputs give bf16 outputs and a float32 state, near float64's on the same numbers; autocast does
+    not round float32."""
     q, k, v, log_decay, state = inputs(shape, 70, 1, 2, dtype=torch.float32)
     tensors = [x.bfloat16() for x in (q, k, v)] + [log_decay, state]
     outs, refs = scan(tensors, backend), scan(tensors, "sequential", dtype=torch.float64)
@@ -133,18 +129,10 @@ def test_half_precision_inputs(shape, backend):
     rounds = GPU and backend == "triton"    # its matrix units multiply bf16; all else is float32 inside
     assert_equal(outs, refs, 4e-2 if rounds else 2e-2)
     assert rmse(outs[1], refs[1]) <= (5e-3 if rounds else 1e-6)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_autocast_does_not_round(shape):
-    """Autocast leaves the scan as it is: float32 stays float32."""
-    tensors = inputs(shape, 70, dtype=torch.float32)
+    tensors = [q, k, v, log_decay, state]
     with torch.autocast(DEVICE, torch.bfloat16):
-        outs = scan(tensors, "torch", grads=False)
+        outs = scan(tensors, backend, grads=False)
     assert_equal(outs, scan(tensors, "sequential", grads=False), 1e-6)
-
-
-# ---- the scan: extremes, the state passed on ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [-30.0, -INF, "mixed"])
@@ -168,8 +156,8 @@ def test_extreme_decays(backend, shape, value):
 @pytest.mark.parametrize("backend", FAST)
 def test_forget_nothing_for_100_000_tokens(backend, shape):
     """With log_decay 0 the state is the sum of k^T v, after 100,000 tokens too (interpreted: 2,000)."""
-    T = 2_000 if backend == "triton" and not GPU else 100_000
-    q, k, v, log_decay, state = inputs(shape, T, 1, 1, 16, 4, torch.float32)
+    n = 2_000 if backend == "triton" and not GPU else 100_000
+    q, k, v, log_decay, state = inputs(shape, n, 1, 1, 16, 4, torch.float32)
     outs = scan([q, k, v, 0 * log_decay, state], backend, grads=False)
     writes = k[0, :, 0, :, None].double() * v[0, :, 0, None, :].double()
     states = state[0, 0].double() + writes.cumsum(0)                        # (T,K,V)
@@ -180,31 +168,20 @@ def test_forget_nothing_for_100_000_tokens(backend, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", [*FAST, None])
 def test_split_anywhere(backend, shape):
-    """A sequence cut in pieces, the state passed on, equals one call, gradients through the cuts too."""
-    tensors = inputs(shape, 70, 1, 1, dtype=torch.float32)
-    q, k, v, log_decay, state = leaves = [x.requires_grad_() for x in tensors]
-    outputs = []
+    """A sequence cut in pieces, the state passed on, equals one call, gradients through the cuts too. A state
+    given is not written to, and None is zeros."""
+    tensors, outputs = inputs(shape, 70, 1, 1, dtype=torch.float32), []
+    q, k, v, log_decay, state = leaves = [x.clone().requires_grad_() for x in tensors]
     for start, end in ((0, 1), (1, 34), (34, 69), (69, 70)):
         parts = [x if x.dim() == 1 else x[:, start:end] for x in (q, k, v, log_decay)]
         o, state = kernel.chunked_scan(*parts, state, 0.3, backend)
         outputs.append(o)
     o = torch.cat(outputs, 1)
-    outs = [o, state, *torch.autograd.grad((o, state), leaves, upstream(o, state))]
+    outs = [o, state, *gradients(o, state, leaves)]
     assert_equal(outs, scan(tensors, "sequential", dtype=torch.float64), 1e-5)
-
-
-@pytest.mark.parametrize("backend", ["sequential", *FAST])
-def test_state_is_not_written_to(backend):
-    """The state given is left as it was, and None is a state of zeros."""
-    q, k, v, log_decay, state = inputs("step", 5, 1, 1, dtype=torch.float32)
-    before = state.clone()
-    kernel.chunked_scan(q, k, v, log_decay, state, backend=backend)
-    assert state.equal(before)
-    zeros = kernel.chunked_scan(q, k, v, log_decay, 0 * state, backend=backend)
-    assert all(a.equal(b) for a, b in zip(kernel.chunked_scan(q, k, v, log_decay, backend=backend), zeros))
-
-
-# ---- the scan: backends and bad input ----------------------------------------------------------------------
+    assert leaves[4].equal(tensors[4])
+    zeros = kernel.chunked_scan(*tensors[:4], 0 * tensors[4], 0.3, backend)
+    assert_equal(kernel.chunked_scan(*tensors[:4], None, 0.3, backend), zeros, 0)
 
 
 def test_backend_is_chosen_by_device(monkeypatch):
@@ -213,40 +190,32 @@ def test_backend_is_chosen_by_device(monkeypatch):
     for name in ("scan_sequential", "scan_torch"):
         plain = getattr(kernel, name)
         monkeypatch.setattr(kernel, name, lambda *a, name=name, plain=plain: calls.append(name) or plain(*a))
-    for T in (1, 2):
-        kernel.chunked_scan(*(x.cpu() for x in inputs("head", T)))
+    for n in (1, 2):
+        kernel.chunked_scan(*(x.cpu() for x in inputs("head", n)))
     assert calls == ["scan_sequential", "scan_torch"]
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(k=(2, 5, 3, 7)), "q, k: given"),
-    (dict(q=(2, 5, 8), k=(2, 5, 8)), "q, k: given"),
-    (dict(q=(2, 0, 3, 8), k=(2, 0, 3, 8)), "T >= 1"),
-    (dict(v=(2, 6, 3, 4)), "v: given"),
-    (dict(log_decay=(4,)), "log_decay: given"),
-    (dict(log_decay=(2, 5, 3, 4)), "log_decay: given"),
-    (dict(state=(2, 3, 4, 8)), "state: given"),
-    (dict(backend="cuda"), "backend: given 'cuda'"),
-    (dict(dtype=torch.int64), "dtypes: given"),
-])
+    (dict(k=(2, 5, 3, 7)), "q, k: given"), (dict(q=(2, 5, 8), k=(2, 5, 8)), "q, k: given"),
+    (dict(q=(2, 0, 3, 8), k=(2, 0, 3, 8)), "T >= 1"), (dict(v=(2, 6, 3, 4)), "v: given"),
+    (dict(log_decay=(4,)), "log_decay: given"), (dict(log_decay=(2, 5, 3, 4)), "log_decay: given"),
+    (dict(state=(2, 3, 4, 8)), "state: given"), (dict(backend="cuda"), "backend: given 'cuda'"),
+    (dict(dtype=torch.int64), "dtypes: given")], ids=str)
 def test_bad_scan_input_is_one_line(changes, message):
     """Bad shapes, dtypes and backends raise one line that says what was given and what is allowed."""
     sizes = dict(q=(2, 5, 3, 8), k=(2, 5, 3, 8), v=(2, 5, 3, 4), log_decay=(3,), state=(2, 3, 8, 4))
-    sizes |= {name: size for name, size in changes.items() if name in sizes}
-    args = {name: torch.zeros(size, dtype=changes.get("dtype")) for name, size in sizes.items()}
+    args = {name: torch.zeros(changes.get(name, size), dtype=changes.get("dtype"))
+            for name, size in sizes.items()}
     with one_line(message, "allowed"):
         kernel.chunked_scan(**args, backend=changes.get("backend"))
 
 
-def test_triton_says_what_it_cannot():
-    """backend="triton" without Triton, on float64 or on too wide keys raises one line."""
-    for shape, K, dtype in (("head", 8, torch.float64), ("head", 257, torch.float32), ("channel", 129, torch.float32)):
+def test_triton_is_not_needed(monkeypatch):
+    """kernel.py imports and runs where there is no triton; backend="triton" there, on a CPU, on float64 or on
+    too wide keys is one line."""
+    for shape, K, dtype in (("head", 8, "float64"), ("head", 257, "float32"), ("channel", 129, "float32")):
         with one_line("given 'triton', but"):
-            kernel.chunked_scan(*inputs(shape, 3, K=K, dtype=dtype), backend="triton")
-
-
-def test_kernel_needs_no_triton(monkeypatch):
-    """kernel.py imports and runs where there is no triton; asking for it is one line."""
+            kernel.chunked_scan(*inputs(shape, 3, K=K, dtype=getattr(torch, dtype)), backend="triton")
     monkeypatch.setitem(sys.modules, "triton", None)                        # import triton now fails
     spec = importlib.util.spec_from_file_location("kernel_alone", kernel.__file__)
     alone = importlib.util.module_from_spec(spec)
@@ -257,15 +226,18 @@ def test_kernel_needs_no_triton(monkeypatch):
         alone.chunked_scan(*tensors, backend="triton")
 
 
-# ---- the model: tiny random ones of every kind -------------------------------------------------------------
+# ---- the model: its layers are their formulas --------------------------------------------------------------
 
+T = 45
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 GPT2 = dict(FAMILIES["gpt2"], n_kv_head=4)
 HYPE = dict(attn_pe=0.0, attn_gate=True, logit_base=20.0)
-PLAIN = dict(linear_norm=False, linear_gate=False, linear_qk_norm=False)
+PLAIN = dict(linear_norm=False, linear_gate=False, linear_qk_norm=False, linear_rope=False)
+ARTICLE = dict(PLAIN, decay="channel", key_dim=4, chunk=8, n_chunks=6, window=11)
 VARIANTS = {
     "teacher": dict(layers="AAA"),
-    "teacher llama3": dict(layers="AAA", rope_scaling=LLAMA3, tied=False, qk_norm=False, bias=True, n_kv_head=1),
+    "teacher llama3": dict(FAMILIES["llama"], layers="AAA", rope_scaling=LLAMA3, tied=False, n_kv_head=1),
+    "teacher biased": dict(layers="AAA", bias=True, n_kv_head=4),
     "teacher gpt2": dict(layers="AAA", **GPT2),
     "hype": HYPE,
     "hype no decay": dict(HYPE, decay="none", linear_kv_head=1),
@@ -275,23 +247,22 @@ VARIANTS = {
     "hype gpt2": dict(GPT2, **HYPE),
     "rope fading": dict(HYPE, attn_pe=0.3),
     "wpe fading": dict(GPT2, attn_pe=0.3),
-    "all linear": dict(PLAIN, layers="LLL", linear_rope=False),
+    "all linear": dict(PLAIN, layers="LLL"),
     "window": dict(HYPE, window=7),
     "window of one": dict(window=1),
     "window wider than the text": dict(window=100),
-    "article": dict(PLAIN, decay="channel", key_dim=4, linear_rope=False, chunk=8, n_chunks=6, window=11),
-    "article no window": dict(PLAIN, decay="channel", linear_rope=False, chunk=16, n_chunks=3, attn_gate=True),
-    "article gpt2": dict(GPT2, **PLAIN, decay="channel", key_dim=4, linear_rope=False, chunk=8, n_chunks=6, window=11),
+    "article": ARTICLE,
+    "article no window": dict(ARTICLE, window=None, key_dim=8, attn_gate=True),
+    "article gpt2": dict(GPT2, **ARTICLE),
 }
-T = 45
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
 def tiny(seed=0, dtype=torch.float64, **changes):
     """A random model, none of whose norms, gates, biases and embeddings is neutral."""
-    sizes = dict(layers="LALA", vocab_size=61, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, n_hidden=40, max_len=48)
+    sizes = dict(layers="LALA", vocab_size=61, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, n_hidden=40)
     torch.manual_seed(seed)
-    model = HypeNet(HypeNetConfig(**sizes | changes)).to(dtype).eval().requires_grad_(False)
+    model = HypeNet(HypeNetConfig(**dict(sizes, max_len=48) | changes)).to(dtype).eval().requires_grad_(False)
     for p in model.parameters():
         p += 0.3 * torch.randn(p.shape, dtype=torch.float64)
     return model
@@ -313,23 +284,19 @@ def norm_by_hand(x, norm):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
 
 
-# ---- the model: its layers are their formulas --------------------------------------------------------------
-
-
 def test_attention_layer_is_its_formula():
-    """o_t = sigmoid(z_t) * sum_j softmax_j(s_t q_t . k_j / sqrt(D)) v_j over the window, s_t = log(t + a) / log(a),
-    t from 0; q, k = RoPE(position mod chunk) + e[position div chunk], a grouped k taking its first head's e."""
+    """o_t = sigmoid(z_t) * sum_j softmax_j(s_t q_t . k_j / sqrt(D)) v_j over the window, with
+    s_t = log(t + a) / log(a), t from 0; q, k = RoPE(position mod chunk) + e[position div chunk], a grouped k
+    taking its first head's e."""
     model = tiny(layers="A", chunk=8, n_chunks=6, logit_base=20.0, attn_gate=True, window=11)
-    attn, x, pos = model.blocks[0].mixer, torch.randn(T, 32, dtype=torch.float64), torch.arange(T)
+    attn, x, pos, o = model.blocks[0].mixer, torch.randn(T, 32, dtype=torch.float64), torch.arange(T), []
     q, k, v, z = (x @ attn.qkvz.weight.T).split([32, 16, 16, 32], 1)
     e = attn.chunk_embd.weight[pos // 8].split(8, 1)
-    o = []
     for h in range(4):
         group = slice(h // 2 * 8, h // 2 * 8 + 8)
         q_h = rope_by_hand(norm_by_hand(q[:, 8 * h:8 * h + 8], attn.q_norm), pos % 8) + e[h]
         k_h = rope_by_hand(norm_by_hand(k[:, group], attn.k_norm), pos % 8) + e[h // 2 * 2]
-        s = torch.log(pos + 20.0) / math.log(20.0)
-        scores = (s[:, None] * q_h @ k_h.T) / math.sqrt(8)
+        scores = torch.log(pos + 20.0)[:, None] / math.log(20.0) * (q_h @ k_h.T) / math.sqrt(8)
         outside = (pos[None] > pos[:, None]) | (pos[None] <= pos[:, None] - 11)
         o.append(scores.masked_fill(outside, -INF).softmax(-1) @ v[:, group])
     y = (torch.cat(o, 1) * torch.sigmoid(z)) @ attn.out.weight.T
@@ -337,8 +304,8 @@ def test_attention_layer_is_its_formula():
 
 
 def test_linear_layer_is_its_formula():
-    """S_t = diag(f_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t / sqrt(K), y = (norm(o) * sigmoid(z)) W_o, one norm over
-    all heads; q, k = RoPE(QK-norm(q, k)), f_t = sigmoid(x W_f + b), two heads sharing one k and v."""
+    """S_t = diag(f_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t / sqrt(K), y = (norm(o) * sigmoid(z)) W_o, one norm
+    over all heads; q, k = RoPE(QK-norm(q, k)), f_t = sigmoid(x W_f + b), two heads sharing one k and v."""
     model = tiny(layers="L", decay="channel", key_dim=4, linear_kv_head=2)
     mixer, x, pos = model.blocks[0].mixer, torch.randn(T, 32, dtype=torch.float64), torch.arange(T)
     q, k, v, z = (x @ mixer.qkvz.weight.T).split([16, 8, 16, 32], 1)
@@ -364,121 +331,107 @@ def test_constant_decay_is_equation_19():
 
 
 def test_llama3_slows_long_wavelengths():
-    """Angles of wavelengths under original / high stay, over original / low are divided by factor, between blend."""
+    """Wavelengths under original / high stay, those over original / low grow by factor, others blend."""
     angles = hypenet.rope_frequencies(HypeNetConfig(rope_scaling=LLAMA3), 16).tolist()
-    for i, angle in enumerate(angles):
-        plain = 10000.0 ** (-2 * i / 16)
-        wavelength = 2 * math.pi / plain
-        smooth = min(1, max(0, (64 / wavelength - 1) / (4 - 1)))
-        assert angle == pytest.approx(smooth * plain + (1 - smooth) * plain / 8, rel=1e-5)
-    assert 10000.0 ** (-2 / 16) / 8 < angles[1] < 10000.0 ** (-2 / 16)      # one that is blended
+    plain = [10000.0 ** (-2 * i / 16) for i in range(8)]
+    smooth = [min(1, max(0, (64 * x / (2 * math.pi) - 1) / (4 - 1))) for x in plain]
+    assert angles == pytest.approx([s * x + (1 - s) * x / 8 for s, x in zip(smooth, plain)], rel=1e-5)
+    assert smooth[0] == 1 > smooth[1] > 0 == smooth[-1]
 
 
 def test_rope_sees_only_distances():
-    """RoPE's scores depend on distances alone: a text moved by 5,000 positions gives the same logits."""
-    idx, far = some_ids(2, T), torch.tensor([5000, 0])
-    model = tiny()
-    assert rmse(model(idx, offset=far)[0], model(idx)[0]) < 1e-3
-    assert rmse(tiny(logit_base=20.0)(idx, offset=far)[0], tiny(logit_base=20.0)(idx)[0]) > 1e-2
+    """A text moved by 5,000 positions gives the same logits: RoPE's scores see distances. s_t sees more."""
+    idx, far, scaled = some_ids(2, T), torch.tensor([5000, 0]), tiny(logit_base=20.0)
+    assert rmse(tiny()(idx, offset=far)[0], tiny()(idx)[0]) < 1e-3
+    assert rmse(scaled(idx, offset=far)[0], scaled(idx)[0]) > 1e-2
 
 
 def test_half_precision_keeps_positions_and_state():
     """After .to(bfloat16), RoPE at position 100,000 is as exact as at 0, and S still adds up in float32."""
     idx, far = some_ids(1, T), torch.tensor([100_000])
-    exact, half = tiny(dtype=torch.float32, layers="LA"), tiny(dtype=torch.float32, layers="LA").to(torch.bfloat16)
-    cos, sin = hypenet.locate(half.config, far[:, None]).attn_rope
+    exact, half = tiny(dtype=torch.float32), tiny(dtype=torch.float32).to(torch.bfloat16)
     turn = 100_000 * 10000.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    assert torch.allclose(cos[0, 0, 0].double(), turn.cos(), atol=0.02)
-    assert torch.allclose(sin[0, 0, 0].double(), turn.sin(), atol=0.02)
-    assert rmse(half(idx, offset=far)[0], exact(idx, offset=far)[0]) < 0.08
-    model = tiny(dtype=torch.float32, layers="L", decay="none").to(torch.bfloat16)
-    steps, whole, idx = model.init_state(1, 600), model.init_state(1, 600), some_ids(1, 600)
+    for x, ref in zip(hypenet.locate(half.config, far[:, None]).attn_rope, (turn.cos(), turn.sin())):
+        assert torch.allclose(x.flatten().double(), ref, atol=0.02)
+    assert rmse(half(idx, offset=far)[0], exact(idx, offset=far)[0]) < 0.1
+    model, idx = tiny(dtype=torch.float32, layers="L", decay="none").to(torch.bfloat16), some_ids(1, 600)
+    steps, whole = model.init_state(1, 600), model.init_state(1, 600)
     model(idx, state=whole)
     for token in idx.split(1, 1):
         model(token, state=steps)
-    assert rmse(steps.layers[0]["S"], whole.layers[0]["S"]) < 2e-3
     assert steps.layers[0]["S"].dtype == torch.float32
+    assert rmse(steps.layers[0]["S"], whole.layers[0]["S"]) < 2e-3
 
 
-# ---- the model: any cut of a text, any batch, the same -----------------------------------------------------
+# ---- the model: any cut of a text, any batch ---------------------------------------------------------------
 
 
 @every_variant
 def test_one_pass_is_segments_is_single_tokens(name):
-    """One pass, segments of odd sizes and token by token give equal logits, for every kind of layer and position."""
+    """One pass, segments of odd sizes and token by token give equal logits; the state stays where it is."""
     model, idx = tiny(**VARIANTS[name]), some_ids(2, T)
     whole = model(idx)[0]
     for sizes in ([5, 1, 13, 2, 3, 17, 4], [1] * T, [T]):
         state = model.init_state(2, T)
-        where = [t.data_ptr() for layer in state.layers for t in layer.values()]
+        addresses = [t.data_ptr() for layer in state.layers for t in layer.values()]
         parts = [model(part, state=state, all_logits=True)[0] for part in idx.split(sizes, 1)]
         assert rmse(torch.cat(parts, 1), whole) < 1e-5
         assert state.pos.tolist() == [T, T]
-        assert where == [t.data_ptr() for layer in state.layers for t in layer.values()]    # updated in place
+        assert addresses == [t.data_ptr() for layer in state.layers for t in layer.values()]
 
 
 @every_variant
 def test_causal(name):
-    """Another token at t changes the logits at t, and none before."""
+    """Other tokens from t on change the logits from t on, and none before."""
     model, idx = tiny(**VARIANTS[name]), some_ids(1, T)
-    whole = model(idx)[0]
     for t in (1, 20, T - 1):
-        other = idx.clone()
-        other[0, t:] = (other[0, t:] + 1) % 61
-        change = (model(other)[0] - whole).abs().amax((0, 2))               # (T,)
+        other = torch.cat((idx[:, :t], (idx[:, t:] + 1) % 61), 1)
+        change = (model(other)[0] - model(idx)[0]).abs().amax((0, 2))       # (T,)
         assert change[:t].max() < 1e-9 < 1e-3 < change[t:].min()
 
 
 @every_variant
 def test_batch_is_each_alone(name):
-    """Prompts of different lengths in one batch continue as each does alone, and as full passes say (greedy)."""
+    """Prompts of different lengths in one batch continue as each does alone, and as full passes say."""
     model = tiny(dtype=torch.float32, **VARIANTS[name])
     prompts = [some_ids(n, seed=n).tolist() for n in (3, 33, 1, 20)]
     batch = model.generate(prompts, 12, segment=5)
     assert batch == [model.generate([p], 12, segment=64)[0] for p in prompts]
-    for prompt in prompts:
-        ids = list(prompt)
-        for _ in range(12):
-            ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
-        assert ids[len(prompt):] == batch.pop(0)
+    for prompt, continuation in zip(prompts, batch):
+        for token in continuation:
+            assert token == model(torch.tensor([prompt]))[0][0, -1].argmax()
+            prompt.append(token)
 
 
-def test_stop_ids_end_a_row():
-    """A row ends before its first stop id; the others go on, and are not changed by it."""
-    model, prompts = tiny(dtype=torch.float32), [[1, 2, 3], [4, 5]]
-    free = model.generate(prompts, 20)
-    stop = next(token for token in free[0] if token not in free[1])
-    assert model.generate(prompts, 20, stop=[stop]) == [free[0][:free[0].index(stop)], free[1]]
-
-
-def test_sampling_options():
-    """A seed repeats; top_k = 1 and a small top_p are greedy; ids from n_vocab on are never drawn."""
+def test_generation_options():
+    """A row ends before its first stop id and leaves the others as they are; a seed repeats; top_k = 1 and a
+    small top_p are greedy; ids from n_vocab on are never drawn."""
     model, prompts = tiny(dtype=torch.float32), [[1, 2, 3], [4, 5]]
     def draw(**options):
         return model.generate(prompts, 30, temperature=3.0, **options)
+    greedy = model.generate(prompts, 30)
+    stop = next(token for token in greedy[0] if token not in greedy[1])
+    assert model.generate(prompts, 30, stop=[stop]) == [greedy[0][:greedy[0].index(stop)], greedy[1]]
     assert draw(seed=1) == draw(seed=1) != draw(seed=2)
-    assert draw(top_k=1) == draw(top_p=1e-9) == model.generate(prompts, 30)
-    for temperature in (0.0, 3.0):
-        rows = model.generate(prompts, 40, temperature=temperature, n_vocab=7, seed=0)
-        assert max(map(max, rows)) < 7
+    assert draw(top_k=1) == draw(top_p=1e-9) == greedy
+    assert max(map(max, draw(n_vocab=7) + model.generate(prompts, 30, n_vocab=7))) < 7
 
 
 @pytest.mark.parametrize("options, weights", [
     (dict(), [1, 2, 3, 4]), (dict(top_k=2), [0, 0, 3, 4]), (dict(top_p=0.65), [0, 0, 3, 4]),
-    (dict(top_p=0.75), [0, 2, 3, 4]), (dict(temperature=0.5), [1, 4, 9, 16])])
+    (dict(top_p=0.75), [0, 2, 3, 4]), (dict(temperature=0.5), [1, 4, 9, 16])], ids=str)
 def test_samples_have_their_probabilities(options, weights):
-    """Ids are drawn in proportion to p^(1 / temperature), cut to the top_k, or to the fewest that reach top_p."""
+    """Ids are drawn in proportion to p^(1 / temperature), of the top_k, or of the fewest that reach top_p."""
     logits = torch.tensor([1.0, 2, 3, 4]).log().expand(20_000, 4)
     ids = hypenet.sample(logits, **dict(temperature=1.0) | options, rng=torch.Generator().manual_seed(0))
-    share = torch.bincount(ids, minlength=4) / 20_000
-    assert torch.allclose(share, torch.tensor(weights) / sum(weights), atol=0.015)
-    assert (share[torch.tensor(weights) == 0] == 0).all()
+    share, weights = torch.bincount(ids, minlength=4) / 20_000, torch.tensor(weights)
+    assert torch.allclose(share, weights / weights.sum(), atol=0.015) and not share[weights == 0].any()
 
 
 def test_state_size():
     """K/V is exactly max_tokens or, with a window, no more than it; S does not depend on either."""
-    S = 2 * 3 * 4 * 8 * 8 * 4                               # two rows, three linear layers, (H,K,V) in float32
-    for window, tokens, kv in ((None, 100, 100), (None, 9999, 9999), (50, 30, 30), (50, 100, 50), (50, 9999, 50)):
+    S = 2 * 3 * 4 * 8 * 8 * 4               # two rows, three linear layers, (H,K,V) in float32
+    for window, tokens, kv in ((None, 99, 99), (None, 9999, 9999), (50, 30, 30), (50, 9999, 50)):
         model = tiny(dtype=torch.bfloat16, layers="LLAL", window=window)
         assert model.init_state(2, tokens).nbytes() == (S, 2 * 2 * kv * 2 * 8 * 2)
 
@@ -488,7 +441,7 @@ def test_state_size():
 
 @pytest.mark.parametrize("name", ["teacher llama3", "hype", "article", "article gpt2"])
 def test_saved_model_is_the_model(name, tmp_path):
-    """save_pretrained and from_pretrained give equal logits and config; saved as bf16, the rounded weights."""
+    """save_pretrained and from_pretrained keep logits and config; saved as bf16, they round the weights."""
     model, idx = tiny(dtype=torch.float32, **VARIANTS[name]), some_ids(1, T)
     model.save_pretrained(tmp_path)
     again = HypeNet.from_pretrained(tmp_path)
@@ -499,92 +452,478 @@ def test_saved_model_is_the_model(name, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
-def rewrite(change):
-    """A function of a model's folder: change(config) of its config.json."""
-    def apply(folder):
-        config = json.loads((folder / "config.json").read_text())
-        change(config)
-        (folder / "config.json").write_text(json.dumps(config))
-    return apply
-
-
-def reweigh(change):
-    """A function of a model's folder: change(weights) of its model.safetensors."""
-    def apply(folder):
-        from safetensors.torch import load_file, save_file
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors")
-    return apply
-
-
-def cut(name, size):
-    """A function of a folder: the file of this name, cut to its first bytes."""
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
-
-
-@pytest.mark.parametrize("harm, word", [
-    (lambda f: (f / "config.json").unlink(), "config.json"),
-    (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-    (cut("config.json", 40), "config.json"),
-    (cut("model.safetensors", 3000), "model.safetensors"),
-    (cut("model.safetensors", 0), "model.safetensors"),
-    (lambda f: (f / "config.json").write_text("[1, 2]"), "config.json"),
-    (rewrite(lambda c: c.update(model_type="gpt2")), "model_type"),
-    (rewrite(lambda c: c.update(n_ebd=3)), "n_ebd"),
-    (rewrite(lambda c: c.update(n_embd="32")), "n_embd"),
-    (rewrite(lambda c: c.update(layers="LAXA")), "layers"),
-    (rewrite(lambda c: c.update(n_hidden=41)), "blocks.0.mlp"),
-    (reweigh(lambda w: w.pop("blocks.1.mixer.out.weight")), "blocks.1.mixer.out.weight is missing"),
-    (reweigh(lambda w: w.update(extra=torch.zeros(2))), "extra is unexpected"),
-    (reweigh(lambda w: w.update({"norm.weight": torch.zeros(31)})), "norm.weight"),
-])
-def test_bad_model_files_are_one_line(harm, word, tmp_path):
-    """Missing, cut or altered files of a model raise one line that names the file, the tensor or the field."""
+@pytest.mark.parametrize("file, harm, word", [
+    ("config.json", None, "config.json"), ("config.json", 40, "config.json"),
+    ("config.json", b"[1]", "config.json"), ("config.json", dict(model_type="gpt2"), "model_type"),
+    ("config.json", dict(n_ebd=3), "n_ebd"), ("config.json", dict(n_embd="32"), "n_embd"),
+    ("config.json", dict(layers="LAXA"), "layers"), ("config.json", dict(n_hidden=41), "blocks.0.mlp"),
+    ("model.safetensors", None, "model.safetensors"), ("model.safetensors", 3000, "model.safetensors"),
+    ("model.safetensors", 0, "model.safetensors"),
+    ("model.safetensors", {"blocks.1.mlp.up.weight": None}, "blocks.1.mlp.up.weight is missing"),
+    ("model.safetensors", dict(extra=torch.zeros(2)), "extra is unexpected"),
+    ("model.safetensors", {"norm.weight": torch.zeros(31)}, "norm.weight")], ids=str)
+def test_bad_model_files_are_one_line(file, harm, word, tmp_path):
+    """Files missing (None), cut (to so many bytes) or altered raise one line: the file, tensor or field."""
+    from safetensors.torch import load_file, save_file
     tiny(dtype=torch.float32).save_pretrained(tmp_path)
-    harm(tmp_path)
+    path = tmp_path / file
+    if harm is None:
+        path.unlink()
+    elif not isinstance(harm, dict):
+        path.write_bytes(harm if isinstance(harm, bytes) else path.read_bytes()[:harm])
+    elif file == "config.json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | harm))
+    else:
+        save_file({name: w for name, w in (load_file(path) | harm).items() if w is not None}, path)
     with one_line(word):
         HypeNet.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("changes", [
-    dict(layers=""), dict(layers="AB"), dict(layers=7), dict(norm="batch"), dict(mlp="relu"), dict(position="alibi"),
-    dict(decay="some"), dict(n_embd=0), dict(n_embd=-4), dict(n_embd="32"), dict(n_embd=32.5), dict(n_kv_head=3),
-    dict(linear_kv_head=3), dict(linear_kv_head=-1), dict(key_dim=-8), dict(head_dim=7), dict(key_dim=5),
-    dict(logit_base=1.0), dict(logit_base="fit"), dict(window=0), dict(chunk=0, n_chunks=4), dict(chunk=8),
-    dict(n_chunks=4), dict(chunk=8, n_chunks=-4), dict(attn_pe=2.0), dict(attn_pe=-0.5), dict(rope_theta=0.0),
-    dict(rope_scaling={"factor": 8.0}), dict(position="learned", chunk=512, n_chunks=4),
-], ids=str)
+    dict(layers=""), dict(layers="AB"), dict(layers=7), dict(norm="batch"), dict(mlp="relu"),
+    dict(position="x"), dict(decay="some"), dict(n_embd=0), dict(n_embd=-4), dict(n_embd="32"),
+    dict(n_embd=32.5), dict(n_kv_head=3), dict(linear_kv_head=3), dict(linear_kv_head=-1), dict(key_dim=-8),
+    dict(head_dim=7), dict(key_dim=5), dict(logit_base=1.0), dict(logit_base=INF), dict(logit_base="fit"),
+    dict(window=0), dict(n_chunks=4, chunk=0), dict(chunk=8), dict(n_chunks=4), dict(chunk=8, n_chunks=-4),
+    dict(attn_pe=2.0), dict(attn_pe=-0.5), dict(rope_theta=0.0), dict(rope_scaling={"factor": 8.0}),
+    dict(position="learned", n_chunks=4, chunk=512)], ids=str)
 def test_bad_config_is_one_line(changes):
     """A value that is not allowed, alone or beside the others, raises one line that names its field."""
-    with one_line(list(changes)[-1] if changes.get("chunk") != 0 else "chunk"):
+    with one_line(list(changes)[-1]):
         HypeNetConfig(**changes)
 
 
-def test_too_many_tokens_are_one_line():
-    """Past a state's room, the last chunk or the last learned position there is one line with the numbers."""
+def test_bad_calls_are_one_line():
+    """Tokens past a state's room, the last chunk or the last learned position, rows of unequal lengths in one
+    segment and options of no meaning are one line with the numbers, before anything is generated."""
+    model, full = tiny(), tiny(chunk=16, n_chunks=3)
     with one_line("6 tokens", "5"):
-        model = tiny()
         model(some_ids(1, 6), state=model.init_state(1, 5))
+    for known in (full, tiny(**VARIANTS["teacher gpt2"])):
+        with one_line("49 tokens", "48"):
+            known(some_ids(1, 49))
     with one_line("49 tokens", "48"):
-        tiny(chunk=16, n_chunks=3)(some_ids(1, 49))
-    with one_line("49 tokens", "48"):
-        tiny(**VARIANTS["teacher gpt2"])(some_ids(1, 49))
+        next(full.stream([[1] * 20, [2] * 40], 10))
+    with one_line("row(b)"):
+        state = model.init_state(2, 9)
+        model(some_ids(1, 3), state=state.row(1))
+        model(some_ids(2, 2), state=state)
     with one_line("at least one token"):
-        tiny().generate([[1], []], 3)
+        model.generate([[1], []], 3)
+    for options in (dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)):
+        with one_line(*options):
+            model.generate([[1]], 3, **options)
 
 
 def test_tokenizer_round_trip(tmp_path):
-    """Bytes in, the same text out, whatever it is; a lone surrogate becomes U+FFFD; so too when saved and loaded."""
-    Tokenizer.bytes().save(tmp_path)
+    """Bytes in, the same text out, whatever it is, but for lone surrogates (U+FFFD); saved and loaded too."""
     everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
-    texts = ["", "def f(x):\n\treturn x\r\n", "混合线性注意力", "👩‍👩‍👧🏽", "\0\ufeff\u2028e\u0301", "x" * 1000, everything]
+    texts = ["", "def f(x):\n\treturn x\r\n", "混合线性注意力", "👩‍👩‍👧🏽", "\0\ufeff\u2028e\u0301", "x" * 999]
+    Tokenizer.bytes().save(tmp_path)
     for tokenizer in (Tokenizer.bytes(), Tokenizer.load(tmp_path)):
-        for text in texts:
-            assert tokenizer.encode(text) == list(text.encode()) and tokenizer.decode(tokenizer.encode(text)) == text
+        for text in (*texts, everything):
+            ids = tokenizer.encode(text)
+            assert ids == list(text.encode()) and tokenizer.decode(ids) == text
         assert tokenizer.decode(tokenizer.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
         assert tokenizer.decode([0xE6, 0xB7]) == "\ufffd" and tokenizer.token_bytes(0xE6) == b"\xe6"
-    for text in ("{}", '{"type": "words"}', "not JSON"):
-        (tmp_path / "tokenizer.json").write_text(text)
+    for text in ("{}", '{"type": "words"}', "not JSON", None):
+        (tmp_path / "tokenizer.json").write_text(text) if text else (tmp_path / "tokenizer.json").unlink()
         with one_line("tokenizer"):
             Tokenizer.load(tmp_path)
+
+
+# ---- halo: transfer ----------------------------------------------------------------------------------------
+
+
+def options(recipe, **changes):
+    """The rows of a recipe, as halo.py hands them on."""
+    return argparse.Namespace(**dict(halo.RECIPES[recipe], max_ctx=512, changes={}) | changes)
+
+
+@pytest.mark.parametrize("family", [dict(bias=True), GPT2], ids=["rope", "gpt2"])
+@pytest.mark.parametrize("recipe", halo.RECIPES)
+def test_all_attention_student_is_the_teacher(recipe, family):
+    """With all layers "A", the teacher's positions and chunk embeddings 0, the transfer changes no logit."""
+    teacher, idx = tiny(layers="AAA", **family), some_ids(2, 12)            # 12 tokens: one chunk, of 48 / 4
+    config = halo.student_config(teacher.config, "AAA", options(recipe, changes=dict(attn_pe=1.0)))
+    twins = [halo.attention_twin(block.mixer, config) for block in teacher.blocks]
+    student = halo.assemble(teacher, config, twins).double()
+    chunks = [p for name, p in student.named_parameters() if "chunk_embd" in name]
+    assert config.attn_gate == (recipe == "paper")
+    assert len(chunks) == (recipe == "article") * (1 if family is GPT2 else 3)
+    for p in chunks:
+        assert 0.015 < p.std() < 0.025
+        p.data.zero_()
+    assert rmse(student(idx)[0], teacher(idx)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("qk_norm, rank", [(True, 4), (False, 4), (False, 8)])
+def test_low_rank_keys_are_the_best(qk_norm, rank):
+    """A head's product of q and k rows is the truncated SVD of A_q^T A_k, split evenly, A holding QK-norm's
+    gain and typical 1 / rms; at full rank without QK-norm q . k is the teacher's, biases included."""
+    attn = tiny(layers="A", bias=True, qk_norm=qk_norm).blocks[0].mixer
+    x = torch.randn(3, 50, 32, dtype=torch.float64)
+    ones = torch.cat((x, torch.ones(3, 50, 1)), -1)
+    sides = torch.cat((attn.qkvz.weight, attn.qkvz.bias[:, None]), 1).split(attn.sizes)
+    q, k = (rows.double().unflatten(0, (4, rank)) for rows in halo.low_rank_keys(attn, x, rank))
+    for h in range(4):
+        A = [sides[0].unflatten(0, (4, 8))[h], sides[1].unflatten(0, (2, 8))[h // 2]]
+        full = (ones @ A[0].T) @ (ones @ A[1].T).mT
+        if qk_norm:
+            A = [a * norm.weight[:, None] * ((ones @ a.T).square().mean(-1) + 1e-6).rsqrt().mean()
+                 for a, norm in zip(A, (attn.q_norm, attn.k_norm))]
+        U, S, Vh = torch.linalg.svd(A[0].T @ A[1])
+        assert rmse(q[h].T @ k[h], U[:, :rank] * S[:rank] @ Vh[:rank]) < 1e-5
+        assert rmse(q[h].norm(dim=1), k[h].norm(dim=1)) < 1e-5
+        assert qk_norm or rank < 8 or rmse((ones @ q[h].T) @ (ones @ k[h].T).mT, full) < 1e-5
+
+
+def test_linear_twin_starts_close():
+    """A twin has the teacher's q, k, v with KV heads cloned, its QK-norm, neutral gates, and an output
+    projection scaled column by column to the least squares."""
+    teacher = tiny(layers="A", dtype=torch.float32)
+    config = halo.student_config(teacher.config, "L", options("paper", decay="channel"))
+    (attn, h, where, _), = halo.teacher_layers(teacher, config, some_ids(4, T))
+    twin = halo.linear_twin(attn, config, h, where)
+    q, k, v, z = twin.qkvz.weight.split(twin.sizes)
+    rows = attn.qkvz.weight.unflatten(0, (8, 8))                            # heads: four of q, two of k and v
+    assert q.equal(rows[:4].flatten(0, 1)) and k.equal(rows[[4, 4, 5, 5]].flatten(0, 1))
+    assert v.equal(rows[[6, 6, 7, 7]].flatten(0, 1)) and twin.k_norm.weight.equal(attn.k_norm.weight)
+    assert not z.any() and not twin.forget.weight.any()
+    assert torch.allclose(torch.sigmoid(twin.forget.bias), torch.tensor(0.7))
+    a, o = attn.mix(h, where).flatten(0, 1), twin.mix(h, where).flatten(0, 1)
+    factor = torch.stack([torch.linalg.lstsq(o[:, i:i + 1], a[:, i:i + 1]).solution[0, 0] for i in range(32)])
+    assert rmse(twin.out.weight, attn.out.weight * factor) < 1e-4
+
+
+# ---- halo: losses, text, scores ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kl, alpha", [("forward", 0), ("reverse", 0.5), ("forward", 0.3), ("reverse", 1)])
+def test_sliced_loss_is_its_formula(kl, alpha):
+    """alpha CE + (1 - alpha) KL, slice by slice, equals the formula written out, values and gradients."""
+    teacher, student = tiny(1, torch.float32, layers="AA"), tiny(2, torch.float32).requires_grad_()
+    idx, targets = some_ids(2, 17), some_ids(2, 17, seed=1)
+    def value_and_gradients(loss):
+        return [loss, *torch.autograd.grad(loss, list(student.parameters()))]
+    s, t = student(idx)[0].log_softmax(-1), teacher(idx)[0].log_softmax(-1)
+    p, q = (t, s) if kl == "forward" else (s, t)
+    ce = -s.gather(-1, targets[..., None]).mean()
+    refs = value_and_gradients(alpha * ce + (1 - alpha) * (p.exp() * (p - q)).sum(-1).mean())
+    for n in (5 * 61, 61, 2 ** 24):                                         # slices of five tokens, one, all
+        loss = halo.distil_loss(student, teacher, idx, targets, kl, alpha, slice_elements=n)
+        assert max(map(rmse, value_and_gradients(loss), refs)) < 1e-4
+
+
+@pytest.mark.parametrize("depth, ask", [(0, 1), (0.25, 1), (0.5, 1), (1, 1), (None, 3)])
+def test_plant(depth, ask):
+    """A planted text keeps its length and its order; the key stands at the depth asked for, its question and
+    answer at the end; in training the questions come anywhere after the key. Each is answered by the key."""
+    text, tokenizer = np.frombuffer(b"abcdefghij" * 40, np.uint8).astype(np.int64), Tokenizer.bytes()
+    needle = r"\n# The pass key is (\d{5})\. Remember it\.\n"
+    question = r"\n# What is the pass key\? The pass key is (\d{5})"
+    ids, n = halo.plant(tokenizer, text, np.random.default_rng(3), depth, ask)
+    whole = tokenizer.decode(ids)
+    found, asked = re.search(needle, whole), list(re.finditer(question, whole))
+    rest = re.sub(f"{needle}|{question}", "", whole)
+    assert len(ids) == 400 and rest == tokenizer.decode(text)[:len(rest)] and n == len(" 12345")
+    assert [a[1] for a in asked] == [found[1]] * ask and asked[0].start() >= found.end()
+    assert depth is None or (found.start() == int(depth * len(rest)) and asked[0].end() == 400)
+    with one_line("20 tokens"):
+        halo.plant(tokenizer, text[:20], np.random.default_rng(0))
+
+
+def test_held_out_text_is_never_trained_on(home, tmp_path):
+    """A document stands whole on one side, about 1 in 16 of them held out; files and folders, gzipped or not,
+    read alike; a package of the standard library is one group, its tests left out."""
+    corpus = halo.Corpus(Tokenizer.bytes(), [str(home / "text.jsonl")])
+    def documents(ids):
+        return set(re.findall(r"doc\d+\b", corpus.tokenizer.decode(ids)))
+    train, held_out = documents(corpus.train), documents(corpus.held_out)
+    assert not train & held_out and len(train | held_out) == 400 and 10 <= len(held_out) <= 45
+    windows = corpus.windows(np.random.default_rng(0), 50, 700, held_out=True)
+    assert set().union(*map(documents, windows[:, 10:-10])) <= held_out     # not at a cut name
+    (tmp_path / "text.jsonl.gz").write_bytes(gzip.compress((home / "text.jsonl").read_bytes()))
+    assert (halo.Corpus(Tokenizer.bytes(), [str(tmp_path)]).held_out == corpus.held_out).all()
+    groups = [group for group, _ in halo.stdlib_documents()]
+    assert groups.count("encodings") > 50 and "argparse" in groups
+    assert not {"test", "site-packages"} & set(groups)
+
+
+def test_answers_are_those_of_a_full_pass():
+    """Pass keys are scored through a state as a full pass would score them; only a whole answer is a hit."""
+    model, prompts = tiny(dtype=torch.float32), some_ids(6, T)
+    for i in range(T - 3, T):                                               # rows 0, 1 say what is likeliest
+        prompts[:2, i] = model(prompts[:2, :i])[0][:, -1].argmax(-1)
+    prompts[1, -3] = (prompts[1, -3] + 1) % 61                              # row 1 but for its first token
+    logp, hit = halo.answers(model, prompts, 3)
+    full = model(prompts)[0].log_softmax(-1)[:, -4:-1].gather(-1, prompts[:, -3:, None])[..., 0]
+    assert rmse(logp, full) < 1e-4 and hit.tolist() == [True] + [False] * 5
+    assert halo.compare(model, model, [(prompts, None)]) == (pytest.approx(0, abs=1e-6), 1.0)
+
+
+@pytest.mark.parametrize("how, lost, layers", [
+    ("score", [5], "LALLLLLA"),         # eq. 8: 10 for layer 1; 0.1 / 1e-6 for layer 7, whose C is the best
+    ("guarded", [], "LAALLLLL"),        # denominators of at least C_se: 10 for layer 1, 6.7 for 2, 2 for 7
+    ("guarded", [5], "LALLLALL"),       # layer 5 costs more than the limit: never converted
+    ("guarded", [4, 5, 6], "LLLLAAAL"),
+    ("even", [], "LLLALLLA"), ("ends", [], "AALLLLAA"), ("LLALLLLL", [], "LLALLLLL")])
+def test_choose_layers(how, lost, layers):
+    """Each way to choose the layers that stay attention, on scores worked out by hand."""
+    R = [-1.0, -3.0, -2.0, -1.5, -1.0, -1.0, -1.0, -1.1]
+    C = [-2.0, -2.1, -2.05, -2.0, -2.0, -2.0, -2.0, -1.9]
+    scores = [dict(R=R[i], C=-4.0 if i in lost else C[i], C_se=0.05) for i in range(8)]
+    assert halo.choose_layers(how, 8, scores, base_C=-1.9) == layers
+
+
+# ---- halo: whole runs of a few steps -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with random teachers of 96 tokens and a text of 400 short documents."""
+    folder, rng = tmp_path_factory.mktemp("halo"), random.Random(0)
+    llama = dict(FAMILIES["llama"], rope_scaling=LLAMA3, tied=False)
+    for name, family in dict(teacher={}, gpt2=GPT2, llama=llama).items():
+        model = tiny(dtype=torch.float32, layers="AAAA", vocab_size=256, max_len=96, **family)
+        model.save_pretrained(folder / name)
+        Tokenizer.bytes().save(folder / name)
+    words = ["def ", "return ", "x", "self", "import ", "(y)", "\n    ", " == "]
+    texts = [f"doc{n} " + "".join(rng.choices(words, k=150)) for n in range(400)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+    return folder
+
+
+def convert(home, out, *argv, steps=8, teacher="teacher"):
+    """Run halo.py, so many steps a stage, each of two sequences of 96 tokens. Returns its report."""
+    plan = [f"{stage}.{key}={x}" for stage in ("align", "distil", "finetune", "group")
+            for key, x in dict(length=96, batch=2, tokens=192 * steps).items()]
+    halo.main(["--teacher", str(home / teacher), "--data", str(home / "text.jsonl"), "--out", str(out),
+               "--plan", *plan, "--trials", "2", "--eval-windows", "4", "--logit-base", "none", *argv])
+    return json.loads((out / "report.json").read_text())
+
+
+def log_of(out):
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in record.items() if key != "ms"} for record in records]
+
+
+def held_out_loss(home, out):
+    """The held-out loss of the model in a folder, measured anew."""
+    batches = halo.held_out(halo.Corpus(Tokenizer.load(out), [str(home / "text.jsonl")]), 96, 4)
+    return pytest.approx(halo.losses(HypeNet.from_pretrained(out), batches).mean().item(), rel=1e-6)
+
+
+@pytest.fixture(scope="session")
+def runs(home):
+    """A run of each recipe: its folder, what it printed and, for each stage, the names of its tensors, those
+    it changed, and the loss on one batch before and after; under "teacher" the same of the teacher."""
+    runs = {}
+    def watch(name, module, work, loss=lambda: torch.zeros(())):
+        before, first = {n: w.clone() for n, w in module.state_dict().items()}, loss().item()
+        result = work()
+        changed = {n for n, w in module.state_dict().items() if not w.equal(before[n])}
+        seen[name] = set(before), changed, first, loss().item()
+        return result
+    def train(run, stage, plan, seed, corpus, module, groups, loss_fn, plain=halo.train):
+        rows = torch.from_numpy(corpus.mixed(np.random.default_rng(0), 16, 97, 0.5))
+        watch(stage, module, lambda: plain(run, stage, plan, seed, corpus, module, groups, loss_fn),
+              lambda: loss_fn(rows[:, :-1], rows[:, 1:], plan.steps - 1))
+    def whole(teacher, *rest, plain=halo.convert):
+        return watch("teacher", teacher, lambda: plain(teacher, *rest))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(halo, "train", train)
+        patch.setattr(halo, "convert", whole)
+        for recipe in halo.RECIPES:
+            seen, text = {}, io.StringIO()
+            with contextlib.redirect_stdout(text):
+                convert(home, home / recipe, "--recipe", recipe)
+            runs[recipe] = home / recipe, text.getvalue(), seen
+    return runs
+
+
+def test_stages_train_what_they_say(runs):
+    """align changes every tensor of the twins, distil and finetune every one of the student, a group those of
+    its own mixers and the chunk embeddings and no other; each lowers its loss; the teacher never changes."""
+    stages = {**runs["paper"][2], **runs["article"][2]}
+    for name, layer in dict(align=None, distil=None, finetune=None, group1=1, group2=2).items():
+        there, changed, before, after = stages[name]
+        mine = {n for n in there if layer is None or f"blocks.{layer}.mixer." in n or "chunk_embd" in n}
+        assert changed == mine and len(mine) > 4 and after < before, name
+    assert all(seen["teacher"][1] == set() for _, _, seen in runs.values())
+    assert {n.split(".")[0] for n in stages["align"][0]} == set("0123")     # a twin of every layer
+
+
+@pytest.mark.parametrize("recipe", halo.RECIPES)
+def test_report(recipe, runs, home):
+    """report.json has its keys, its numbers are those of the student saved beside it; the last line printed
+    is the sample.py command; the article's recipe leaves a usable model after each group."""
+    out, text, _ = runs[recipe]
+    report, config = json.loads((out / "report.json").read_text()), HypeNet.from_pretrained(out).config
+    assert set(report) >= {"recipe", "layers", "logit_base", "params", "tokens", "seconds", "val_loss", "kl",
+                           "top1_agreement", "passkey"}
+    assert (report["recipe"], report["layers"]) == (recipe, config.layers)
+    assert report["val_loss"]["student"] == held_out_loss(home, out)
+    assert report["val_loss"]["teacher"] == held_out_loss(home, home / "teacher")
+    assert report["params"]["student"] == HypeNet(config).n_params()
+    assert report["tokens"] == 192 * len(log_of(out))
+    lengths = ["96", "192", "384", "1536", "6144"]
+    assert list(report["passkey"]["student"]) == lengths and set(report["passkey"]["teacher"]) <= set(lengths)
+    assert text.splitlines()[-1] == f"python sample.py --model {out} --ctx 65536"
+    groups = [HypeNet.from_pretrained(folder).config.layers for folder in sorted(out.glob("group?"))]
+    assert groups == (["ALAA", "ALLA"] if recipe == "article" else [])
+
+
+@pytest.mark.parametrize("recipe, stage, step", [
+    ("paper", None, 0), ("paper", "align", 8), ("paper", "distil", 3), ("paper", "finetune", 5),
+    ("article", None, 0), ("article", "group1", 4), ("article", "group2", 1)])
+def test_a_run_repeats(recipe, stage, step, runs, home, tmp_path, monkeypatch, capsys):
+    """One seed gives one run, bit for bit, also if SIGTERM stops it in a stage and --resume takes it up."""
+    def log(run, plain=halo.Run.log, **record):
+        plain(run, **record)
+        if (record["stage"], record["step"]) == (stage, step):
+            assert signal.getsignal(signal.SIGTERM) == run.on_signal        # else these tests would end here
+            signal.raise_signal(signal.SIGTERM)
+    out, ref = tmp_path / "run", runs[recipe][0]
+    if stage is None:
+        convert(home, out, "--recipe", recipe)
+        convert(home, tmp_path / "other", "--recipe", recipe, "--seed", "1", steps=1)
+        assert log_of(tmp_path / "other")[0]["loss"] != log_of(ref)[0]["loss"]
+    else:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(halo.Run, "log", log)
+            convert(home, out, "--recipe", recipe)
+        assert stop.value.code == 130 and f"--resume {out}" in capsys.readouterr().err
+        assert not (out / "report.json").exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        halo.main(["--resume", str(out)])
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (ref / name).read_bytes(), name
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (out, ref)]
+    assert reports[0] == reports[1] | {key: reports[0][key] for key in ("seconds", "peak_gb")}
+    assert log_of(out) == log_of(ref)
+
+
+PE = {"hype": dict(attn_pe=0.0, chunk=None, linear_rope=True),
+      "rope": dict(attn_pe=1.0, chunk=None, linear_rope=True),
+      "chunk": dict(attn_pe=1.0, chunk=24, n_chunks=2731, linear_rope=False)}
+ROWS = {  # a flag that changes a row: what it makes of the student's config
+    **{f"--pe {x}": PE[x] for x in PE},
+    **{f"--decay {x}": dict(decay=x) for x in ("constant", "none", "head", "channel")},
+    "--extras on": dict(attn_gate=True, linear_norm=True, linear_gate=True),
+    "--extras off": dict(attn_gate=False, linear_norm=False, linear_gate=False, linear_qk_norm=False),
+    "--state full": dict(key_dim=8), "--state half": dict(key_dim=4, linear_qk_norm=False),
+    "--layers LLAA": dict(layers="LLAA"), "--layers even": dict(layers="LLLA"), "--layers score": {},
+    "--training staged": {}, "--training progressive": {}, "--groups 1": {}, "--fade 1": dict(attn_pe=0.0),
+    "--kl forward --alpha 0.25": {}, "--kl reverse --alpha 1": {}, "--max-ctx 400": dict(n_chunks=17),
+    "--window 50": dict(window=50), "--window 0": dict(window=None), "--logit-base fit": {},
+    "--logit-base 300": dict(logit_base=300.0), "--teacher gpt2": {}, "--teacher llama": {},
+    "--set linear_rope=true linear_kv_head=2": dict(linear_rope=True, linear_kv_head=2),
+}
+ONLY = {"--layers score": "paper", "--fade 1": "paper", "--groups 1": "article", "--max-ctx 400": "article"}
+CASES = [(recipe, row) for recipe in halo.RECIPES for row in ROWS if ONLY.get(row, recipe) == recipe
+         and str(halo.RECIPES[recipe].get(row.split()[0][2:])) != row.split()[1]]
+
+
+@pytest.mark.parametrize("recipe, row", CASES)
+def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
+    """Each row of a recipe is changed by its flag, each kind of teacher converted: the stages and losses are
+    those asked for, and the student saved is the one asked for, the one trained and the one reported."""
+    out, flags, losses, plain = tmp_path / "run", row.split(), set(), halo.RECIPES[recipe]
+    def distil_loss(student, teacher, idx, targets, kl, alpha, *rest, plain=halo.distil_loss):
+        losses.add((kl, alpha))
+        return plain(student, teacher, idx, targets, kl, alpha, *rest)
+    def recall(model, corpus, length, *rest, plain=halo.recall):         # short texts, for speed
+        return plain(model, corpus, length if "--max-ctx" in row else min(length, 192), *rest)
+    monkeypatch.setattr(halo, "distil_loss", distil_loss)
+    monkeypatch.setattr(halo, "recall", recall)
+    teacher, flags = (flags[1], []) if flags[0] == "--teacher" else ("teacher", flags)
+    report = convert(home, out, "--recipe", recipe, "--layers", "ends", *flags, steps=2, teacher=teacher)
+    config, flag = vars(HypeNet.from_pretrained(out).config), dict(zip(flags[::2], flags[1::2]))
+    assert config.items() >= ROWS[row].items() and report["val_loss"]["student"] == held_out_loss(home, out)
+    assert losses == {(flag.get("--kl", plain["kl"]), float(flag.get("--alpha", plain["alpha"])))}
+    stages = ["group1", "group2"] if "--groups" not in flag else ["group1"]
+    if flag.get("--training", plain["training"]) == "staged":
+        stages = ["align", "distil", "finetune"]
+    assert list(dict.fromkeys(record["stage"] for record in log_of(out))) == stages
+    if flag.get("--logit-base") == "fit":
+        fits = json.loads((out / "run.json").read_text())["done"]["fit"]
+        assert config["logit_base"] == json.loads(min(fits, key=fits.get).replace("None", "null"))
+
+
+def test_pretrain(home, tmp_path, monkeypatch):
+    """--pretrain makes a teacher that learns and can be converted; with --layers, a hybrid of the recipe."""
+    small = HypeNetConfig(layers="AAAA", n_embd=32, n_head=2, n_kv_head=2, head_dim=16, max_len=96)
+    monkeypatch.setitem(halo.TEACHERS, "tiny", small)
+    argv = ["--pretrain", "--data", str(home / "text.jsonl"), "--eval-windows", "4", "--plan",
+            "pretrain.tokens=9600", "pretrain.batch=4", "pretrain.length=96"]
+    halo.main([*argv, "--out", str(tmp_path / "teacher")])
+    losses = [record["loss"] for record in log_of(tmp_path / "teacher")]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert HypeNet.from_pretrained(tmp_path / "teacher").config == small
+    convert(home, tmp_path / "student", "--layers", "ends", steps=1, teacher=tmp_path / "teacher")
+    halo.main([*argv, "--out", str(tmp_path / "hybrid"), "--layers", "LLAL"])
+    config = HypeNet.from_pretrained(tmp_path / "hybrid").config
+    assert (config.layers, config.attn_pe, config.linear_gate) == ("LLAL", 0.0, True)
+
+
+# ---- halo: what bad input gets -----------------------------------------------------------------------------
+
+ERRORS = {  # what is given, {} being the fixture's folder: a word of the line it gets
+    "--recipe blog": "paper", "--decay slow": "channel", "--seed x": "seed", "--seed -1": "seed",
+    "--teacher {}/nowhere": "nowhere", "--teacher {}/text.jsonl": "text.jsonl",
+    "--teacher {}/paper": "hybrid", "--resume {}/nowhere": "nowhere", "--out {}/paper": "not empty",
+    "--pretrain": "tiny", "--layers LLA": "LLA", "--layers some": "some", "--groups 2": "progressive",
+    "--training progressive": "--layers", "--training progressive --layers AAAA": "--layers",
+    "--recipe article --groups -1": "groups", "--recipe article --max-ctx 50": "max-ctx",
+    "--recipe article --fade 1": "fade", "--fade -1": "fade", "--alpha 1.5": "alpha", "--alpha nan": "alpha",
+    "--window -1": "window", "--retention 1": "retention", "--trials 0": "trials", "--budget 0": "budget",
+    "--logit-base 1": "logit-base", "--logit-base long": "logit-base", "--logit-base inf": "logit-base",
+    "--budget nan": "budget", "--budget inf": "budget", "--plan distil.token=1": "lr_end",
+    "--plan a=1": "distil", "--plan align.tokens=many": "number", "--plan align.tokens=-1": "--plan",
+    "--plan align.lr=nan": "--plan", "--plan align.length=40": "align", "--set gate=true": "gate",
+    "--set window=0": "window", "--set n_embd=64": "n_embd", "--set linear_kv_head=3": "linear_kv_head",
+    "--device tpu": "cpu", "--device mps": "mps", "--data {}/no.txt": "no.txt",
+    "--data {}/teacher": ".jsonl", "--data {}/bad.jsonl": "line 2", "--data {}/short.txt": "--data",
+    "--data {}/cut.txt.gz": "cut.txt.gz", "--data {}/plain.txt.gz": "plain.txt.gz",
+}
+
+
+@pytest.mark.parametrize("given", ERRORS)
+def test_bad_input_is_one_line(given, runs, home, tmp_path, monkeypatch, capsys):
+    """Bad input ends with status 2 and one line that names it, before anything is trained or written."""
+    if "mps" in given and torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    (home / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    (home / "short.txt").write_text("short\n")
+    (home / "plain.txt.gz").write_text("not compressed\n")
+    (home / "cut.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(3000))[:1500])
+    monkeypatch.setattr(halo, "train", lambda *_: pytest.fail("training began"))
+    with pytest.raises(SystemExit) as stop:
+        halo.main(["--teacher", str(home / "teacher"), "--data", str(home / "text.jsonl"),
+                   "--out", str(tmp_path / "run"), *given.format(home).split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and ERRORS[given] in error, error
+    assert not (tmp_path / "run").exists()
+
+
+def test_non_finite_loss_stops(home, tmp_path, monkeypatch, capsys):
+    """A loss that is not finite ends the run before it reaches the weights; the checkpoint named has them."""
+    def infinite(student, teacher, idx, *rest, plain=halo.distil_loss):
+        steps.append({n: w.clone() for n, w in student.state_dict().items()})
+        return plain(student, teacher, idx, *rest) * (1 if len(steps) < 3 else INF)
+    steps = []
+    monkeypatch.setattr(halo, "distil_loss", infinite)
+    with pytest.raises(SystemExit) as stop:
+        convert(home, tmp_path / "run", "--layers", "LLLA", steps=3)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith("halo.py: distil") and "inf" in line
+    saved = torch.load(re.search(r"\S+\.pt", line)[0])["module"]
+    assert all(w.equal(steps[2][name]) for name, w in saved.items()) and len(steps) == 3
+
+
+def test_files_appear_whole(tmp_path):
+    """A file that cannot be finished is not begun: the old one stays, and nothing lies beside it."""
+    hypenet.write_json(tmp_path / "a.json", [1])
+    with pytest.raises(TypeError):
+        hypenet.write_json(tmp_path / "a.json", [1, 2, {"x": object()}])
+    assert json.loads((tmp_path / "a.json").read_text()) == [1] and os.listdir(tmp_path) == ["a.json"]
