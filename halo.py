@@ -9,7 +9,7 @@ The paper's recipe (arXiv 2601.22156 section 4) is a row of stages, and one loop
 
     transfer   copy the attention weights into linear twins; KV heads cloned (eq. 13), new gates neutral
     align      stage 1: every twin alone learns its attention layer's output (eq. 7)
-    select     which layers stay attention: those whose loss hurts recall most and language least (eq. 8, 9)
+    select     which stay attention: layers whose replacement hurts recall most, language least (eq. 8, 9)
     distil     stage 2: the hybrid learns the teacher's predictions (eq. 10); RoPE leaves attention (HyPE)
     finetune   stage 3: longer sequences, no teacher
     fit        the base a of the logit scaling s_t (eq. 11), on long held-out text
@@ -46,8 +46,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from hypenet import (FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, Tokenizer,  # noqa: E402
-                     locate, write_file, write_json)
+from hypenet import (FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, Parser,  # noqa: E402
+                     Tokenizer, command_line, default_device, locate, number, write_file, write_json)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -65,7 +65,8 @@ RECIPES = {
 @dataclass
 class Plan:
     """What one stage costs: tokens in all, length of a sequence, batch in sequences, learning rate from lr to
-    lr_end by a cosine after a warm-up, and recall, the share of sequences that hold a pass key asked for."""
+    lr_end by a cosine after a warm-up, and recall: the share of sequences that hide a pass key and ask for
+    it, for recall is what selection and the final table measure."""
     tokens: float
     length: int
     batch: int
@@ -77,6 +78,10 @@ class Plan:
     @property
     def steps(self):
         return max(1, round(self.tokens / (self.length * self.batch)))
+
+    @property
+    def total(self):
+        return self.steps * self.length * self.batch
 
 
 # The tiny teacher's plan. The paper's own (its Table 5) is align 320M tokens of length 512, distil 1B of 512,
@@ -125,17 +130,18 @@ def file_documents(paths, piece=65536):
         files += found
     for path in files:
         unpack = gzip.open if path.endswith(".gz") else open
-        with unpack(path, "rt", encoding="utf-8", errors="replace") as f:
-            if ".jsonl" in path:
-                for n, line in enumerate(f, 1):
-                    try:
-                        text = json.loads(line)["text"]
-                    except (ValueError, KeyError, TypeError):
-                        raise ValueError(f"--data {path}: line {n} has no JSON object with a text") from None
-                    yield text, text
-            else:
+        try:
+            with unpack(path, "rt", encoding="utf-8", errors="replace") as f:
                 while lines := f.readlines(piece):
-                    yield lines[0], "".join(lines)
+                    if ".jsonl" not in path:
+                        yield lines[0], "".join(lines)
+                        continue
+                    for line in lines:
+                        yield line, str(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"--data {path}: not every line is a JSON object with a field text") from None
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise ValueError(f"--data {path}: damaged; copy it again") from None
 
 
 class Corpus:
@@ -162,12 +168,12 @@ class Corpus:
         text = self.held_out if held_out else self.train
         if len(text) < length:
             raise ValueError(f"the {'held-out' if held_out else 'training'} text has {len(text):,} tokens, "
-                             f"too few for a sequence of {length:,}; give more with --data")
+                             f"too few for a sequence of {length:,}; give more --data (1/16 is held out)")
         starts = rng.integers(0, len(text) - length + 1, batch)
         return np.stack([text[s:s + length] for s in starts]).astype(np.int64)
 
     def mixed(self, rng, batch, length, recall):
-        """Training sequences (batch, length): text, of which a share `recall` holds a pass key asked for."""
+        """Training sequences (batch, length): text, a share `recall` of it with a pass key to be found."""
         rows = self.windows(rng, batch, length)
         for row in rows[:round(recall * batch)]:
             row[:] = plant(self.tokenizer, row, rng, ask=int(rng.integers(1, 4)))[0]
@@ -188,7 +194,7 @@ def plant(tokenizer, text, rng, depth=None, ask=1):
     room = len(text) - sum(map(len, pieces))
     if room < 0:
         raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
-                         f"{len(text) - room} tokens")
+                         f"{len(text) - room} tokens; use a longer length, or recall=0")
     cuts = sorted(rng.integers(0, room + 1, len(pieces))) if depth is None else [int(depth * room), room]
     edges = [0, *map(int, cuts), room]
     parts = [part for i, piece in enumerate(pieces) for part in (text[edges[i]:edges[i + 1]], piece)]
@@ -203,6 +209,11 @@ def student_config(teacher, layers, o):
     on = o.extras == "on"
     chunk = min(2048, teacher.max_len // 4) if o.pe == "chunk" else None
     half = o.state == "half"
+    for name, fits in dict(key_dim=lambda n: n <= teacher.head_dim,
+                           linear_kv_head=lambda n: n and n % teacher.n_kv_head == 0).items():
+        if name in o.changes and not fits(o.changes[name]):
+            raise ValueError(f"--set {name}={o.changes[name]}: key_dim is at most {teacher.head_dim}, the "
+                             f"teacher's, linear_kv_head a multiple of its {teacher.n_kv_head} K/V heads")
     config = dict(layers=layers, chunk=chunk, n_chunks=math.ceil(o.max_ctx / chunk) if chunk else 0,
                   attn_pe=0.0 if o.pe == "hype" else 1.0, attn_gate=on, window=o.window or None,
                   decay=o.decay, key_dim=teacher.head_dim // 2 if half else teacher.head_dim,
@@ -225,10 +236,11 @@ def low_rank_keys(attn, x, rank):
         if c.qk_norm:
             rms = y.unflatten(-1, (heads, D)).square().mean(-1).add(c.norm_eps).sqrt()
             A = A * getattr(attn, norm).weight[:, None] * (1 / rms).mean((0, 1))[:, None, None]
-        sides.append(A.repeat_interleave(H // heads, 0).double())
-    U, S, Vh = torch.linalg.svd(sides[0].mT @ sides[1])            # of (H, C + 1, C + 1)
+        sides.append(torch.linalg.qr(A.repeat_interleave(H // heads, 0).cpu().double().mT))
+    (Q_q, R_q), (Q_k, R_k) = sides                                 # A^T = Q R, so the SVD is of D x D only
+    U, S, Vh = torch.linalg.svd(R_q @ R_k.mT)
     root = S[:, :rank, None].sqrt()
-    return [(root * M[:, :rank]).flatten(0, 1).float() for M in (U.mT, Vh)]
+    return [(root * M[:, :rank]).flatten(0, 1).to(x) for M in ((Q_q @ U).mT, Vh @ Q_k.mT)]
 
 
 def with_bias(linear):
@@ -263,7 +275,7 @@ def linear_twin(attn, config, x, where, retention=0.7):
         nn.init.zeros_(twin.forget.weight)
         nn.init.constant_(twin.forget.bias, math.log(retention / (1 - retention)))
     a, o = attn.mix(x, where), twin.mix(x, where)                  # (B,T,H*D): what W_o reads, in both
-    twin.out.weight *= (a * o).sum((0, 1)) / (o * o).sum((0, 1))   # a factor a column
+    twin.out.weight *= (a * o).sum((0, 1)) / (o * o).sum((0, 1)).clamp(min=1e-12)  # c of least |a - c o|^2
     return twin
 
 
@@ -295,7 +307,8 @@ def fill(linear, rows):
 @torch.no_grad()
 def teacher_layers(teacher, config, idx):
     """Run a teacher on idx (B,T) and list, for each layer, what a twin of it needs: the attention layer,
-    its input x (B,T,C) after the norm, where its tokens stand, and its output y (B,T,C)."""
+    its input x (B,T,C) after the norm, where its tokens stand (with the teacher's rotation for the one and
+    the twin's for the other), and its output y (B,T,C)."""
     known = replace(config, attn_pe=1.0, chunk=None, n_chunks=0)   # the teacher's positions, the twins' RoPE
     where, out = locate(known, torch.arange(idx.size(1), device=idx.device)[None]), []
     h = teacher.embed(idx, where)
@@ -318,9 +331,10 @@ def make_twins(teacher, config, corpus, plan, o):
 
 def assemble(teacher, config, mixers):
     """A student: all but the mixers copied from a model (the teacher), the mixers' weights from a list."""
-    student = HypeNet(config).to(teacher.wte.weight.device)
+    student = HypeNet(replace(config)).to(teacher.wte.weight.device)
     shared = {name: w for name, w in teacher.state_dict().items() if ".mixer." not in name}
-    student.load_state_dict(shared, strict=False)
+    new = student.load_state_dict(shared, strict=False).missing_keys
+    assert all(".mixer." in name or "chunk_embd" in name for name in new), f"not transferred: {new}"
     for block, mixer in zip(student.blocks, mixers):
         block.mixer.load_state_dict(mixer.state_dict())
     return student
@@ -353,6 +367,19 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
     return sum(checkpoint(one, *s, use_reentrant=False) for s in slices) / len(xs)
 
 
+def objective(student, teacher, stage, o, alpha):
+    """The loss function of a stage. Chunk HyPE gets a random start for each sequence, so that the embedding
+    of every chunk is trained."""
+    def loss_fn(idx, targets, step):
+        c, offset = student.config, None
+        if c.chunk:
+            rng = np.random.default_rng([o.seed, zlib.crc32(stage.encode()), step, 1])
+            starts = rng.integers(0, max(0, c.chunk * c.n_chunks - idx.size(1)) + 1, len(idx))
+            offset = torch.from_numpy(starts).to(idx.device)
+        return distil_loss(student, teacher, idx, targets, o.kl, alpha, offset)
+    return loss_fn
+
+
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
@@ -369,19 +396,14 @@ def answers(model, prompts, n_answer):
     return logp, (logits.argmax(-1) == target).all(1)
 
 
-def prompts_of(corpus, length, trials, seed):
-    """Test prompts (trials, length), the key at five depths in turn, and the length of the answer."""
+def recall(model, corpus, length, trials, seed=0):
+    """Ask for pass keys hidden at five depths, in turn, of held-out text. At one context length: the mean
+    log-probability of an answer's tokens, and whether it was answered in full, (trials,) each."""
     rng = np.random.default_rng([seed, length])
     rows = [plant(corpus.tokenizer, text, rng, depth=(i % 5) / 4) for i, text in
             enumerate(corpus.windows(rng, trials, length, held_out=True))]
-    return torch.from_numpy(np.stack([ids for ids, _ in rows])), rows[0][1]
-
-
-def recall(model, corpus, length, trials, seed=0):
-    """At one context length: mean log-probability of an answer's tokens, answered in full, (trials,) each."""
-    prompts, n = prompts_of(corpus, length, trials, seed)
-    prompts = prompts.to(model.wte.weight.device)
-    parts = [answers(model, part, n) for part in prompts.split(max(1, 65536 // length))]
+    prompts = torch.from_numpy(np.stack([ids for ids, _ in rows])).to(model.wte.weight.device)
+    parts = [answers(model, part, rows[0][1]) for part in prompts.split(max(1, 65536 // length))]
     return torch.cat([p.mean(1) for p, _ in parts]).cpu(), torch.cat([hit for _, hit in parts]).cpu().float()
 
 
@@ -396,24 +418,28 @@ def held_out(corpus, length, count, seed=0, batch=32):
 @torch.no_grad()
 def losses(model, batches):
     """Mean loss of each sequence, nats a token."""
-    out = []
-    for idx, targets in batches:
-        logits = model(idx.to(model.wte.weight.device))[0].float()
-        out.append(F.cross_entropy(logits.mT, targets.to(logits.device), reduction="none").mean(1))
-    return torch.cat(out).cpu()
+    device = model.wte.weight.device
+    return torch.cat([loss_of(model(idx.to(device))[0], targets) for idx, targets in batches])
+
+
+def loss_of(logits, targets):
+    return F.cross_entropy(logits.float().mT, targets.to(logits.device), reduction="none").mean(1).cpu()
 
 
 @torch.no_grad()
 def compare(teacher, student, batches):
-    """(KL(teacher, student) in nats a token, share of tokens whose likeliest next token agrees)."""
-    kl = agree = n = 0
-    for idx, _ in batches:
+    """Held-out loss of both, KL(teacher, student) in nats a token, and the share of tokens whose likeliest
+    next token is the same."""
+    loss, kl, same = dict(teacher=[], student=[]), [], []
+    for idx, targets in batches:
         idx = idx.to(teacher.wte.weight.device)
-        t, s = teacher(idx)[0].float().log_softmax(-1), student(idx)[0].float().log_softmax(-1)
-        kl += F.kl_div(s, t, reduction="sum", log_target=True).item()
-        agree += (t.argmax(-1) == s.argmax(-1)).sum().item()
-        n += idx.numel()
-    return kl / n, agree / n
+        t, s = (model(idx)[0].float().log_softmax(-1) for model in (teacher, student))
+        loss["teacher"].append(loss_of(t, targets))
+        loss["student"].append(loss_of(s, targets))
+        kl.append(F.kl_div(s, t, reduction="none", log_target=True).sum(-1).mean(1).cpu())
+        same.append((t.argmax(-1) == s.argmax(-1)).float().mean(1).cpu())
+    return dict(val_loss={name: torch.cat(x).mean().item() for name, x in loss.items()},
+                kl=torch.cat(kl).mean().item(), top1_agreement=torch.cat(same).mean().item())
 
 
 # ---- a run: its folder, its log, its checkpoints -----------------------------------------------------------
@@ -425,7 +451,7 @@ class Run:
 
     def __init__(self, folder, options):
         self.folder, self.options, self.done, self.began = folder, options, {}, time.time()
-        self.stop = False
+        self.stop, self.tokens = False, 0                 # tokens: of all stages so far
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(self.path("run.json")):
             with open(self.path("run.json"), encoding="utf-8") as f:
@@ -442,6 +468,7 @@ class Run:
         if self.stop:                                     # asked twice: at once
             raise KeyboardInterrupt
         self.stop = True
+        print("\nstopping after this step or measurement; once more: at once", file=sys.stderr)
 
     def path(self, *names):
         return os.path.join(self.folder, *names)
@@ -456,6 +483,12 @@ class Run:
     def log(self, **record):
         with open(self.path("log.jsonl"), "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
+
+    def forget(self, stage, step):
+        """Drop the log lines of a stage past a step: they will be written again."""
+        with open(self.path("log.jsonl"), encoding="utf-8") as f:
+            lines = [line for line in f if (r := json.loads(line))["stage"] != stage or r["step"] <= step]
+        write_file(self.path("log.jsonl"), lambda tmp: open(tmp, "w", encoding="utf-8").writelines(lines))
 
     def once(self, name, work):
         """The result of work(), a JSON value: computed once in the life of a run."""
@@ -481,16 +514,20 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
     for p in params:
         p.requires_grad_(True)
     opt = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    first = 0
+    first, mean, run.tokens = 0, None, run.tokens + plan.total
     if os.path.exists(file):
-        saved = torch.load(file, map_location=device, weights_only=True)
+        try:
+            saved = torch.load(file, map_location=device, weights_only=True)
+        except Exception:                                          # torch raises several types
+            raise ValueError(f"{file} is damaged; remove it to train this stage again") from None
         module.load_state_dict(saved["module"])
-        first = saved["step"]
+        first, mean = saved["step"], saved["mean"]
         if "optimizer" in saved:
             opt.load_state_dict(saved["optimizer"])
+            run.forget(stage, first)
 
     def save(step):
-        state = dict(module=module.state_dict(), step=step)
+        state = dict(module=module.state_dict(), step=step, mean=mean)
         if step < plan.steps:
             state["optimizer"] = opt.state_dict()
         write_file(file, lambda tmp: torch.save(state, tmp))
@@ -499,7 +536,7 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     bar = tqdm(range(first, plan.steps), desc=f"{stage:9s}", initial=first, total=plan.steps, mininterval=0.5,
                dynamic_ncols=True, disable=first == plan.steps)
-    mean, saved_at, tick, per_step = None, time.time(), time.time(), plan.batch * plan.length
+    saved_at = tick = time.time()
     for step in bar:
         rng = np.random.default_rng([seed, zlib.crc32(stage.encode()), step])
         rows = torch.from_numpy(corpus.mixed(rng, plan.batch, plan.length + 1, plan.recall)).to(device)
@@ -512,9 +549,10 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
         norm = max(nn.utils.clip_grad_norm_(g, 1.0) for g in groups)
         value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
-            save(step)                                             # the weights have not seen this step
-            raise ValueError(f"{stage}: loss {value:.3g}, gradient norm {float(norm):.3g} at step {step + 1}; "
-                             f"the last good weights are in {file}; try --plan {stage}.lr={plan.lr / 3:.0e}")
+            good = f"last checkpoint {file}" if os.path.exists(file) else "no checkpoint yet"
+            flag = f"--plan {stage.rstrip('0123456789')}.lr={plan.lr / 3:.0e}"
+            raise ValueError(f"{stage}: loss {value:.3g}, gradient norm {float(norm):.3g} at step "
+                             f"{step + 1}, {good}; start anew with {flag}")
         for group in opt.param_groups:
             group["lr"] = lr
         opt.step()
@@ -525,12 +563,12 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
         run.log(stage=stage, step=step + 1, loss=value, norm=float(norm), lr=lr, ms=round(ms, 2))
         if (step + 1) % max(1, plan.steps // 4) == 0 or step + 1 == plan.steps:
             tqdm.write(f"{stage:9s}{step + 1:6,}/{plan.steps:,} | loss {mean:.4f} | norm {norm:.2f} | "
-                       f"lr {lr:.1e} | {ms:,.0f} ms | {1000 * per_step / ms:,.0f} tok/s")
+                       f"lr {lr:.1e} | {ms:,.0f} ms | {1000 * plan.total / plan.steps / ms:,.0f} tok/s")
         bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
         if step + 1 == plan.steps or run.stop or now - saved_at > save_every:
             save(step + 1)
-            saved_at = now
             run.leave_if_asked()
+            saved_at = tick = time.time()
     for p in params:
         p.requires_grad_(False)
 
@@ -546,7 +584,7 @@ def align(run, teacher, config, corpus, plan, o):
 
     def loss_fn(idx, targets, step):
         given = teacher_layers(teacher, config, idx)
-        return sum((twin(x, where) - y).square().mean() / y.square().mean()
+        return sum((twin(x, where).float() - y.float()).square().mean() / y.float().square().mean()
                    for twin, (_, x, where, y) in zip(twins, given))
     train(run, "align", plan, o.seed, corpus, twins, [list(t.parameters()) for t in twins], loss_fn)
     return twins
@@ -555,7 +593,8 @@ def align(run, teacher, config, corpus, plan, o):
 def swap_scores(teacher, twins, config, corpus, o):
     """R and C of paper eq. 8, measured with what is built in. For every layer, of the model in which it alone
     is linear: mean log-probability of a pass key's tokens (R) and minus the held-out loss (C), with their
-    standard errors. Returns these and the teacher's own C."""
+    standard errors. Returns these and the teacher's own C. The swap is made in place, the model's config
+    telling it which kind layer i now is, and undone."""
     own, scores = teacher.config, []
     batches = held_out(corpus, own.max_len, max(2, o.eval_windows // 2))
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
@@ -574,9 +613,15 @@ def swap_scores(teacher, twins, config, corpus, o):
 
 
 def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0):
-    """The layers that stay attention, as a string of "A" and "L". how: "score", paper eq. 8 and 9 as written;
-    "guarded", the same with the denominator floored at C's standard error, and those layers first whose lone
-    swap costs more than `limit` nats; "even"; "ends", the article's first and last quarter; or the string."""
+    """The layers that stay attention, as a string of "A" and "L". how: the string itself; "even"; "ends", the
+    article's first and last quarter; "score", the floor(L/4) layers of highest
+
+        score_i = (max R - R_i) / (max C - C_i + 1e-6)             paper eq. 8, 9
+
+    much recall lost for little language lost; or "guarded", the same with the denominator floored at C's
+    standard error, and those layers first whose lone swap costs more than `limit` nats."""
+    if how not in ("score", "guarded", "even", "ends") and (set(how) - set("AL") or not how):
+        raise ValueError(f"--layers {how}: give guarded, score, even, ends, or one letter A or L a layer")
     if set(how) <= set("AL"):
         if len(how) != n_layer:
             raise ValueError(f"--layers {how} names {len(how)} layers; the teacher has {n_layer}")
@@ -587,10 +632,10 @@ def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0):
     elif how == "even":
         keep = [round((i + 1) * n_layer / k) - 1 for i in range(k)]
     else:
-        best_R, best_C = max(s["R"] for s in scores), max(s["C"] for s in scores)
+        best_R, best = max(s["R"] for s in scores), max(scores, key=lambda s: s["C"])
         for s in scores:
-            floor = max(s["C_se"] for s in scores) if how == "guarded" else 0.0
-            s["score"] = (best_R - s["R"]) / (max(best_C - s["C"], floor) + 1e-6)
+            floor = best["C_se"] if how == "guarded" else 0.0
+            s["score"] = (best_R - s["R"]) / (max(best["C"] - s["C"], floor) + 1e-6)
             s["must"] = how == "guarded" and base_C - s["C"] > limit
         order = sorted(range(n_layer), key=lambda i: (scores[i]["must"], scores[i]["score"]), reverse=True)
         keep = order[:k]
@@ -611,37 +656,24 @@ def convert_staged(run, teacher, corpus, plans, o):
     config = replace(config, layers=layers)
     student = assemble(teacher, config, [attention_twin(b.mixer, config) if kind == "A" else twin
                                          for b, twin, kind in zip(teacher.blocks, twins, layers)])
-    fade = round(o.fade * plans["distil"].steps) if o.pe == "hype" else 0
+    everything, fade = [list(student.parameters())], round(o.fade * plans["distil"].steps)
+    distil = objective(student, teacher, "distil", o, o.alpha)
 
-    def loss_fn(idx, targets, step):
-        if fade:                                                   # RoPE (or wpe) leaves attention slowly
-            student.config.attn_pe = max(0.0, 1 - step / fade)
-        offset = random_offset(student, idx, step, o)
-        return distil_loss(student, teacher, idx, targets, o.kl, o.alpha, offset)
-    train(run, "distil", plans["distil"], o.seed, corpus, student, [list(student.parameters())], loss_fn)
+    def fading(idx, targets, step):                                # RoPE (or wpe) leaves attention slowly
+        student.config.attn_pe = max(0.0, 1 - step / fade)
+        return distil(idx, targets, step)
+    train(run, "distil", plans["distil"], o.seed, corpus, student, everything, fading if fade else distil)
     student.config.attn_pe = config.attn_pe
-
-    def loss_fn(idx, targets, step):
-        return student(idx, targets, offset=random_offset(student, idx, step, o))[1]
-    train(run, "finetune", plans["finetune"], o.seed, corpus, student, [list(student.parameters())], loss_fn)
+    train(run, "finetune", plans["finetune"], o.seed, corpus, student, everything,
+          objective(student, teacher, "finetune", o, alpha=1.0))
     return student
-
-
-def random_offset(student, idx, step, o):
-    """Chunk HyPE: a start for each sequence, so that every chunk's embedding is trained."""
-    c = student.config
-    if not c.chunk:
-        return None
-    rng = np.random.default_rng([o.seed, zlib.crc32(b"offset"), step])
-    last = max(0, c.chunk * c.n_chunks - idx.size(1))
-    return torch.from_numpy(rng.integers(0, last + 1, len(idx))).to(idx.device)
 
 
 def print_scores(scores, layers, base):
     print("\nlayer  recall if linear (log p)   held-out loss if linear   score")
     for i, s in enumerate(scores):
         print(f"{i:3d} {layers[i]}  {s['R']:9.3f} +- {s['R_se']:.3f}        {-s['C']:9.4f} +- {s['C_se']:.4f}"
-              f"    {s['score']:8.3f}" + ("  (never converted)" if s["must"] else ""))
+              f"    {s['score']:8.3f}" + ("  (swap costs over 1 nat)" if s["must"] else ""))
     print(f"teacher's held-out loss {-base:.4f}; layers: {layers}\n")
 
 
@@ -665,19 +697,17 @@ def convert_progressive(run, teacher, corpus, plans, o):
         student = assemble(student, replace(config, layers=now), mixers)
         params = [p for i in group for p in student.blocks[i].mixer.parameters()]
         params += [p for name, p in student.named_parameters() if "chunk_embd" in name]
-
-        def loss_fn(idx, targets, step):
-            offset = random_offset(student, idx, step, o)
-            return distil_loss(student, teacher, idx, targets, o.kl, o.alpha, offset)
-        train(run, f"group{g}", plan, o.seed, corpus, student, [params], loss_fn)
+        stage = f"group{g}"
+        train(run, stage, plan, o.seed, corpus, student, [params],
+              objective(student, teacher, stage, o, o.alpha))
         mixers = [block.mixer for block in student.blocks]
 
         def usable():
-            student.save_pretrained(run.path(f"group{g}"))
-            corpus.tokenizer.save(run.path(f"group{g}"))
+            student.save_pretrained(run.path(stage))
+            corpus.tokenizer.save(run.path(stage))
             return losses(student, batches).mean().item()
-        loss = run.once(f"group{g}", usable)
-        print(f"group {g} of {n_groups}: {now} | held-out loss {loss:.4f} | usable: {run.path(f'group{g}')}")
+        loss = run.once(stage, usable)
+        print(f"group {g} of {n_groups}: {now} | held-out loss {loss:.4f} | usable: {run.path(stage)}")
     return student
 
 
@@ -685,7 +715,7 @@ def convert_progressive(run, teacher, corpus, plans, o):
 
 
 def fit_logit_base(student, corpus, length, seed):
-    """The base a of s_t (paper eq. 11) of least loss on long held-out text: {a: loss}."""
+    """Held-out loss at a long length by the base a of s_t (paper eq. 11): {a: loss}."""
     batches, out = held_out(corpus, length, 8, seed, batch=4), {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
@@ -695,20 +725,15 @@ def fit_logit_base(student, corpus, length, seed):
 
 def evaluate(teacher, student, corpus, o):
     """The numbers of the final table and of report.json. Pass keys are asked at 1 to 16 times the teacher's
-    length, and of the student at 64 times too."""
-    T, batches = teacher.config.max_len, held_out(corpus, teacher.config.max_len, o.eval_windows)
-    kl, agree = compare(teacher, student, batches)
-    models, found = dict(teacher=teacher, student=student), dict(teacher={}, student={})
+    length, and of the student at 64 times too; None: past the last position a model knows."""
+    T, found = teacher.config.max_len, dict(teacher={}, student={})
     for n in tqdm((T, 2 * T, 4 * T, 16 * T, 64 * T), desc="pass keys", dynamic_ncols=True):
-        trials = max(5, o.trials * 16 * T // max(n, 16 * T))       # the longest are dear
-        for name, model in models.items():
-            c = model.config
+        trials = max(1, o.trials * 16 * T // max(n, 16 * T))       # the longest are dear
+        for name, model in dict(teacher=teacher, student=student).items():
             if n <= 16 * T or name == "student":
-                no_such_position = c.position == "learned" and c.attn_pe and not c.chunk and n > c.max_len
-                found[name][str(n)] = (None if no_such_position else
-                                       recall(model, corpus, n, trials)[1].mean().item())
-    return dict(val_loss={name: losses(model, batches).mean().item() for name, model in models.items()},
-                kl=kl, top1_agreement=agree, passkey=found)
+                known = n <= model.limit()
+                found[name][str(n)] = recall(model, corpus, n, trials)[1].mean().item() if known else None
+    return dict(**compare(teacher, student, held_out(corpus, T, o.eval_windows)), passkey=found)
 
 
 def print_report(r):
@@ -728,32 +753,30 @@ def print_report(r):
         row(f"pass key found in {int(n):,} tokens", found("teacher", n), found("student", n))
     peak = f", peak memory {r['peak_gb']:.1f} GB" if r["peak_gb"] else ""
     print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, "
-          f"logit base {r['logit_base']}\n")
+          + (f"logit base {r['logit_base']:g}\n" if r["logit_base"] else "no logit scaling\n"))
 
 
 # ---- command line ------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                             # one line, no usage
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def get_args(argv):
     p = Parser(prog="halo.py", description=__doc__.split("\n\n")[0],
-               epilog="A recipe is ten rows, each a flag; a flag left out follows --recipe.")
+               epilog="eq.: of arXiv 2601.22156. A row left out follows --recipe. " + " ".join(
+                   f"{name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in rows.items()) + "."
+                   for name, rows in RECIPES.items()))
     p.add_argument("--teacher", default="tiny", help="tiny (shipped, 1M parameters) or the folder of a model")
     p.add_argument("--recipe", default="paper", choices=RECIPES, help="the paper's (default), the article's")
-    p.add_argument("--out", help="folder of the run; default out/TEACHER-RECIPE, or the next free number")
-    p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, under its own options")
-    p.add_argument("--data", nargs="+", metavar="PATH",
+    p.add_argument("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
+    p.add_argument("--resume", metavar="RUN",
+                   help="go on with the run in this folder, under its own options (but for --device)")
+    p.add_argument("--data", nargs="+", action="extend", metavar="PATH",
                    help="text to train on: .txt, .jsonl (field text), .gz of either, or folders of them; "
                         "default: the source of Python's standard library")
-    gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("--device", default=gpu, help="cuda, mps or cpu; default: %(default)s here")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--budget", type=float, default=1.0, help="multiply the tokens of every stage by this")
-    p.add_argument("--plan", nargs="+", default=[], metavar="STAGE.FIELD=X",
+    p.add_argument("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--budget", type=number(float, 1e-6), default=1.0,
+                   help="multiply the tokens of every stage by this")
+    p.add_argument("--plan", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=X",
                    help="change entries of the plan, such as distil.tokens=4e6 or align.lr=1e-3")
     p.add_argument("--pretrain", action="store_true",
                    help="train the teacher from random weights instead; with --layers a hybrid")
@@ -769,18 +792,23 @@ def get_args(argv):
     r.add_argument("--extras", choices=("on", "off"), help="QK-norm, output norm and gates")
     r.add_argument("--training", choices=("staged", "progressive"), help="stages, or groups of layers")
     r.add_argument("--kl", choices=("forward", "reverse"), help="KL(teacher, student), KL(student, teacher)")
-    r.add_argument("--alpha", type=float, help="share of cross-entropy in the distillation loss, 0 to 1")
-    r.add_argument("--window", type=int, help="attention reaches this many tokens back, 0: all")
+    r.add_argument("--alpha", type=number(float, 0, 1), help="share of cross-entropy in the loss, 0 to 1")
+    r.add_argument("--window", type=number(int, 0), help="attention reaches this many tokens back, 0: all")
     r.add_argument("--logit-base", help="a of s_t (eq. 11): fit, none, or a number above 1")
     m = p.add_argument_group("finer choices")
-    m.add_argument("--groups", type=int, default=0, help="of layers; default ceil(linear / 6), at least 2")
-    m.add_argument("--retention", type=float, default=0.7, help="what a forget gate keeps at the start")
-    m.add_argument("--fade", type=float, default=0.0,
+    m.add_argument("--groups", type=number(int, 0), default=0,
+                   help="into which a progressive run parts linear layers; default ceil(n / 6), at least 2")
+    m.add_argument("--retention", type=number(float, 0.001, 0.999), default=0.7,
+                   help="share of the state that a new forget gate keeps at each token")
+    m.add_argument("--fade", type=number(float, 0, 1), default=0.0,
                    help="share of stage 2 over which RoPE leaves attention; 0: at once")
-    m.add_argument("--max-ctx", type=int, default=65536, help="longest context a chunk HyPE model will see")
-    m.add_argument("--trials", type=int, default=20, help="pass keys asked at each length")
-    m.add_argument("--eval-windows", type=int, default=256, help="held-out sequences for the losses")
-    m.add_argument("--set", nargs="+", default=[], metavar="FIELD=X",
+    m.add_argument("--max-ctx", type=number(int, 1), default=65536 + 1024,
+                   help="positions that a chunk HyPE model knows, context and answer together")
+    m.add_argument("--trials", type=number(int, 1), default=20,
+                   help="pass keys asked at each length; a quarter of them at 64 times the length")
+    m.add_argument("--eval-windows", type=number(int, 2), default=256,
+                   help="held-out sequences for the losses")
+    m.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=X",
                    help="set fields of the student's HypeNetConfig, such as linear_rope=false")
     return p.parse_args(argv)
 
@@ -788,6 +816,7 @@ def get_args(argv):
 def settle(o):
     """Fill in the recipe; return the plans and the changes of --set. ValueError for what cannot go."""
     o.hybrid = o.layers is not None                       # for --pretrain: layers were asked for
+    o.device = default_device(o.device)
     for key, value in RECIPES[o.recipe].items():
         if getattr(o, key) is None:
             setattr(o, key, value)
@@ -803,7 +832,8 @@ def settle(o):
             plans[stage] = replace(plans[stage], **{field: kind(float(value))})
         except (ValueError, OverflowError):
             raise ValueError(f"--plan {item}: {value!r} is no number") from None
-    changes, known = {}, [f.name for f in fields(HypeNetConfig)]
+    names = [f.name for f in fields(HypeNetConfig)]
+    changes, known = {}, [n for n in names[names.index("attn_pe"):] if n != "logit_base"]
     for item in o.set:
         key, _, value = item.partition("=")
         if key not in known:
@@ -816,25 +846,21 @@ def settle(o):
         base = o.logit_base in ("fit", "none") or float(o.logit_base) > 1
     except ValueError:
         base = False
+    scored = o.layers in ("score", "guarded")
     for ok, message in (
-            (all(min(p.tokens, p.length, p.batch, p.lr) > 0 and 0 <= p.recall <= 1 for p in plans.values()),
-             "--plan, --budget: tokens, length, batch and lr must be positive, recall between 0 and 1"),
+            (all(min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0 and 0 <= p.recall <= 1
+                 and all(map(math.isfinite, asdict(p).values())) for p in plans.values()),
+             "--plan: tokens, length, batch, lr and warmup must be positive, recall between 0 and 1"),
             (base, f"--logit-base {o.logit_base}: give fit, none or a number above 1"),
-            (0 <= o.alpha <= 1, f"--alpha {o.alpha}: a share between 0 and 1"),
-            (0 < o.retention < 1, f"--retention {o.retention}: a share between 0 and 1"),
-            (0 <= o.fade <= 1, f"--fade {o.fade}: a share between 0 and 1"),
-            (not o.fade or o.pe == "hype", f"--fade {o.fade} goes with --pe hype"),
-            (o.window >= 0, f"--window {o.window}: 0 for all, or a number of tokens"),
-            (min(o.trials, o.eval_windows, o.max_ctx) > 0, "--trials, --eval-windows, --max-ctx: above 0"),
-            (o.training == "staged" or o.pretrain or o.layers not in ("score", "guarded"),
+            (not o.fade or o.pe == "hype" and o.training == "staged", "--fade goes with --pe hype, staged"),
+            (o.training == "staged" or o.pretrain or not scored,
              f"--training progressive with --layers {o.layers}: no stage 1 to score by; use ends or even"),
-            (not o.pretrain or not o.hybrid or o.layers not in ("score", "guarded"),
+            (o.training == "staged" or o.pretrain or o.pe != "hype",
+             "--training progressive with --pe hype: its attention layers do not train; use chunk or rope"),
+            (not o.pretrain or not o.hybrid or not scored,
              f"--pretrain with --layers {o.layers}: no teacher to score; use ends, even or letters"),
-            (o.training == "progressive" or not o.groups, "--groups goes with --training progressive"),
-            (o.groups >= 0, f"--groups {o.groups}: a number of groups"),
-            (o.device.split(":")[0] in ("cpu", "cuda", "mps"), f"--device {o.device}: cuda, mps or cpu"),
-            (not o.device.startswith("cuda") or torch.cuda.is_available(),
-             f"--device {o.device}: there is no CUDA device here; use cpu")):
+            (not o.pretrain or o.hybrid or not o.set, "--pretrain --set goes with --layers: a hybrid"),
+            (o.training == "progressive" or not o.groups, "--groups goes with --training progressive")):
         if not ok:
             raise ValueError(message)
     return plans, changes
@@ -868,62 +894,62 @@ def print_plan(run, teacher, corpus, plans, o):
           f"{len(corpus.held_out):,} held out")
     print(f"{'stage':10s}{'tokens':>12s}{'steps':>8s}{'length':>8s}{'batch':>7s}   learning rate")
     for name, plan in plans.items():
-        print(f"{name:10s}{plan.steps * plan.batch * plan.length:12,}{plan.steps:8,}{plan.length:8,}"
-              f"{plan.batch:7,}   {plan.lr:.0e} -> {plan.lr_end:.0e}")
+        print(f"{name:10s}{plan.total:12,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}   "
+              f"{plan.lr:.0e} -> {plan.lr_end:.0e}")
     print(flush=True)
 
 
-def convert(teacher, o, run, plans):
+def convert(run, teacher, corpus, plans, o):
     """Distil a teacher into a student by the options o; returns the student and its report."""
-    corpus, T = Corpus(o.tokenizer, o.data), teacher.config.max_len
-    if o.training == "progressive":
-        names, go = ["group"], convert_progressive
-    else:
-        names, go = ["align", "distil", "finetune"], convert_staged
-    print_plan(run, teacher.config, corpus, {n: plans[n] for n in names}, o)
+    T, progressive = teacher.config.max_len, o.training == "progressive"
+    stages = ["group"] if progressive else ["align", "distil", "finetune"]
+    print_plan(run, teacher.config, corpus, {name: plans[name] for name in stages}, o)
     torch.manual_seed(o.seed)                             # chunk embeddings and other new weights
-    student = go(run, teacher, corpus, plans, o).eval()
-    if o.logit_base == "fit":
-        fits = run.once("fit", lambda: fit_logit_base(student, corpus, 16 * T, o.seed))
-        best = min(fits, key=fits.get)
-        print(f"held-out loss at {16 * T:,} tokens by logit base: "
+    student = (convert_progressive if progressive else convert_staged)(run, teacher, corpus, plans, o).eval()
+    base = o.logit_base
+    if base == "fit":
+        length = min(16 * T, student.limit())
+        fits = run.once("fit", lambda: fit_logit_base(student, corpus, length, o.seed))
+        print(f"held-out loss at {length:,} tokens by logit base: "
               + ", ".join(f"{a} {x:.4f}" for a, x in fits.items()) + "\n")
-    else:
-        best = o.logit_base.capitalize()
-    student.config.logit_base = None if best == "None" else float(best)
-    measured = run.once("eval", lambda: evaluate(teacher, student, corpus, o))
+        base = min(fits, key=fits.get)
+    student.config.logit_base = None if base in ("none", "None") else float(base)
     report = dict(recipe=o.recipe, teacher=o.teacher, layers=student.config.layers,
                   logit_base=student.config.logit_base,
-                  params=dict(teacher=teacher.n_params(), student=student.n_params()),
-                  tokens=sum(plans[n].steps * plans[n].batch * plans[n].length for n in names),
-                  seconds=run.seconds(), peak_gb=peak_gb(), device=o.device, **measured, text=corpus.facts)
+                  params=dict(teacher=teacher.n_params(), student=student.n_params()), tokens=run.tokens)
+    report = run.once("report", lambda: dict(
+        **report, **evaluate(teacher, student, corpus, o), seconds=run.seconds(), peak_gb=peak_gb(o.device),
+        device=o.device, text=corpus.facts))
     student.save_pretrained(run.folder)
     o.tokenizer.save(run.folder)
     write_json(run.path("report.json"), report)
     return student, report
 
 
-def pretrain(config, o, run, plans):
+def pretrain(run, corpus, plans, o):
     """Train a teacher (or, with --layers, a hybrid) from random weights on text and pass keys; returns it."""
-    corpus, plan = Corpus(o.tokenizer, o.data), plans["pretrain"]
+    plan = plans["pretrain"]
+    config = replace(TEACHERS[o.teacher], max_len=plan.length)
     if o.hybrid:
         config = student_config(config, choose_layers(o.layers, len(config.layers)), o)
     print_plan(run, config, corpus, {"pretrain": plan}, o)
     torch.manual_seed(o.seed)
     model = HypeNet(config).to(o.device)
     train(run, "pretrain", plan, o.seed, corpus, model, [list(model.parameters())],
-          lambda idx, targets, step: model(idx, targets, offset=random_offset(model, idx, step, o))[1])
+          objective(model, None, "pretrain", o, alpha=1.0))
     model.eval().save_pretrained(run.folder, torch.bfloat16)
     o.tokenizer.save(run.folder)
     loss = losses(model, held_out(corpus, config.max_len, o.eval_windows)).mean().item()
     hits = recall(model, corpus, config.max_len, o.trials)[1].mean().item()
     print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, pass key found in "
           f"{config.max_len} tokens {hits:.0%}, {run.seconds() / 60:.1f} minutes")
+    print(f"python sample.py --model {run.folder}" if o.hybrid else f"python halo.py --teacher {run.folder}")
     return model
 
 
-def peak_gb():
-    if torch.cuda.is_available():
+def peak_gb(device):
+    """Peak memory of this process, or of the GPU it used, in GB; None where the system does not tell."""
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     try:
         import resource                                   # not on Windows
@@ -933,37 +959,49 @@ def peak_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def resumed(o, argv):
+    """The options of a run that was stopped; only the device may be another."""
+    given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in ("--resume", "--device")]
+    if given:
+        raise ValueError(f"--resume takes its options from the run; leave out {' '.join(given)}")
+    try:
+        with open(os.path.join(o.resume, "run.json"), encoding="utf-8") as f:
+            options = json.load(f)["options"]
+        return argparse.Namespace(**{**options, "resume": o.resume, "device": o.device or options["device"]})
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"--resume {o.resume}: no run there (no run.json that can be read)") from None
+
+
 def run_main(argv):
     o = get_args(argv)
     if o.resume:
-        try:
-            with open(os.path.join(o.resume, "run.json"), encoding="utf-8") as f:
-                options = json.load(f)["options"]
-        except (OSError, ValueError, KeyError):
-            raise ValueError(f"--resume {o.resume}: no run there (no run.json that can be read)") from None
-        o = argparse.Namespace(**{**options, "out": o.resume, "resume": o.resume})
+        o = resumed(o, argv)
     options = dict(vars(o))
     plans, o.changes = settle(o)
     if o.pretrain and o.teacher not in TEACHERS:
-        raise ValueError(f"--pretrain --teacher {o.teacher}: known sizes: {', '.join(TEACHERS)}")
-    o.tokenizer = Tokenizer.bytes()
+        raise ValueError(f"--pretrain --teacher {o.teacher}: known sizes are {', '.join(TEACHERS)}")
+    o.tokenizer, longest = Tokenizer.bytes(), 256
     if not o.pretrain:
         path = os.path.join(HERE, "assets", f"{o.teacher}-teacher") if o.teacher in TEACHERS else o.teacher
         teacher = HypeNet.from_pretrained(path, device=o.device).requires_grad_(False)
         if "L" in teacher.config.layers:
             raise ValueError(f"--teacher {o.teacher} is a hybrid, {teacher.config.layers}: not a teacher")
-        o.tokenizer = Tokenizer.load(path)
-        student_config(teacher.config, "L" * len(teacher.config.layers), o)   # fails now, not after stage 1
-        if o.layers not in ("score", "guarded"):
-            choose_layers(o.layers, len(teacher.config.layers))
+        o.tokenizer, longest = Tokenizer.load(path), 64 * teacher.config.max_len
+        L = len(teacher.config.layers)
+        student_config(teacher.config, "L" * L, o)        # what is wrong fails now, not after stage 1
+        if o.layers not in ("score", "guarded") and "L" not in choose_layers(o.layers, L):
+            raise ValueError(f"--layers {o.layers} leaves nothing to convert")
+    corpus = Corpus(o.tokenizer, o.data)
+    corpus.windows(np.random.default_rng(0), 1, longest, held_out=True)
     keep_memory()
     run = Run(o.resume or new_folder(o), options)
     try:
+        if run.once("text", lambda: corpus.facts) != corpus.facts:
+            raise ValueError(f"--resume {o.resume}: the text has changed since it began; start a new run")
         if o.pretrain:
-            pretrain(TEACHERS[o.teacher], o, run, plans)
-            print(f"use it with: python halo.py --teacher {run.folder}")
+            pretrain(run, corpus, plans, o)
         else:
-            _, report = convert(teacher, o, run, plans)
+            _, report = convert(run, teacher, corpus, plans, o)
             print_report(report)
             print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, "
                   f"log.jsonl\n\npython sample.py --model {run.folder} --ctx 65536")
@@ -972,13 +1010,7 @@ def run_main(argv):
 
 
 def main(argv=None):
-    try:
-        run_main(argv)
-    except (ValueError, OSError) as e:
-        print(f"halo.py: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    command_line("halo.py", run_main, argv)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,12 @@ both kinds of layer, the model, its state, generation, the tokenizer, and loadin
       |     "L": all other layers              |     "L": the middle half
     tokens                                   tokens
 
-A teacher is the same class: a HypeNet whose layers are all "A", with RoPE (or learned positions).
+Read the drawing from the bottom up; one layer of each kind is shown. HyPE is RoPE in linear layers only: the
+attention layers, without positions, meet no distance they have not been trained on. A softmax over t tokens
+flattens as t grows, which s_t = log(t + a) / log(a) on the queries makes up for. A teacher is the same class:
+a HypeNet whose layers are all "A", with RoPE (or learned positions).
+
+In shapes: B rows, T tokens, C width, H heads, D head size, K key width, V value width (= D), idx token ids.
 
 The article's names, and ours:
     get_hybrid_config              halo.choose_layers("ends", ...)
@@ -33,17 +38,19 @@ The article's names, and ours:
     LinearAttentionRNN             LinearAttention, forget_gate = LinearAttention.forget
     HyPEPositionEncoding           locate (position mod chunk), Attention.chunk_embd (position div chunk)
     initialize_rnn_from_attention  halo.linear_twin
-    halo_distillation              halo.convert
+    halo_distillation              halo.convert_progressive
 
 References: HypeNet and HALO, arXiv 2601.22156 ("the paper": section 5, appendix A). Lightning Attention,
 2405.17381. GLA, 2312.06635. RoPE, 2104.09864. Logit scaling, SWAN-GPT, 2504.08719. The authors' code:
 github.com/thunlp/hybrid-linear-attention.
 Not here: training on several GPUs, short convolutions, delta-rule mixers.
 """
+import argparse
 import copy
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -98,6 +105,8 @@ class HypeNetConfig:
             value, kind = getattr(self, f.name), f.type | int if f.type in (float, float | None) else f.type
             if not isinstance(value, kind) or isinstance(value, bool) and f.type is not bool:
                 raise ValueError(f"{f.name} is {value!r}; its type is {getattr(f.type, '__name__', f.type)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name} is {value}; it must be finite")
         self.key_dim = self.key_dim or self.head_dim
         self.linear_kv_head = self.linear_kv_head or self.n_head
         for name, allowed in dict(norm=("rms", "layer"), mlp=("swiglu", "gelu"), position=("rope", "learned"),
@@ -124,7 +133,7 @@ class HypeNetConfig:
         if (self.chunk is None) != (self.n_chunks == 0) or self.n_chunks < 0:
             raise ValueError(f"chunk {self.chunk} and n_chunks {self.n_chunks}: give both or neither")
         if self.position == "learned" and self.chunk and self.chunk > self.max_len:
-            raise ValueError(f"chunk {self.chunk} and n_chunks {self.n_chunks} with position learned: a chunk exceeds "
+            raise ValueError(f"chunk {self.chunk}, n_chunks {self.n_chunks}, position learned: a chunk exceeds "
                              f"the {self.max_len} positions of max_len")
         missing = [] if self.rope_scaling is None else [
             k for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -471,14 +480,17 @@ class HypeNet(nn.Module):
             x = x + c.attn_pe * self.wpe(where.pos)
         return x
 
-    def check_length(self, n):
-        """ValueError if a sequence of n tokens reaches past the last position this model knows."""
+    def limit(self):
+        """The most tokens a sequence may have: only learned embeddings of positions set one."""
         c = self.config
-        if c.chunk and n > c.chunk * c.n_chunks:
-            raise ValueError(f"{n:,} tokens reach past the last of {c.n_chunks} chunks of {c.chunk}: "
-                             f"this model was converted for at most {c.chunk * c.n_chunks:,} tokens")
-        if c.position == "learned" and c.attn_pe and not c.chunk and n > c.max_len:
-            raise ValueError(f"{n:,} tokens exceed this model's {c.max_len:,} learned positions")
+        if c.chunk:
+            return c.chunk * c.n_chunks
+        return c.max_len if c.position == "learned" and c.attn_pe else math.inf
+
+    def check_length(self, n):
+        if n > self.limit():
+            what = f"chunks of {self.config.chunk}" if self.config.chunk else "learned positions"
+            raise ValueError(f"{n:,} tokens are more than the {self.limit():,} this model's {what} reach")
 
     def hidden(self, idx, state=None, offset=None):
         """idx (B,T) -> x (B,T,C), after the final norm. The first token is at position 0, or at offset (B,),
@@ -703,3 +715,50 @@ class Tokenizer:
             raise ValueError(f"no tokenizer in {path}: it has no tokenizer.json") from None
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
             raise ValueError(f"{path}/tokenizer.json is no tokenizer; copy it again") from None
+
+
+# ---- what the command lines share --------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind, low, high=math.inf):
+    """A type for add_argument: an int or float from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {low:g}"
+                                             + (f" and at most {high:g}" if high < math.inf else ""))
+        return value
+    return parse
+
+
+def default_device(name=None):
+    """The device asked for (ValueError if there is no such one), else CUDA or Apple's, else the CPU."""
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: there is no such device here; use {default_device()}") from None
+    return name
+
+
+def command_line(prog, run, argv):
+    """run(argv); what the user can mend ends in one line and exit status 2."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as e:
+        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

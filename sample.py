@@ -8,54 +8,44 @@
 Without --model: the newest run under out/, else the shipped student. The context is read in segments, so all
 that grows with it is the K/V of the few attention layers, and with a window not even that.
 """
-import argparse
 import codecs
 import glob
+import json
 import os
 import sys
 import time
+from dataclasses import replace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see halo.py
 
-import torch
-from tqdm import tqdm
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-from hypenet import HypeNet, State, Tokenizer
+from hypenet import HypeNet, Parser, State, Tokenizer, command_line, default_device, number  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def get_args(argv):
     p = Parser(prog="sample.py", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", help="model folder; default: the newest run in out/, else the shipped student")
-    p.add_argument("--ctx", type=int, help="tokens of context; default: the prompt's or file's, else 4096")
+    p.add_argument("--model", help="folder of a model; default: the newest run in out/, else the shipped one")
+    p.add_argument("--ctx", type=number(int, 1), help="tokens of context; default: all the text has, or 4096")
     p.add_argument("--prompt", help="text to continue")
-    p.add_argument("--file", help="text file to continue, from its last --ctx tokens")
-    p.add_argument("--tokens", type=int, default=64, help="tokens to generate")
-    p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
-    p.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    p.add_argument("--top-p", type=float, help="sample among the fewest tokens of this total probability")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--segment", type=int, default=1024, help="tokens read at a time")
-    p.add_argument("--teacher", action="store_true", help="run the all-attention teacher on the same input")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps, cpu")
+    p.add_argument("--file", help="text file to continue, from its last --ctx tokens; with neither, held-out "
+                                  "text of Python's standard library with a pass key in it")
+    p.add_argument("--tokens", type=number(int, 1), default=64, help="tokens to generate")
+    p.add_argument("--temperature", type=number(float, 0), default=0.0, help="0 (default): greedy")
+    p.add_argument("--top-k", type=number(int, 1), help="sample among the k likeliest tokens")
+    p.add_argument("--top-p", type=number(float, 1e-9, 1), help="sample among the likeliest, to this share")
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--segment", type=number(int, 1), default=1024, help="tokens read at a time")
+    p.add_argument("--teacher", action="store_true", help="run the model's all-attention teacher instead")
+    p.add_argument("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
     o = p.parse_args(argv)
-    for ok, message in (
-            (o.ctx is None or o.ctx > 0, f"--ctx {o.ctx}: a positive number of tokens"),
-            (min(o.tokens, o.segment) > 0, "--tokens and --segment must be positive"),
-            (o.temperature >= 0, f"--temperature {o.temperature}: 0 or more"),
-            (o.top_k is None or o.top_k > 0, f"--top-k {o.top_k}: 1 or more"),
-            (o.top_p is None or 0 < o.top_p <= 1, f"--top-p {o.top_p}: above 0, at most 1"),
-            (not (o.prompt and o.file), "--prompt and --file: give one of them"),
-            (o.device.split(":")[0] in ("cpu", "cuda", "mps"), f"--device {o.device}: cuda, mps or cpu"),
-            (torch.cuda.is_available() or "cuda" not in o.device, f"--device {o.device}: no CUDA device")):
-        if not ok:
-            raise ValueError(message)
+    if o.prompt is not None and o.file is not None:
+        raise ValueError("--prompt and --file: give one of them")
+    o.device = default_device(o.device)
     return o
 
 
@@ -69,7 +59,6 @@ def context(o, tokenizer):
     """Ids of the context, and the answer that would be right, if there is one."""
     if o.prompt is None and o.file is None:
         from halo import Corpus, plant
-        import numpy as np
         n, corpus, rng = o.ctx or 4096, Corpus(tokenizer), np.random.default_rng(o.seed)
         text = np.resize(corpus.held_out, n)                 # the held-out text again where it is too short
         ids, n_answer = plant(tokenizer, text, rng, depth=rng.random())
@@ -96,10 +85,13 @@ def run_main(argv):
     tokenizer = Tokenizer.load(folder)
     weights = folder
     if o.teacher:
-        import json
-        with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
-            weights = json.load(f)["teacher"]
-        weights = weights if os.path.isdir(weights) else os.path.join(HERE, "assets", f"{weights}-teacher")
+        try:
+            with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
+                weights = json.load(f)["teacher"]
+        except (OSError, ValueError, KeyError):
+            raise ValueError(f"--teacher: {folder} has no report.json that names its teacher") from None
+        shipped = os.path.join(HERE, "assets", f"{weights}-teacher")
+        weights = shipped if os.path.isdir(shipped) else weights
     dtype = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
     model = HypeNet.from_pretrained(weights, dtype=dtype, device=o.device)
     prompt, answer = context(o, tokenizer)
@@ -125,9 +117,8 @@ def run_main(argv):
             sys.stdout.flush()
     sys.stdout.write(decoder.decode(b"", final=True) + ("\033[0m\n" if sys.stdout.isatty() else "\n"))
     read = times[0] - began
-    with torch.device("meta"):                               # what attention layers alone would hold
-        _, teacher_KV = State(type(c)(**{**c.__dict__, "layers": "A" * len(c.layers), "window": None}),
-                              1, total, "meta", dtype).nbytes()
+    attention = replace(c, layers="A" * len(c.layers), window=None)   # what it would hold with no L
+    teacher_KV = State(attention, 1, total, "meta", dtype).nbytes()[1]
     print(f"\nread {len(prompt):,} tokens in {read:.1f} s, {len(prompt) / read:,.0f} tok/s", file=sys.stderr)
     if len(times) > 1:
         ms = 1000 * (times[-1] - times[0]) / (len(times) - 1)
@@ -139,14 +130,9 @@ def run_main(argv):
 
 
 def main(argv=None):
-    try:
-        run_main(argv)
-    except (ValueError, OSError) as e:
-        print(f"sample.py: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\033[0m" if sys.stdout.isatty() else "", file=sys.stderr)
-        raise SystemExit(130) from None
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")             # a terminal that cannot show a character
+    command_line("sample.py", run_main, argv)
 
 
 if __name__ == "__main__":
