@@ -486,7 +486,8 @@ class Run:
 
     def forget(self, stage, step):
         """Drop the log lines of a stage past a step: they will be written again."""
-        with open(self.path("log.jsonl"), encoding="utf-8") as f:
+        with open(self.path("log.jsonl"), "a+", encoding="utf-8") as f:
+            f.seek(0)
             lines = [line for line in f if (r := json.loads(line))["stage"] != stage or r["step"] <= step]
         write_file(self.path("log.jsonl"), lambda tmp: open(tmp, "w", encoding="utf-8").writelines(lines))
 
@@ -524,7 +525,8 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
         first, mean = saved["step"], saved["mean"]
         if "optimizer" in saved:
             opt.load_state_dict(saved["optimizer"])
-            run.forget(stage, first)
+    if first < plan.steps:
+        run.forget(stage, first)
 
     def save(step):
         state = dict(module=module.state_dict(), step=step, mean=mean)
