@@ -55,11 +55,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 # Every key is a flag of its own, so an ablation is one flag; get_args says what the values mean.
 RECIPES = {
-    "paper": dict(layers="guarded", decay="constant", state="full", pe="hype", extras="on",
+    "paper": dict(layers="swap", decay="constant", state="full", pe="hype", extras="on",
                   training="staged", kl="forward", alpha=0.0, window=0, logit_base="fit"),
     "article": dict(layers="ends", decay="channel", state="half", pe="chunk", extras="off",
                     training="progressive", kl="reverse", alpha=0.5, window=2048, logit_base="none"),
 }
+SCORED = ("swap", "guarded", "score")   # ways to choose layers that measure each one
 
 
 @dataclass
@@ -595,22 +596,33 @@ def align(run, teacher, config, corpus, plan, o):
 def swap_scores(teacher, twins, config, corpus, o):
     """R and C of paper eq. 8, measured with what is built in. For every layer, of the model in which it alone
     is linear: mean log-probability of a pass key's tokens (R) and minus the held-out loss (C), with their
-    standard errors. Returns these and the teacher's own C. The swap is made in place, the model's config
-    telling it which kind layer i now is, and undone."""
+    standard errors; for "swap" also those of the model in which it alone is what it would be if it stayed:
+    with HyPE, attention without RoPE. Returns these and the teacher's own C. A swap is made in place, the
+    model's config telling it which kind layer i now is."""
     own, scores = teacher.config, []
     batches = held_out(corpus, own.max_len, max(2, o.eval_windows // 2))
+
+    def measure(kind=""):
+        R, C = recall(teacher, corpus, own.max_len, o.trials * 2)[0], -losses(teacher, batches)
+        return {f"R{kind}": R.mean().item(), f"R{kind}_se": R.std().item() / len(R) ** 0.5,
+                f"C{kind}": C.mean().item(), f"C{kind}_se": C.std().item() / len(C) ** 0.5}
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
         attn = teacher.blocks[i].mixer
         try:
             teacher.blocks[i].mixer = twin
             teacher.config = replace(config, layers="A" * i + "L" + "A" * (len(twins) - 1 - i), attn_pe=1.0,
                                      chunk=None, n_chunks=0, window=None, attn_gate=False)
-            R = recall(teacher, corpus, own.max_len, o.trials * 2)[0]
-            C = -losses(teacher, batches)
+            scores.append(measure())
         finally:
             teacher.blocks[i].mixer, teacher.config = attn, own
-        scores.append(dict(R=R.mean().item(), R_se=R.std().item() / len(R) ** 0.5,
-                           C=C.mean().item(), C_se=C.std().item() / len(C) ** 0.5))
+        if o.layers == "swap":
+            if o.pe == "hype":
+                attn.mix = lambda x, where, cache=None: type(attn).mix(
+                    attn, x, where._replace(attn_rope=None), cache)
+            try:
+                scores[i].update(measure("_kept"))
+            finally:
+                vars(attn).pop("mix", None)
     return scores, -losses(teacher, batches).mean().item()
 
 
@@ -620,10 +632,15 @@ def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0):
 
         score_i = (max R - R_i) / (max C - C_i + 1e-6)             paper eq. 8, 9
 
-    much recall lost for little language lost; or "guarded", the same with the denominator floored at C's
-    standard error, and those layers first whose lone swap costs more than `limit` nats."""
-    if how not in ("score", "guarded", "even", "ends") and (set(how) - set("AL") or not how):
-        raise ValueError(f"--layers {how}: give guarded, score, even, ends, or one letter A or L a layer")
+    much recall lost for little language lost; "guarded", the same with the denominator floored at C's
+    standard error, and those layers first whose lone swap costs more than `limit` nats; or "swap":
+
+        score_i = (R_i if it stays - R_i if it is linear) + (the same of C)
+
+    A layer that stays loses its RoPE (HyPE), so the choice is between two losses. One that looks a fixed step
+    back needs positions, and is better off linear, with RoPE, however much recall hangs on it."""
+    if how not in (*SCORED, "even", "ends") and (set(how) - set("AL") or not how):
+        raise ValueError(f"--layers {how}: give {', '.join(SCORED)}, even, ends, or a letter A or L a layer")
     if set(how) <= set("AL"):
         if len(how) != n_layer:
             raise ValueError(f"--layers {how} names {len(how)} layers; the teacher has {n_layer}")
@@ -637,7 +654,8 @@ def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0):
         best_R, best = max(s["R"] for s in scores), max(scores, key=lambda s: s["C"])
         for s in scores:
             floor = best["C_se"] if how == "guarded" else 0.0
-            s["score"] = (best_R - s["R"]) / (max(best["C"] - s["C"], floor) + 1e-6)
+            s["score"] = (s["R_kept"] - s["R"] + s["C_kept"] - s["C"] if how == "swap" else
+                          (best_R - s["R"]) / (max(best["C"] - s["C"], floor) + 1e-6))
             s["must"] = how == "guarded" and base_C - s["C"] > limit
         order = sorted(range(n_layer), key=lambda i: (scores[i]["must"], scores[i]["score"]), reverse=True)
         keep = order[:k]
@@ -650,7 +668,7 @@ def convert_staged(run, teacher, corpus, plans, o):
     config = student_config(teacher.config, "L" * L, o)
     twins = align(run, teacher, config, corpus, plans["align"], o)
     scores = base = None
-    if o.layers in ("score", "guarded"):
+    if o.layers in SCORED:
         scores, base = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, o))
     layers = choose_layers(o.layers, L, scores, base)
     if scores:
@@ -672,10 +690,13 @@ def convert_staged(run, teacher, corpus, plans, o):
 
 
 def print_scores(scores, layers, base):
-    print("\nlayer  recall if linear (log p)   held-out loss if linear   score")
+    kinds = {"": "linear", "_kept": "kept"} if "R_kept" in scores[0] else {"": "linear"}
+    print("\nlayer" + "".join(f"{f'recall if {k} (log p)':>27s}{f'held-out loss if {k}':>25s}"
+                             for k in kinds.values()) + f"{'score':>10s}")
     for i, s in enumerate(scores):
-        print(f"{i:3d} {layers[i]}  {s['R']:9.3f} +- {s['R_se']:.3f}        {-s['C']:9.4f} +- {s['C_se']:.4f}"
-              f"    {s['score']:8.3f}" + ("  (swap costs over 1 nat)" if s["must"] else ""))
+        print(f"{i:3d} {layers[i]}" + "".join(
+            f"{s['R' + k]:17.3f} +- {s['R' + k + '_se']:6.3f}{-s['C' + k]:15.4f} +- {s['C' + k + '_se']:.4f}"
+            for k in kinds) + f"{s['score']:10.3f}" + ("  (swap costs over 1 nat)" if s["must"] else ""))
     print(f"teacher's held-out loss {-base:.4f}; layers: {layers}\n")
 
 
@@ -733,7 +754,7 @@ def evaluate(teacher, student, corpus, o):
         trials = max(1, o.trials * 16 * T // max(n, 16 * T))       # the longest are dear
         for name, model in dict(teacher=teacher, student=student).items():
             if n <= 16 * T or name == "student":
-                known = n <= model.limit()
+                known = n <= model.config.limit()
                 found[name][str(n)] = recall(model, corpus, n, trials)[1].mean().item() if known else None
     return dict(**compare(teacher, student, held_out(corpus, T, o.eval_windows)), passkey=found)
 
@@ -775,7 +796,7 @@ def get_args(argv):
                    help="text to train on: .txt, .jsonl (field text), .gz of either, or folders of them; "
                         "default: the source of Python's standard library")
     p.add_argument("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
-    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
     p.add_argument("--budget", type=number(float, 1e-6), default=1.0,
                    help="multiply the tokens of every stage by this")
     p.add_argument("--plan", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=X",
@@ -783,9 +804,10 @@ def get_args(argv):
     p.add_argument("--pretrain", action="store_true",
                    help="train the teacher from random weights instead; with --layers a hybrid")
     r = p.add_argument_group("rows of the recipe")
-    r.add_argument("--layers", help="which stay attention: guarded (eq. 8, its denominator floored at the "
-                                    "noise), score (eq. 8 as written), even, ends (first, last quarter), or "
-                                    "letters such as LLALLLAL")
+    r.add_argument("--layers", help="which stay attention: swap (those that lose more as linear layers "
+                                    "than as attention without RoPE), score (paper eq. 8), guarded (eq. 8 with "
+                                    "its denominator floored at the noise), even, ends (first, last quarter), "
+                                    "or letters such as LLALLLAL")
     r.add_argument("--decay", choices=("constant", "none", "head", "channel"),
                    help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
     r.add_argument("--state", choices=("full", "half"), help="width of a key in linear layers")
@@ -845,10 +867,10 @@ def settle(o):
         except ValueError:
             changes[key] = value
     try:
-        base = o.logit_base in ("fit", "none") or float(o.logit_base) > 1
+        base = o.logit_base in ("fit", "none") or 1 < float(o.logit_base) < math.inf
     except ValueError:
         base = False
-    scored = o.layers in ("score", "guarded")
+    scored = o.layers in SCORED
     for ok, message in (
             (all(min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0 and 0 <= p.recall <= 1
                  and all(map(math.isfinite, asdict(p).values())) for p in plans.values()),
@@ -910,7 +932,7 @@ def convert(run, teacher, corpus, plans, o):
     student = (convert_progressive if progressive else convert_staged)(run, teacher, corpus, plans, o).eval()
     base = o.logit_base
     if base == "fit":
-        length = min(16 * T, student.limit())
+        length = min(16 * T, student.config.limit())
         fits = run.once("fit", lambda: fit_logit_base(student, corpus, length, o.seed))
         print(f"held-out loss at {length:,} tokens by logit base: "
               + ", ".join(f"{a} {x:.4f}" for a, x in fits.items()) + "\n")
@@ -961,6 +983,18 @@ def peak_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def check_length(stage, plan, limit, o):
+    """ValueError if a stage's sequences are longer than its models know, or too short for a pass key."""
+    if plan.length > limit:
+        raise ValueError(f"--plan {stage}.length={plan.length}: the model knows {limit} positions"
+                         + (f" (--max-ctx {o.max_ctx})" if o.pe == "chunk" else ""))
+    if plan.recall:
+        try:
+            plant(o.tokenizer, np.zeros(plan.length, np.int64), np.random.default_rng(0))
+        except ValueError as e:
+            raise ValueError(f"--plan {stage}.length: {e}") from None
+
+
 def resumed(o, argv):
     """The options of a run that was stopped; only the device may be another."""
     given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in ("--resume", "--device")]
@@ -982,7 +1016,7 @@ def run_main(argv):
     plans, o.changes = settle(o)
     if o.pretrain and o.teacher not in TEACHERS:
         raise ValueError(f"--pretrain --teacher {o.teacher}: known sizes are {', '.join(TEACHERS)}")
-    o.tokenizer, longest = Tokenizer.bytes(), 256
+    o.tokenizer, longest, lengths = Tokenizer.bytes(), 256, {"pretrain": math.inf}
     if not o.pretrain:
         path = os.path.join(HERE, "assets", f"{o.teacher}-teacher") if o.teacher in TEACHERS else o.teacher
         teacher = HypeNet.from_pretrained(path, device=o.device).requires_grad_(False)
@@ -990,9 +1024,16 @@ def run_main(argv):
             raise ValueError(f"--teacher {o.teacher} is a hybrid, {teacher.config.layers}: not a teacher")
         o.tokenizer, longest = Tokenizer.load(path), 64 * teacher.config.max_len
         L = len(teacher.config.layers)
-        student_config(teacher.config, "L" * L, o)        # what is wrong fails now, not after stage 1
-        if o.layers not in ("score", "guarded") and "L" not in choose_layers(o.layers, L):
+        student = student_config(teacher.config, "L" * L, o)
+        both = min(student.limit(), teacher.config.limit())
+        lengths = (dict(group=both) if o.training == "progressive" else
+                   dict(align=teacher.config.limit(), distil=both, finetune=student.limit()))
+        if o.layers not in SCORED and "L" not in choose_layers(o.layers, L):
             raise ValueError(f"--layers {o.layers} leaves nothing to convert")
+    for stage, limit in lengths.items():                  # what is wrong fails now, not after stage 1
+        check_length(stage, plans[stage], limit, o)
+    if not o.pretrain:
+        plant(o.tokenizer, np.zeros(teacher.config.max_len, np.int64), np.random.default_rng(0))
     corpus = Corpus(o.tokenizer, o.data)
     corpus.windows(np.random.default_rng(0), 1, longest, held_out=True)
     keep_memory()

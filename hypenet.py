@@ -133,13 +133,19 @@ class HypeNetConfig:
         if (self.chunk is None) != (self.n_chunks == 0) or self.n_chunks < 0:
             raise ValueError(f"chunk {self.chunk} and n_chunks {self.n_chunks}: give both or neither")
         if self.position == "learned" and self.chunk and self.chunk > self.max_len:
-            raise ValueError(f"chunk {self.chunk}, n_chunks {self.n_chunks}, position learned: a chunk exceeds "
-                             f"the {self.max_len} positions of max_len")
+            raise ValueError(f"chunk {self.chunk}, n_chunks {self.n_chunks}, position learned: "
+                             f"a chunk exceeds the {self.max_len} positions of max_len")
         missing = [] if self.rope_scaling is None else [
             k for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
             if k not in self.rope_scaling]
         if missing:
             raise ValueError(f"rope_scaling lacks {', '.join(missing)}; only Llama 3's kind is known")
+
+    def limit(self):
+        """The most tokens a sequence may have: only learned embeddings of positions set one."""
+        if self.chunk:
+            return self.chunk * self.n_chunks
+        return self.max_len if self.position == "learned" and self.attn_pe else math.inf
 
 
 # The three teacher families, as data; the sizes are a model's own.
@@ -480,17 +486,11 @@ class HypeNet(nn.Module):
             x = x + c.attn_pe * self.wpe(where.pos)
         return x
 
-    def limit(self):
-        """The most tokens a sequence may have: only learned embeddings of positions set one."""
-        c = self.config
-        if c.chunk:
-            return c.chunk * c.n_chunks
-        return c.max_len if c.position == "learned" and c.attn_pe else math.inf
-
     def check_length(self, n):
-        if n > self.limit():
+        limit = self.config.limit()
+        if n > limit:
             what = f"chunks of {self.config.chunk}" if self.config.chunk else "learned positions"
-            raise ValueError(f"{n:,} tokens are more than the {self.limit():,} this model's {what} reach")
+            raise ValueError(f"{n:,} tokens are more than the {limit:,} that this model's {what} reach")
 
     def hidden(self, idx, state=None, offset=None):
         """idx (B,T) -> x (B,T,C), after the final norm. The first token is at position 0, or at offset (B,),
