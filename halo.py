@@ -805,8 +805,8 @@ def get_args(argv):
                    help="train the teacher from random weights instead; with --layers a hybrid")
     r = p.add_argument_group("rows of the recipe")
     r.add_argument("--layers", help="which stay attention: swap (those that lose more as linear layers "
-                                    "than as attention without RoPE), score (paper eq. 8), guarded (eq. 8 with "
-                                    "its denominator floored at the noise), even, ends (first, last quarter), "
+                                    "than as attention without RoPE), score (eq. 8), guarded (eq. 8, its "
+                                    "denominator floored at the noise), even, ends (first, last quarter), "
                                     "or letters such as LLALLLAL")
     r.add_argument("--decay", choices=("constant", "none", "head", "channel"),
                    help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
