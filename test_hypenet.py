@@ -1,7 +1,7 @@
-"""Laws of kernel.py, hypenet.py and halo.py. Every test compares values: with a definition written out, with
-another way to compute the same, or with what was there before. No network and no GPU needed: the Triton
-kernels run on a GPU where there is one, else in Triton's interpreter. Models are random and tiny, runs of
-halo.py a few steps long."""
+"""Laws of kernel.py, hypenet.py, halo.py and sample.py. Every test compares values: with a definition
+written out, with another way to compute the same, or with what was there before. No network and no GPU
+needed: the Triton kernels run on a GPU where there is one, else in Triton's interpreter. Models are random
+and tiny, runs of halo.py a few steps long."""
 
 import argparse
 import contextlib
@@ -13,8 +13,11 @@ import math
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,10 +30,12 @@ if not GPU:
 import halo  # noqa: E402
 import hypenet  # noqa: E402
 import kernel  # noqa: E402
+import sample  # noqa: E402
 from hypenet import FAMILIES, HypeNet, HypeNetConfig, Tokenizer  # noqa: E402
 
 torch.set_num_threads(1)                    # the tensors are tiny
 DEVICE = "cuda" if GPU else "cpu"
+HERE = Path(__file__).parent
 INF = float("inf")
 SHAPES = ("head", "step", "channel")        # log_decay (H,), (B,T,H), (B,T,H,K)
 needs_triton = pytest.mark.skipif(kernel.triton is None, reason="triton is not installed")
@@ -995,3 +1000,92 @@ def test_files_appear_whole(tmp_path):
     with pytest.raises(TypeError):
         hypenet.write_json(tmp_path / "a.json", [1, 2, {"x": object()}])
     assert json.loads((tmp_path / "a.json").read_text()) == [1] and os.listdir(tmp_path) == ["a.json"]
+
+
+# ---- sample.py ---------------------------------------------------------------------------------------------
+
+
+def test_shipped_student_finds_the_key(capsys, monkeypatch, tmp_path):
+    """In a fresh clone sample.py takes the shipped student, says so, and answers a pass key at a length,
+    2,048, at which its teacher does not; the report names the tokens read, the bytes of state and K/V."""
+    monkeypatch.chdir(tmp_path)                                              # no runs of this machine here
+    sample.main(["--ctx", "2048", "--tokens", "8", "--device", "cpu"])
+    text = capsys.readouterr().err
+    assert "tiny-student" in text and re.search(r"pass key \d{5}: found", text) and "read 2,042 tokens" in text
+    S, K = 6 * 3 * 32 * 32 * 4, 2 * 2 * (2042 + 8) * 3 * 32 * 4              # six linear layers, two attention
+    assert f"state {S / 1e6:.2f} MB + K/V {K / 1e6:.2f} MB; all-attention K/V {4 * K / 1e6:.2f} MB" in text
+    sample.main(["--ctx", "2048", "--tokens", "8", "--device", "cpu", "--teacher"])
+    text = capsys.readouterr().err
+    assert "tiny-teacher" in text and "NOT found" in text
+
+
+def test_sample_takes_the_newest_run(runs, monkeypatch, tmp_path, capsys):
+    """Of the runs under out/ the newest is taken; a file is continued from its last --ctx tokens."""
+    monkeypatch.chdir(tmp_path)
+    for age, recipe in enumerate(("paper", "article")):
+        shutil.copytree(runs[recipe][0], tmp_path / "out" / recipe)
+        os.utime(tmp_path / "out" / recipe / "report.json", (age, age))
+    (tmp_path / "text.txt").write_text("x" * 300 + "end")
+    sample.main(["--file", "text.txt", "--ctx", "100", "--tokens", "3", "--device", "cpu"])
+    text = capsys.readouterr()
+    assert "out/article" in text.err.replace(os.sep, "/") and "read 100 tokens" in text.err
+    assert text.out.startswith("... " + "x" * 97 + "end")
+
+
+def test_split_characters_print_whole(monkeypatch, capsys):
+    """A character whose bytes are several tokens is printed once whole; the end id ends the text."""
+    ids = [*"é中👍".encode(), 0, *b"never"]
+    monkeypatch.setattr(HypeNet, "stream", lambda *_: (torch.tensor([i]) for i in ids))
+    sample.main(["--model", str(HERE / "assets" / "tiny-student"), "--prompt", "a", "--device", "cpu"])
+    assert capsys.readouterr().out == "... aé中👍\n"
+
+
+@pytest.mark.parametrize("given, word", [
+    ("--model nowhere", "nowhere"), ("--ctx 0", "--ctx"), ("--tokens x", "--tokens"),
+    ("--file none.txt", "none.txt"), ("--prompt a --file b", "--prompt"), ("--temperature -1", "--temperature"), ("--top-p 2", "--top-p"),
+    ("--device tpu", "tpu"), ("--prompt=", "--prompt")])
+def test_sample_errors_are_one_line(given, word, capsys):
+    """Bad input of sample.py ends with status 2 and one line that names it."""
+    student = ["--model", str(HERE / "assets" / "tiny-student")]
+    with pytest.raises(SystemExit) as stop:
+        sample.main(([] if "--model" in given else student) + given.split())
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and word in line and line.startswith("sample.py: ")
+
+
+# ---- the README tells the truth ----------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_commands_exist():
+    """Every command the README shows parses; every flag and file it names exists."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+    commands = re.findall(r"python (halo|sample)\.py([^\n&#]*)", blocks)
+    assert len(commands) >= 10
+    for script, rest in commands:
+        (halo if script == "halo" else sample).get_args(shlex.split(rest))
+    known = set()
+    for module in (halo, sample):
+        with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
+            module.get_args(["--help"])
+        known |= set(re.findall(r"--[a-z][a-z-]*", text.getvalue()))
+    assert set(re.findall(r"`(--[a-z][a-z-]*)", README)) <= known
+    for name in re.findall(r"`((?:results/|assets/)?[\w-]*\.?(?:py|json|log)?)`", README):
+        if name.endswith((".py", "/")) or name.startswith(("results/", "assets/")):
+            assert (HERE / name).exists(), name
+
+
+@pytest.mark.parametrize("recipe", ["paper", "article"])
+def test_readme_numbers_are_those_of_results(recipe):
+    """Losses, recall, tokens and minutes in the README are those of the reports under results/; the student
+    that ships is the one the paper's report speaks of."""
+    r = json.loads((HERE / "results" / f"tiny-{recipe}.json").read_text(encoding="utf-8"))
+    recall = " / ".join(f"{r['passkey']['student'][n]:.0%}" for n in ("256", "1024", "4096", "16384"))
+    for value in (f"{r['val_loss']['student']:.4f}", f"{r['val_loss']['teacher']:.4f}", recall,
+                  f"{r['tokens']:,}", f"{r['seconds'] / 60:.1f}", f"{r['params']['student']:,}"):
+        assert value in README, value
+    if recipe == "paper":
+        assert json.loads((HERE / "assets" / "tiny-student" / "report.json").read_text(encoding="utf-8")) == r
+        config = HypeNet.from_pretrained(HERE / "assets" / "tiny-student").config
+        assert (config.layers, config.logit_base) == (r["layers"], r["logit_base"])
