@@ -9,7 +9,7 @@ The paper's recipe (arXiv 2601.22156 section 4) is a row of stages, and one loop
 
     transfer   copy the attention weights into linear twins; KV heads cloned (eq. 13), new gates neutral
     align      stage 1: every twin alone learns its attention layer's output (eq. 7)
-    select     which stay attention: layers whose replacement hurts recall most, language least (eq. 8, 9)
+    select     which stay attention: the layers that lose most by becoming linear (in place of eq. 8, 9)
     distil     stage 2: the hybrid learns the teacher's predictions (eq. 10); RoPE leaves attention (HyPE)
     finetune   stage 3: longer sequences, no teacher
     fit        the base a of the logit scaling s_t (eq. 11), on long held-out text

@@ -1011,9 +1011,10 @@ def test_shipped_student_finds_the_key(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)                                              # no runs of this machine here
     sample.main(["--ctx", "2048", "--tokens", "8", "--device", "cpu"])
     text = capsys.readouterr().err
-    assert "tiny-student" in text and re.search(r"pass key \d{5}: found", text) and "read 2,042 tokens" in text
+    assert "tiny-student" in text and re.search(r"pass key \d{5}: found", text)
     S, K = 6 * 3 * 32 * 32 * 4, 2 * 2 * (2042 + 8) * 3 * 32 * 4              # six linear layers, two attention
-    assert f"state {S / 1e6:.2f} MB + K/V {K / 1e6:.2f} MB; all-attention K/V {4 * K / 1e6:.2f} MB" in text
+    sizes = f"state {S / 1e6:.2f} MB + K/V {K / 1e6:.2f} MB; all-attention K/V {4 * K / 1e6:.2f} MB"
+    assert "read 2,042 tokens" in text and sizes in text
     sample.main(["--ctx", "2048", "--tokens", "8", "--device", "cpu", "--teacher"])
     text = capsys.readouterr().err
     assert "tiny-teacher" in text and "NOT found" in text
@@ -1042,8 +1043,9 @@ def test_split_characters_print_whole(monkeypatch, capsys):
 
 @pytest.mark.parametrize("given, word", [
     ("--model nowhere", "nowhere"), ("--ctx 0", "--ctx"), ("--tokens x", "--tokens"),
-    ("--file none.txt", "none.txt"), ("--prompt a --file b", "--prompt"), ("--temperature -1", "--temperature"), ("--top-p 2", "--top-p"),
-    ("--device tpu", "tpu"), ("--prompt=", "--prompt")])
+    ("--file none.txt", "none.txt"), ("--prompt a --file b", "--prompt"), ("--prompt=", "--prompt"),
+    ("--temperature -1", "--temperature"), ("--top-p 2", "--top-p"),
+    ("--device tpu", "tpu")])
 def test_sample_errors_are_one_line(given, word, capsys):
     """Bad input of sample.py ends with status 2 and one line that names it."""
     student = ["--model", str(HERE / "assets" / "tiny-student")]
