@@ -1012,7 +1012,7 @@ def test_shipped_student_finds_the_key(capsys, monkeypatch, tmp_path):
     sample.main(["--ctx", "2048", "--tokens", "8", "--device", "cpu"])
     text = capsys.readouterr().err
     assert "tiny-student" in text and re.search(r"pass key \d{5}: found", text)
-    S, K = 6 * 3 * 32 * 32 * 4, 2 * 2 * (2042 + 8) * 3 * 32 * 4              # six linear layers, two attention
+    S, K = 6 * 3 * 32 * 32 * 4, 2 * 2 * (2042 + 8) * 3 * 32 * 4             # six linear layers, two attention
     sizes = f"state {S / 1e6:.2f} MB + K/V {K / 1e6:.2f} MB; all-attention K/V {4 * K / 1e6:.2f} MB"
     assert "read 2,042 tokens" in text and sizes in text
     sample.main(["--ctx", "2048", "--tokens", "8", "--device", "cpu", "--teacher"])
