@@ -37,7 +37,7 @@ import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # beside another busy program long spins cost 10x
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls another busy program
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -47,7 +47,8 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from hypenet import (FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, Parser,  # noqa: E402
-                     Tokenizer, command_line, default_device, locate, number, write_file, write_json)
+                     Tokenizer, command_line, default_device, locate, number, write_file, write_json,
+                     write_text)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -490,7 +491,7 @@ class Run:
         with open(self.path("log.jsonl"), "a+", encoding="utf-8") as f:
             f.seek(0)
             lines = [line for line in f if (r := json.loads(line))["stage"] != stage or r["step"] <= step]
-        write_file(self.path("log.jsonl"), lambda tmp: open(tmp, "w", encoding="utf-8").writelines(lines))
+        write_text(self.path("log.jsonl"), "".join(lines))
 
     def once(self, name, work):
         """The result of work(), a JSON value: computed once in the life of a run."""
@@ -891,8 +892,8 @@ def settle(o):
 
 
 def keep_memory():
-    """Let glibc keep what it has freed: tensors of a few MB cost more in page faults than in arithmetic (a
-    CPU step takes 0.7 of the time). Does nothing elsewhere."""
+    """Let glibc keep what it has freed: tensors of a few MB cost more in page faults than in arithmetic. Does
+    nothing elsewhere."""
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")

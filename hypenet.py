@@ -661,12 +661,15 @@ def write_file(path, write):
             os.remove(tmp)
 
 
-def write_json(path, value):
+def write_text(path, text):
     def write(tmp):
         with open(tmp, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1, ensure_ascii=False)
-            f.write("\n")
+            f.write(text)
     write_file(path, write)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------
