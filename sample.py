@@ -4,6 +4,8 @@
     python sample.py --file book.txt --ctx 32768        the last 32,768 tokens of a file, continued
     python sample.py --prompt "import os" --tokens 200  a prompt, continued
     python sample.py --ctx 4096 --teacher               the same, asked of the teacher
+    python sample.py --model gpt2 --prompt "Once"       GPT-2, Qwen3, Llama 3: a folder, or a name of the hub
+    python sample.py --model chen-yingfa/HypeNet-2B --logit-base 500 --file book.txt    the authors' own
 
 Without --model: the newest run under out/, else the shipped student. The context is read in segments, so all
 that grows with it is the K/V of the few attention layers, and with a window not even that.
@@ -22,14 +24,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from hypenet import HypeNet, Parser, State, Tokenizer, command_line, default_device, number  # noqa: E402
+from hypenet import (HypeNet, Parser, State, Tokenizer, check_tokenizer, command_line,  # noqa: E402
+                     default_device, number)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def get_args(argv):
     p = Parser(prog="sample.py", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", help="folder of a model; default: the newest run in out/, else the shipped one")
+    p.add_argument("--model", help="folder of a model, or its name on the Hugging Face hub; default: the newest "
+                                   "run in out/, else the shipped one")
     p.add_argument("--ctx", type=number(int, 1), help="tokens of context; default: all the text has, or 4096")
     p.add_argument("--prompt", help="text to continue")
     p.add_argument("--file", help="text file to continue, from its last --ctx tokens; with neither, held-out "
@@ -39,6 +43,8 @@ def get_args(argv):
     p.add_argument("--top-k", type=number(int, 1), help="sample among the k likeliest tokens")
     p.add_argument("--top-p", type=number(float, 1e-9, 1), help="sample among the likeliest, to this share")
     p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--logit-base", type=number(float, 1), help="a of s_t = log(t + a) / log(a), which scales "
+                                                               "the queries; default: the model's own")
     p.add_argument("--segment", type=number(int, 1), default=1024, help="tokens read at a time")
     p.add_argument("--teacher", action="store_true", help="run the model's all-attention teacher instead")
     p.add_argument("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
@@ -70,9 +76,11 @@ def context(o, tokenizer):
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError(f"{'--file ' + o.file if o.file else '--prompt'} is empty: give some text")
-    if o.ctx and len(ids) < o.ctx:
-        print(f"the text has {len(ids):,} tokens, fewer than --ctx {o.ctx:,}; all are used", file=sys.stderr)
-    return ids[-(o.ctx or len(ids)):], None
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    if o.ctx and len(start + ids) < o.ctx:
+        print(f"the text has {len(start + ids):,} tokens, fewer than --ctx {o.ctx:,}; all are used",
+              file=sys.stderr)
+    return start + ids[-max(1, (o.ctx or len(start + ids)) - len(start)):], None
 
 
 def size(n):
@@ -94,8 +102,15 @@ def run_main(argv):
         weights = shipped if os.path.isdir(shipped) else weights
     dtype = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
     model = HypeNet.from_pretrained(weights, dtype=dtype, device=o.device)
+    check_tokenizer(tokenizer, model.config)
+    if o.logit_base is not None:                             # the layers share this config, and read it anew
+        model.config.logit_base = replace(model.config, logit_base=o.logit_base).logit_base
     prompt, answer = context(o, tokenizer)
     c, total = model.config, len(prompt) + o.tokens
+    if total > 16384 and "A" in c.layers and not (c.attn_pe or c.chunk or c.logit_base):
+        print(f"sample.py: {total:,} tokens are more than the 16,384 of the paper's training, and the model "
+              "does not scale its queries: give --logit-base (paper: 500 for 2B, 600 for 5B, 900 for 9B)",
+              file=sys.stderr)
     base = f", logit base {c.logit_base:g}" if c.logit_base else ""
     print(f"model {weights}: layers {c.layers}, {model.n_params():,} parameters{base}", file=sys.stderr)
     state = model.init_state(1, total)
@@ -104,13 +119,13 @@ def run_main(argv):
     with tqdm(total=len(prompt), desc="reading", unit="tok", unit_scale=True, file=sys.stderr) as bar:
         decoder, out, began, times = codecs.getincrementaldecoder("utf-8")("replace"), [], time.time(), []
         for idx in model.stream([prompt], o.tokens, o.temperature, o.top_k, o.top_p, o.seed,
-                                tokenizer.n_vocab, o.segment, bar.update, state):
+                                tokenizer.n_vocab, o.segment, bar.update, state, tokenizer.holes):
             times.append(time.time())
             if len(times) == 1:
                 bar.close()
                 sys.stdout.write(f"... {ids.lstrip()}" + ("\033[1m" if sys.stdout.isatty() else ""))
             token = idx.item()
-            if token == tokenizer.end:
+            if token in tokenizer.stops:
                 break
             out.append(token)
             sys.stdout.write(decoder.decode(tokenizer.token_bytes(token)))

@@ -478,7 +478,7 @@ def test_saved_model_is_the_model(name, tmp_path):
 
 @pytest.mark.parametrize("file, harm, word", [
     ("config.json", None, "config.json"), ("config.json", 40, "config.json"),
-    ("config.json", b"[1]", "config.json"), ("config.json", dict(model_type="gpt2"), "model_type"),
+    ("config.json", b"[1]", "config.json"), ("config.json", dict(model_type="bert"), "model_type"),
     ("config.json", dict(n_ebd=3), "n_ebd"), ("config.json", dict(n_embd="32"), "n_embd"),
     ("config.json", dict(layers="LAXA"), "layers"), ("config.json", dict(n_hidden=41), "blocks.0.mlp"),
     ("model.safetensors", None, "model.safetensors"), ("model.safetensors", 3000, "model.safetensors"),
