@@ -659,8 +659,8 @@ GPT2_SIZES = dict(vocab_size="vocab_size", n_embd="n_embd", n_head="n_head", max
 LLAMA_SIZES = dict(vocab_size="vocab_size", n_embd="hidden_size", n_head="num_attention_heads",
                    n_hidden="intermediate_size", max_len="max_position_embeddings")
 
-# Our modules and what files call them, {} a layer's number. Where | stands, several of theirs make up the rows
-# of one of ours; {z} is the authors' gate, o_gate in attention layers and z_proj in linear ones.
+# Our modules and what files call them, {} a layer's number. Where | stands, several of theirs make up the
+# rows of one of ours; {z} is the authors' gate, o_gate in attention layers and z_proj in linear ones.
 GPT2_NAMES = {
     "wte": "wte", "wpe": "wpe", "norm": "ln_f", "lm_head": "lm_head",
     "blocks.{}.norm1": "h.{}.ln_1",
@@ -954,16 +954,16 @@ class Tokenizer:
         spec, model, alphabet = self.spec, self.spec["model"], byte_alphabet()
         vocab, added = model["vocab"], spec.get("added_tokens") or []
         merges = [m.replace(" ", "") if isinstance(m, str) else "".join(m) for m in model["merges"]]
-        norm, split = spec.get("normalizer") or dict(normalizers=[]), spec["pre_tokenizer"]
+        norm, split = spec.get("normalizer") or dict(normalizers=[]), spec.get("pre_tokenizer") or {}
         norms = [n["type"] for n in norm.get("normalizers", [norm])]
         *splits, last = split.get("pretokenizers", [split])
         patterns = [s["pattern"].get("Regex") for s in splits
-                    if s["type"] == "Split" and s["behavior"] == "Isolated" and not s.get("invert")]
+                    if s.get("type") == "Split" and s["behavior"] == "Isolated" and not s.get("invert")]
         if last.get("use_regex", True):
             splits, patterns = [*splits, last], [*patterns, GPT2_PATTERN]
         wrong = [name for name, fits in dict(
             normalizer=set(norms) <= {"NFC"},
-            pre_tokenizer=last["type"] == "ByteLevel" and not last.get("add_prefix_space")
+            pre_tokenizer=last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
             and len(splits) == len(patterns) == 1 and patterns[0],
             model=model["type"] == "BPE" and not any(model.get(flag) for flag in (
                 "dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")),

@@ -32,8 +32,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 def get_args(argv):
     p = Parser(prog="sample.py", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", help="folder of a model, or its name on the Hugging Face hub; default: the newest "
-                                   "run in out/, else the shipped one")
+    p.add_argument("--model", help="folder of a model, or its name on the Hugging Face hub; default: the "
+                                   "newest run in out/, else the shipped one")
     p.add_argument("--ctx", type=number(int, 1), help="tokens of context; default: all the text has, or 4096")
     p.add_argument("--prompt", help="text to continue")
     p.add_argument("--file", help="text file to continue, from its last --ctx tokens; with neither, held-out "

@@ -5,6 +5,8 @@ and tiny, runs of halo.py a few steps long."""
 
 import argparse
 import contextlib
+import errno
+import functools
 import gzip
 import importlib.util
 import io
@@ -542,7 +544,7 @@ def test_bad_calls_are_one_line():
 def test_tokenizer_round_trip(tmp_path):
     """Bytes in, the same text out, whatever it is, but for lone surrogates (U+FFFD); saved and loaded too."""
     everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
-    texts = ["", "def f(x):\n\treturn x\r\n", "混合线性注意力", "👩‍👩‍👧🏽", "\0\ufeff\u2028e\u0301", "x" * 999]
+    texts = ["", "def f(x):\n\treturn x\r\n", "混合线性", "👩‍👩‍👧🏽", "\0\ufeff\u2028e\u0301", "x" * 999]
     Tokenizer.bytes().save(tmp_path)
     for tokenizer in (Tokenizer.bytes(), Tokenizer.load(tmp_path)):
         for text in (*texts, everything):
@@ -554,6 +556,482 @@ def test_tokenizer_round_trip(tmp_path):
         (tmp_path / "tokenizer.json").write_text(text) if text else (tmp_path / "tokenizer.json").unlink()
         with one_line("tokenizer"):
             Tokenizer.load(tmp_path)
+
+
+# ---- real teachers -----------------------------------------------------------------------------------------
+
+needs_transformers = pytest.mark.skipif(not importlib.util.find_spec("transformers"),
+                                        reason="transformers is not installed")
+needs_tokenizers = pytest.mark.skipif(not importlib.util.find_spec("tokenizers"),
+                                      reason="tokenizers is not installed")
+SMALL = dict(vocab_size=61, num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=40, max_position_embeddings=16)
+SLOWED = dict(rope_type="llama3", rope_theta=5e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+TEACHERS = {
+    "gpt2": ("GPT2LMHeadModel", dict(vocab_size=61, n_layer=2, n_embd=32, n_head=4, n_positions=T)),
+    "qwen3": ("Qwen3ForCausalLM", dict(SMALL, head_dim=16, rope_theta=1e6)),
+    "qwen3 tied": ("Qwen3ForCausalLM", dict(SMALL, head_dim=16, tie_word_embeddings=True)),
+    "llama": ("LlamaForCausalLM", dict(SMALL, rope_parameters=SLOWED, rms_norm_eps=1e-3)),
+}
+
+
+def teacher(name, path, **changes):
+    """A tiny random model made and saved by transformers, none of whose norms and biases is neutral."""
+    import transformers
+    kind, sizes = TEACHERS[name]
+    shards = changes.pop("max_shard_size", "1GB")
+    made = getattr(transformers, kind)
+    torch.manual_seed(0)
+    model = made(made.config_class(**sizes | dict(bos_token_id=0, eos_token_id=0) | changes)).eval()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn(p.shape)
+    model.save_pretrained(path, max_shard_size=shards)
+    return model
+
+
+def edit(path, change):
+    """Rewrite a .json or .safetensors file: change alters its dict in place, or returns another."""
+    from safetensors.torch import load_file, save_file
+    value = json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+    value = change(value) or value
+    path.write_text(json.dumps(value)) if path.suffix == ".json" else save_file(value, path)
+
+
+def assert_same_logits(model, theirs, limit=1e-5):
+    """At all of T positions, three times max_position_embeddings where there is no table of them."""
+    with torch.no_grad():
+        out, ref = model(some_ids(2, T))[0], theirs(some_ids(2, T)).logits
+    assert (out - ref).abs().max() < limit * ref.abs().max() and ref.std() > 0.1
+
+
+@needs_transformers
+@pytest.mark.parametrize("files", ["one file", "shards", "older config"])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teacher_gives_the_logits_of_transformers(name, files, tmp_path):
+    """A model that transformers made and saved gives its logits through our loader; saved by us and loaded
+    again, the same to the bit, a tied head never written."""
+    theirs = teacher(name, tmp_path, max_shard_size="20KB" if files == "shards" else "1GB")
+    assert (tmp_path / "model.safetensors").exists() == (files != "shards")
+    if files == "older config" and name != "gpt2":       # as on the hub: rope_theta and rope_scaling
+        def older(config):
+            rope = config.pop("rope_parameters")
+            config.update(rope_theta=rope.pop("rope_theta"), rope_scaling=rope if len(rope) > 1 else None)
+        edit(tmp_path / "config.json", older)
+    model = HypeNet.from_pretrained(tmp_path)
+    assert_same_logits(model, theirs)
+    model.save_pretrained(tmp_path / "ours")
+    again = HypeNet.from_pretrained(tmp_path / "ours")
+    assert again.config == model.config and again(some_ids(1, T))[0].equal(model(some_ids(1, T))[0])
+    assert ("lm_head.weight" in again.state_dict()) == (name in ("qwen3", "llama"))
+    rounded = HypeNet.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert all(rounded[name].equal(w.bfloat16()) for name, w in model.state_dict().items())
+
+
+@needs_transformers
+def test_gpt2_files_of_every_kind(tmp_path):
+    """With the transformer. prefix or without, with the buffers and the tied head that older files hold; a
+    head that is not the embedding it is tied to, and a prefix on some names only, are errors."""
+    theirs, file = teacher("gpt2", tmp_path), tmp_path / "model.safetensors"
+    buffers = {"h.1.attn.bias": torch.ones(1, 1, T, T).tril(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    edit(file, lambda w: w.update({f"transformer.{k}": v for k, v in buffers.items()}))
+    assert_same_logits(HypeNet.from_pretrained(tmp_path), theirs)
+    edit(file, lambda w: {k.removeprefix("transformer."): v for k, v in w.items()})
+    assert_same_logits(HypeNet.from_pretrained(tmp_path), theirs)
+    edit(file, lambda w: w.update({"lm_head.weight": w["wte.weight"].clone()}))
+    assert_same_logits(HypeNet.from_pretrained(tmp_path), theirs)
+    edit(file, lambda w: w.update({"lm_head.weight": w["wte.weight"] + 1e-3}))
+    with one_line("lm_head.weight differs from wte.weight"):
+        HypeNet.from_pretrained(tmp_path)
+    edit(file, lambda w: w.update({"lm_head.weight": w["wte.weight"].clone(),
+                                   "transformer.wpe.weight": w.pop("wpe.weight")}))
+    with one_line("transformer.wte.weight is missing", "; wte.weight is unexpected"):
+        HypeNet.from_pretrained(tmp_path)
+
+
+@needs_transformers
+@pytest.mark.parametrize("name, rename, words", [
+    ("gpt2", {"h.1.mlp.c_fc.weight": None, "h.0.ln_1.bias": "h.0.ln_1.beta"}, [
+        "h.1.mlp.c_fc.weight is missing", "h.0.ln_1.bias is missing", "h.0.ln_1.beta is unexpected"]),
+    ("gpt2", {"h.0.mlp.c_fc.weight": torch.zeros(128, 32)}, ["c_fc.weight is (128, 32), not (32, 128)"]),
+    ("llama", {"layers.1.self_attn.k_proj.weight": None, "layers.0.mlp.up_proj.weight": torch.zeros(39, 32),
+               "layers.0.self_attn.q_norm.weight": torch.ones(8)}, [
+        "model.layers.1.self_attn.k_proj.weight is missing", "layers.0.self_attn.q_norm.weight is unexpected",
+        "model.layers.0.mlp.up_proj.weight is (39, 32), not (40, 32)"])], ids=["names", "shape", "llama"])
+def test_wrong_tensors_are_all_named(name, rename, words, tmp_path):
+    """Every tensor that is missing, unexpected or of another shape is named, in one line."""
+    teacher(name, tmp_path)
+    prefix = "transformer." if name == "gpt2" else "model."
+
+    def harm(weights):
+        for old, new in rename.items():
+            tensor = weights.pop(prefix + old, None)
+            if isinstance(new, str):
+                weights[prefix + new] = tensor
+            elif new is not None:
+                weights[prefix + old] = new
+    edit(tmp_path / "model.safetensors", harm)
+    with one_line(*words):
+        HypeNet.from_pretrained(tmp_path)
+
+
+@needs_transformers
+@pytest.mark.parametrize("name, changes", [
+    ("gpt2", dict(activation_function="relu")), ("gpt2", dict(scale_attn_by_inverse_layer_idx=True)),
+    ("gpt2", dict(reorder_and_upcast_attn=True)), ("gpt2", dict(n_positions=None)),
+    ("qwen3", dict(hidden_act="gelu")), ("qwen3", dict(attention_bias=True)), ("llama", dict(mlp_bias=True)),
+    ("qwen3", dict(use_sliding_window=True)), ("qwen3", dict(layer_types=["full_attention", "sliding"])),
+    ("llama", dict(rope_scaling=dict(SLOWED, rope_type="yarn"), rope_parameters=None)),
+    ("llama", dict(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=None)),
+    ("qwen3", dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5))),
+    ("llama", dict(quantization_config=dict(bits=4))), ("llama", dict(vocab_size="61")),
+    ("llama", dict(num_hidden_layers=None)), ("llama", dict(model_type="mistral"))], ids=str)
+def test_configs_we_would_get_wrong_are_one_line(name, changes, tmp_path):
+    """A field that asks for what our layers do not do, or is missing (None), is an error that names it."""
+    teacher(name, tmp_path)
+    field = next(iter(changes))
+    with one_line("config.json", field if field != "rope_parameters" else "rope_scaling"):
+        edit(tmp_path / "config.json", lambda c: {k: v for k, v in (c | changes).items() if v is not None})
+        HypeNet.from_pretrained(tmp_path)
+
+
+@needs_transformers
+def test_bad_shards_are_one_line(tmp_path):
+    """A shard that is missing, cut short or no safetensors file at all is named."""
+    teacher("llama", tmp_path, max_shard_size="20KB")
+    file = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    whole = file.read_bytes()
+    for harm in (whole[:-100], whole[:4], b"version https://git-lfs.github.com/spec/v1\n", None):
+        file.write_bytes(harm) if harm is not None else file.unlink()
+        with one_line(file.name):
+            HypeNet.from_pretrained(tmp_path)
+
+
+def test_hub_names_end_in_a_folder_or_one_line(monkeypatch, tmp_path):
+    """A hub's name, short or whole, is fetched, only files we read; what can go wrong on the way is one line
+    with the name and what to do about it."""
+    import huggingface_hub
+    from huggingface_hub import errors
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda *a, **k: asked.append((a, k)) or tmp_path)
+    tiny(dtype=torch.float32).save_pretrained(tmp_path)
+    assert HypeNet.from_pretrained("gpt2-xl").config.n_embd == 32
+    assert hypenet.fetch("Qwen/Qwen3-1.7B", weights=False) == tmp_path
+    assert [a for a, _ in asked] == [("openai-community/gpt2-xl",), ("Qwen/Qwen3-1.7B",)]
+    wanted = [k["allow_patterns"] for _, k in asked]
+    assert all(p.endswith((".json", ".safetensors")) for p in wanted[0]) and "tokenizer.json" in wanted[0]
+    assert all(p.endswith(".json") and "index" not in p for p in wanted[1])
+    response = type("Response", (), dict(headers={}, request=None, status_code=403, url=""))()
+    for error, word in ((errors.GatedRepoError("403", response=response), "accept its terms"),
+                        (errors.RepositoryNotFoundError("404", response=response), "check the name"),
+                        (errors.LocalEntryNotFoundError("no"), "go online"),
+                        (errors.OfflineModeIsEnabled("no"), "go online"),
+                        (OSError(errno.ENOSPC, "No space left on device"), "HF_HOME"),
+                        (RuntimeError("two\nlines"), "two lines")):
+        def fail(*_, error=error, **__):
+            raise error
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        for load in (HypeNet.from_pretrained, Tokenizer.load):
+            with one_line("meta-llama/Llama-3.2-1B", word):
+                load("meta-llama/Llama-3.2-1B")
+    for name in ("nowhere", "out/a/b", "/tmp/none", "./x", "gpt2-tiny"):
+        with one_line(name, "gpt2-xl", "owner/name"):
+            HypeNet.from_pretrained(name)
+
+
+# ---- the authors' checkpoints ------------------------------------------------------------------------------
+
+AUTHORS = dict(SMALL, model_type="hypenet", num_hidden_layers=4, head_dim=16, rms_norm_eps=1e-5,
+               rope_theta=1e4, rope_scaling=None, tie_word_embeddings=True, hidden_act="silu",
+               mixer_types=["lightning-attn", "attn", "lightning_attn", "attn"], attention_bias=False,
+               attn_use_rope=False, attn_use_output_gate=True, attn_logits_scaling=None,
+               lightning_nh=4, lightning_nkv=4, lightning_head_dim=16, lightning_scale="1/sqrt(d)",
+               lightning_use_rope=True, lightning_use_qk_norm=True, lightning_use_output_norm=True,
+               lightning_use_output_gate=True)
+
+
+def save_authors(path, **changes):
+    """Random weights by the names of the authors' files, saved with their config.json."""
+    from safetensors.torch import save_file
+    c, w, rng = AUTHORS | changes, {}, torch.Generator().manual_seed(0)
+    D, C = c["head_dim"], c["hidden_size"]
+
+    def add(name, *shape):
+        w[f"{name}.weight"] = torch.randn(shape, generator=rng) * 0.3 + (len(shape) == 1)
+    add("model.embed_tokens", c["vocab_size"], C)
+    add("model.norm", C)
+    for i, kind in enumerate(c["mixer_types"]):
+        at, linear = f"model.layers.{i}.self_attn", kind != "attn"
+        q, kv = 4 * D, (c["lightning_nkv"] if linear else c["num_key_value_heads"]) * D
+        for name, shape in dict(q_proj=(q, C), k_proj=(kv, C), v_proj=(kv, C), o_proj=(C, q), q_norm=(D,),
+                                k_norm=(D,)).items():
+            add(f"{at}.{name}", *shape)
+        if c["lightning_use_output_gate" if linear else "attn_use_output_gate"]:
+            add(f"{at}.{'z_proj' if linear else 'o_gate'}", q, C)
+        if linear and c["lightning_use_output_norm"]:
+            add(f"{at}.o_norm", q)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            add(f"model.layers.{i}.{name}", C)
+        for name, shape in dict(gate_proj=(40, C), up_proj=(40, C), down_proj=(C, 40)).items():
+            add(f"model.layers.{i}.mlp.{name}", *shape)
+    save_file(w, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(c))
+    return c, w
+
+
+def authors_logits(c, w, idx):
+    """The forward pass of github.com/thunlp/hybrid-linear-attention written out, one head at a time, in
+    float64: idx (T,) -> (T,vocab_size). The states of linear layers go from token to token."""
+    w = {name.removeprefix("model."): tensor.double() for name, tensor in w.items()}
+    D, pos, scaling = c["head_dim"], torch.arange(len(idx)), c["attn_logits_scaling"]
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * w[f"{name}.weight"]
+    x = w["embed_tokens.weight"][idx]
+    for i, kind in enumerate(c["mixer_types"]):
+        at, linear = f"layers.{i}.self_attn", kind != "attn"
+        y, out = norm(x, f"layers.{i}.input_layernorm"), []
+        q, k, v = (y @ w[f"{at}.{name}_proj.weight"].T for name in "qkv")
+        for h in range(4):
+            g = h * k.size(1) // (4 * D)                                 # the head of k and v it shares
+            q_h = norm(q[:, h * D:(h + 1) * D], f"{at}.q_norm")
+            k_h, v_h = norm(k[:, g * D:(g + 1) * D], f"{at}.k_norm"), v[:, g * D:(g + 1) * D]
+            if c["lightning_use_rope" if linear else "attn_use_rope"]:
+                q_h, k_h = rope_by_hand(q_h, pos), rope_by_hand(k_h, pos)
+            if linear:
+                S, o, decay = torch.zeros(D, D, dtype=torch.float64), [], math.exp(-2 ** (-8 * (h + 1) / 4))
+                for t in range(len(idx)):
+                    S = decay * S + torch.outer(k_h[t], v_h[t])
+                    o.append(q_h[t] @ S / math.sqrt(D))
+                out.append(torch.stack(o))
+            else:
+                if isinstance(scaling, str):
+                    a = float(scaling.split()[1]) if " " in scaling else 362.0
+                    q_h = q_h * (torch.log(pos + a) / math.log(a))[:, None]
+                elif scaling is not None:
+                    q_h = q_h * scaling
+                scores = (q_h @ k_h.T / math.sqrt(D)).masked_fill(pos[None] > pos[:, None], -INF)
+                out.append(scores.softmax(-1) @ v_h)
+        o = torch.cat(out, 1)
+        if linear and c["lightning_use_output_norm"]:
+            o = norm(o, f"{at}.o_norm")                                  # over all heads at once
+        gate = f"{at}.{'z_proj' if linear else 'o_gate'}.weight"
+        o = o * torch.sigmoid(y @ w[gate].T) if gate in w else o
+        x = x + o @ w[f"{at}.o_proj.weight"].T
+        y = norm(x, f"layers.{i}.post_attention_layernorm")
+        a, up = (y @ w[f"layers.{i}.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (a * torch.sigmoid(a) * up) @ w[f"layers.{i}.mlp.down_proj.weight"].T
+    return norm(x, "norm") @ w["embed_tokens.weight"].T
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(attn_logits_scaling="hype 500"), dict(attn_logits_scaling="hype"),
+    dict(attn_logits_scaling=1.7), dict(lightning_nkv=2), dict(attn_use_rope=True),
+    dict(lightning_use_rope=False), dict(lightning_use_output_norm=False, attn_use_output_gate=False),
+    dict(lightning_use_output_gate=False)], ids=str)
+def test_authors_checkpoint_gives_their_logits(changes, tmp_path):
+    """A model in the authors' format gives the logits of their formulas: no output norm in attention, one
+    over all heads in linear layers, s_t from position 0, off where attn_logits_scaling is null."""
+    c, w = save_authors(tmp_path, **changes)
+    model, idx = HypeNet.from_pretrained(tmp_path), some_ids(1, T)
+    assert model.config.layers == "LALA" and rmse(model(idx)[0][0], authors_logits(c, w, idx[0])) < 1e-5
+    assert model.config.logit_base == {"hype 500": 500.0, "hype": 362.0}.get(c["attn_logits_scaling"])
+
+
+@pytest.mark.parametrize("changes", [
+    dict(attn_logits_scaling="log"), dict(attn_logits_scaling=True), dict(lightning_scale="1/d"),
+    dict(lightning_use_short_conv=True), dict(lightning_nh=8), dict(lightning_head_dim=8),
+    dict(mixer_types=["gdn"] * 4), dict(mixer_types=["attn"] * 3),
+    dict(num_attention_heads=12, lightning_nh=12)], ids=str)
+def test_authors_options_we_lack_are_one_line(changes, tmp_path):
+    """What their code can do and ours cannot is an error that names the field, before weights are read."""
+    (tmp_path / "config.json").write_text(json.dumps(AUTHORS | changes))
+    with one_line("config.json", next(iter(changes))):
+        HypeNet.from_pretrained(tmp_path)
+
+
+def test_sample_warns_where_queries_are_not_scaled(tmp_path, monkeypatch, capsys):
+    """The authors' files say null: past 16,384 tokens one line on stderr names the flag and the paper's
+    values; the flag scales the queries, and is told so."""
+    save_authors(tmp_path, vocab_size=256)
+    Tokenizer.bytes().save(tmp_path)
+    (tmp_path / "text").write_text("x" * 20_000)
+    monkeypatch.setattr(HypeNet, "stream", lambda self, *_: iter([torch.tensor([0])]))
+    for extra, warns in ((["--ctx", "16383"], 0), (["--ctx", "16384"], 1), (["--logit-base", "500"], 0)):
+        sample.main(["--model", str(tmp_path), "--file", str(tmp_path / "text"), "--tokens", "1", *extra])
+        lines = capsys.readouterr().err.splitlines()
+        warned = [line for line in lines if "--logit-base" in line]
+        assert len(warned) == warns and all(word in line for line in warned for word in ("500", "600", "900"))
+        assert any("logit base 500" in line for line in lines) == ("500" in extra)
+
+
+# ---- tokenizers --------------------------------------------------------------------------------------------
+
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+FRAGMENTS = [
+    "def f(self, x):", " return x[1:-1]", "x", "y", "Zz", "_", " the", " of", "ing", "!!!", "…", " 12345678 ",
+    "'s", "'S", "'LL", "'\u017f", "  ", "       ", "\n", "\r\n\r\n", "\t\t", "\u3000", "\xa0", "\x85", "\0",
+    "\ufeff", "e\u0301", "a\u0308\u0323", "\u1100\u1161", "\u0344", "\u0338", "\u212b", "\ufb01", "\U0001d400",
+    "混合线性注意力", "。", "👩‍👩‍👧🏽", "🏳️‍🌈", "déjà", "Ελληνικά", "русский", "עברית", "한국어",
+    "ไทย", "नमस्ते", "<", ">", "<|end|>", "<|im_start|>", "<think>", "<think>ing", "</think>"]
+
+
+@functools.cache
+def their_tokenizer(family):
+    """A byte-level BPE of the tokenizers library, trained here, with the family's pattern and tokens."""
+    from tokenizers import (AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors,
+                            trainers)
+    from tokenizers import Tokenizer as Theirs
+    byte_level, model = pre_tokenizers.ByteLevel, models.BPE(ignore_merges=family == "llama")
+    theirs, pattern = Theirs(model), LLAMA_PATTERN if family == "llama" else QWEN_PATTERN
+    theirs.decoder, theirs.pre_tokenizer = decoders.ByteLevel(), byte_level(add_prefix_space=False)
+    if family != "gpt2":
+        theirs.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level(False, use_regex=False)])
+    if family == "qwen3":
+        theirs.normalizer = normalizers.NFC()
+    text = [(HERE / "kernel.py").read_text(encoding="utf-8"), *FRAGMENTS * 20]
+    theirs.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=byte_level.alphabet(), show_progress=False,
+        special_tokens=["<|end|>"] if family == "gpt2" else []))     # ids before, or after, those of bytes
+    theirs.add_special_tokens([AddedToken("<|end|>", normalized=family == "gpt2"), "<|im_start|>"])
+    theirs.add_tokens(["<think>", "<think>ing", AddedToken("</think>", normalized=False)])
+    if family == "llama":
+        begin = theirs.token_to_id("<|im_start|>")
+        theirs.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)])
+    return theirs
+
+
+def our_tokenizer(family, path, **changes):
+    """The same, read from the tokenizer.json that the library wrote."""
+    theirs = their_tokenizer(family)
+    theirs.save(str(path / "tokenizer.json"))
+    edit(path / "tokenizer.json", lambda spec: spec | changes)
+    (path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    return theirs, Tokenizer.load(path)
+
+
+@needs_tokenizers
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokenizer_is_that_of_the_tokenizers_library(family, tmp_path):
+    """1,000 strings of code, many scripts, emoji, combining accents, runs of spaces and special tokens get
+    the ids and the text that the library gives them; ids at random decode to its text, too; lone surrogates,
+    which it refuses, become U+FFFD."""
+    theirs, ours = our_tokenizer(family, tmp_path)
+    rng, differ = random.Random(0), 0
+    for i in range(1000):
+        parts = rng.choices(FRAGMENTS, k=rng.randint(1, 20))
+        text = "".join(part * rng.choice([1, 1, 1, 2, 30]) for part in parts)
+        if i % 4 == 0:                                   # any characters at all, of the Unicode of both
+            text += "".join(chr(rng.choice([rng.randrange(0x20, 0x590), rng.randrange(0x4E00, 0xD7A4)]))
+                            for _ in range(20))
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, special=True) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False), text
+        differ += ours.encode(text) != ids
+        noise = rng.choices(range(ours.n_vocab), k=20)
+        assert ours.decode(noise) == theirs.decode(noise, skip_special_tokens=False), noise
+    assert 300 < differ < 1000                           # special=False: <|end|> is text like any other
+    assert ours.decode(ours.encode("<|end|>")) == "<|end|>" and len(ours.encode("<|end|>")) > 1
+    assert ours.decode(ours.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
+    assert ours.n_vocab == theirs.get_vocab_size() and ours.holes == []
+
+
+@needs_tokenizers
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokenizer_is_saved_beside_the_student(family, tmp_path):
+    """Saved, with a student's config.json there, it loads with the same ids, ends and beginning, and the
+    library reads the file too. Llama's template says what begins a text; the first end ends a document."""
+    theirs, ours = our_tokenizer(family, tmp_path)
+    end, begin = map(theirs.token_to_id, ("<|end|>", "<|im_start|>"))
+    assert (ours.end, ours.stops, ours.bos) == (end, {end}, begin if family == "llama" else None)
+    (tmp_path / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[begin, 5])))
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.end, ours.stops) == (begin, {begin, 5, end})
+    student = tmp_path / "student"
+    tiny(dtype=torch.float32).save_pretrained(student)
+    ours.save(student)
+    again, text = Tokenizer.load(student), "".join(FRAGMENTS)
+    assert (again.end, again.stops, again.bos) == (ours.end, ours.stops, ours.bos)
+    assert again.encode(text, special=True) == ours.encode(text, special=True)
+    assert type(theirs).from_file(str(student / "tokenizer.json")).to_str() == theirs.to_str()
+
+
+@needs_tokenizers
+def test_ids_may_have_any_order_and_holes(tmp_path):
+    """Ids in an order that is not that of the merges, and ids that no token has: same ids as the library, the
+    holes are never sampled, and decode to U+FFFD."""
+    theirs, ours = our_tokenizer("llama", tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    new = {id: 3 * id % 1009 for id in range(ours.n_vocab)}              # 1009 is prime: no two become one
+    spec["model"]["vocab"] = {token: new[id] for token, id in spec["model"]["vocab"].items()}
+    for token in spec["added_tokens"]:
+        token["id"] = new[token["id"]]
+    shuffled = Tokenizer(spec, [new[ours.end]])
+    for text in FRAGMENTS + ["".join(FRAGMENTS)]:
+        ids = [new[id] for id in theirs.encode(text, add_special_tokens=False).ids]
+        assert shuffled.encode(text, special=True) == ids and shuffled.decode(ids) == text
+    assert shuffled.holes == sorted(set(range(shuffled.n_vocab)) - set(new.values()))
+    assert shuffled.decode([shuffled.holes[0], 10 ** 9]) == "\ufffd\ufffd"
+    model = tiny(dtype=torch.float32)
+    drawn = model.generate([[1, 2]], 200, temperature=9.0, seed=0, never=list(range(0, 61, 2)))[0]
+    assert len(drawn) == 200 and all(id % 2 for id in drawn)
+
+
+@needs_tokenizers
+@pytest.mark.parametrize("changes, word", [
+    (dict(normalizer=dict(type="NFKC")), "normalizer"),
+    (dict(normalizer=dict(type="Sequence", normalizers=[dict(type="Lowercase")])), "normalizer"),
+    (dict(pre_tokenizer=None), "pre_tokenizer"), (dict(pre_tokenizer=dict(type="Digits")), "pre_tokenizer"),
+    (dict(pre_tokenizer=dict(type="ByteLevel", add_prefix_space=True, use_regex=True)), "pre_tokenizer"),
+    (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[
+        dict(type="Split", pattern=dict(Regex=r"\p{L}+"), behavior="Isolated", invert=False),
+        dict(type="ByteLevel", add_prefix_space=False, use_regex=False)])), "leaves out"),
+    (dict(added_tokens=[dict(id=1, content="<s>", lstrip=True)]), "added_tokens"),
+    (dict(model=dict(type="Unigram", vocab={}, merges=[])), "model"),
+    (dict(model=dict(type="BPE", vocab={"a": 0}, merges=[])), "vocab"), (dict(model={}), "tokenizer"),
+    (dict(model=dict(type="BPE", vocab={}, merges=["a b", "ab c", "b c", "a bc"])), "merges")], ids=str)
+def test_tokenizers_we_would_get_wrong_are_one_line(changes, word, tmp_path):
+    """Any other kind of tokenizer is an error that names what is different."""
+    with one_line("tokenizer.json", word):
+        our_tokenizer("gpt2", tmp_path, **changes)
+
+
+@needs_tokenizers
+def test_tokenizer_needs_an_end_and_a_model_of_its_size(tmp_path):
+    """No end id, an end id that is no token, more ids than the model has rows: one line each."""
+    _, ours = our_tokenizer("gpt2", tmp_path)
+    hypenet.check_tokenizer(ours, HypeNetConfig(vocab_size=ours.n_vocab))
+    with one_line(f"{ours.n_vocab - 1:,}"):
+        hypenet.check_tokenizer(ours, HypeNetConfig(vocab_size=ours.n_vocab - 1))
+    for config in ({}, {"eos_token_id": 5000}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        with one_line("eos_token_id"):
+            Tokenizer.load(tmp_path)
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "llama"])
+def test_sample_continues_as_transformers_does(name, tmp_path, capsys):
+    """sample.py --model FOLDER prints the prompt and the greedy continuation of transformers; a tokenizer
+    with more ids than the model has rows is an error."""
+    theirs, _ = our_tokenizer(name, tmp_path)
+    model = teacher(name, tmp_path, vocab_size=theirs.get_vocab_size() + 7, eos_token_id=5)
+    ids = theirs.encode("def f(x):\n", add_special_tokens=True).ids
+    with torch.no_grad():
+        for _ in range(12):
+            scores = model(torch.tensor([ids])).logits[0, -1, :theirs.get_vocab_size()]
+            ids.append(scores.argmax().item())
+    sample.main(["--model", str(tmp_path), "--prompt", "def f(x):\n", "--tokens", "12", "--device", "cpu"])
+    assert capsys.readouterr().out == "... " + theirs.decode(ids, skip_special_tokens=False) + "\n"
+    teacher(name, tmp_path)
+    with pytest.raises(SystemExit):
+        sample.main(["--model", str(tmp_path), "--prompt", "x", "--device", "cpu"])
+    assert "the model's embedding has 61 rows" in capsys.readouterr().err
 
 
 # ---- halo: transfer ----------------------------------------------------------------------------------------
