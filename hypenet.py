@@ -2,7 +2,8 @@
 
 A linear-attention layer carries a state of fixed size from token to token, so a context of hundreds of
 thousands of tokens costs it no memory; the few attention layers that remain keep exact recall. The file has
-both kinds of layer, the model, its state, generation, the tokenizer, and loading and saving.
+both kinds of layer, the model, its state, generation, the tokenizer, and loading: our own files, GPT-2's,
+Qwen3's, Llama 3's, and the authors'.
 
     paper (default)                          article (--recipe article)
 
@@ -837,8 +838,8 @@ def is_conv1d(name):
 def find_weights(model, family, found, path):
     """Where each tensor of a file goes: its name -> (ours, first row, shape there). ValueError names all that
     are missing, unexpected or of another shape."""
-    config, places, firsts = model.config, {}, {name.split(".")[0] for name in found}
-    prefix = next(iter(firsts & {"transformer", "model"}), "")
+    config, places = model.config, {}
+    prefix = max({name.split(".")[0] for name in found} & {"transformer", "model"}, default="")
     for ours, p in model.state_dict().items():
         module, kind = ours.rsplit(".", 1)           # kind: weight or bias
         template = NAMES[family][re.sub(r"\.\d+\.", ".{}.", module)] if family else module
@@ -855,10 +856,10 @@ def find_weights(model, family, found, path):
                 places[".".join(filter(None, parts))] = ours, start, (rows, *p.shape[1:])
                 start += rows
     problems = [f"{name} is missing" for name in sorted(places.keys() - found.keys())]
+    wte = next(name for name, place in places.items() if place[0] == "wte.weight")
     for name in sorted(found):
-        shape = tuple(found[name].get_slice(name).get_shape())
-        wte = next((n for n in places if places[n][0] == "wte.weight"), None)
         if name in places:
+            shape = tuple(found[name].get_slice(name).get_shape())
             wanted = places[name][2][::-1 if is_conv1d(name) else 1]
             if shape != wanted:
                 problems.append(f"{name} is {shape}, not {wanted}")
