@@ -955,6 +955,9 @@ class Tokenizer:
         spec, model, alphabet = self.spec, self.spec["model"], byte_alphabet()
         vocab, added = model["vocab"], spec.get("added_tokens") or []
         merges = [m.replace(" ", "") if isinstance(m, str) else "".join(m) for m in model["merges"]]
+        whole = []                                   # ignore_merges: a piece that is a token is taken whole
+        if model.get("ignore_merges"):
+            whole = [token for token in vocab.keys() - set(merges) if alphabet.keys() >= set(token)]
         norm, split = spec.get("normalizer") or dict(normalizers=[]), spec.get("pre_tokenizer") or {}
         norms = [n["type"] for n in norm.get("normalizers", [norm])]
         *splits, last = split.get("pretokenizers", [split])
@@ -969,7 +972,9 @@ class Tokenizer:
             model=model["type"] == "BPE" and not any(model.get(flag) for flag in (
                 "dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")),
             vocab=alphabet.keys() <= vocab.keys(),
-            merges=len(list(groupby(merges))) == len(set(merges)),   # two of one token only side by side
+            # two merges that make one token stand side by side, and one is there for all that could be joined
+            merges=len(list(groupby(merges))) == len(set(merges)) and not any(
+                token[:i] in vocab and token[i:] in vocab for token in whole for i in range(1, len(token))),
             added_tokens=not any(t.get(flag) for t in added for flag in ("single_word", "lstrip", "rstrip")),
         ).items() if not fits]
         if wrong:
@@ -983,10 +988,7 @@ class Tokenizer:
             self.added[late][self.normalize(text) if late else text] = token["id"]
         vocab = vocab | {token["content"]: token["id"] for token in added}
         self.tokens = {id: to_bytes(token) for token, id in vocab.items()}
-        order = [*alphabet, *merges]
-        if model.get("ignore_merges"):               # a piece of text that is a token is taken whole
-            order += [token for token in model["vocab"] if alphabet.keys() >= set(token)]
-        order = list(dict.fromkeys(order))
+        order = list(dict.fromkeys([*alphabet, *merges, *whole]))
         self.ids = np.array([vocab[token] for token in order])
         return patterns[0], {to_bytes(token): rank for rank, token in enumerate(order)}
 

@@ -872,7 +872,7 @@ QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 FRAGMENTS = [
-    "def f(self, x):", " return x[1:-1]", "x", "y", "Zz", "_", " the", " of", "ing", "!!!", "…", " 12345678 ",
+    " Zqxj", "def f(self, x):", " return x[1:-1]", "x", "Zz", "_", " the", "ing", "!!!", "…", " 12345678 ",
     "'s", "'S", "'LL", "'\u017f", "  ", "       ", "\n", "\r\n\r\n", "\t\t", "\u3000", "\xa0", "\x85", "\0",
     "\ufeff", "e\u0301", "a\u0308\u0323", "\u1100\u1161", "\u0344", "\u0338", "\u212b", "\ufb01",
     "\U0001d400", "混合线性注意力", "。", "👩‍👩‍👧🏽", "🏳️‍🌈", "déjà", "Ελληνικά", "русский", "עברית", "한국어",
@@ -893,10 +893,13 @@ def their_tokenizer(family):
             pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level(False, use_regex=False)])
     if family == "qwen3":
         theirs.normalizer = normalizers.NFC()
-    text = [(HERE / "kernel.py").read_text(encoding="utf-8"), *FRAGMENTS * 20]
+    text = [(HERE / "hypenet.py").read_text(encoding="utf-8"), *FRAGMENTS[1:] * 20]
     theirs.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=900, initial_alphabet=byte_level.alphabet(), show_progress=False,
         special_tokens=["<|end|>"] if family == "gpt2" else []))     # ids before, or after, those of bytes
+    spec = json.loads(theirs.to_str())
+    spec["model"]["vocab"]["ĠZqxj"] = len(spec["model"]["vocab"])   # no merge makes it: whole or not at all
+    theirs = Theirs.from_str(json.dumps(spec))
     theirs.add_special_tokens([AddedToken("<|end|>", normalized=family == "gpt2"), "<|im_start|>"])
     theirs.add_tokens(["<think>", "<think>ing", AddedToken("</think>", normalized=False)])
     if family == "llama":
@@ -1003,11 +1006,17 @@ def test_tokenizers_we_would_get_wrong_are_one_line(changes, word, tmp_path):
 
 @needs_tokenizers
 def test_tokenizer_needs_an_end_and_a_model_of_its_size(tmp_path):
-    """No end id, an end id that is no token, more ids than the model has rows: one line each."""
+    """No end id, an end id that is no token, more ids than the model has rows, a token that tiktoken would
+    join but the library takes only whole: one line each."""
     _, ours = our_tokenizer("gpt2", tmp_path)
     hypenet.check_tokenizer(ours, HypeNetConfig(vocab_size=ours.n_vocab))
     with one_line(f"{ours.n_vocab - 1:,}"):
         hypenet.check_tokenizer(ours, HypeNetConfig(vocab_size=ours.n_vocab - 1))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["ignore_merges"] = True
+    spec["model"]["vocab"]["ĠZqxjx"] = ours.n_vocab
+    with one_line("merges"):
+        Tokenizer(spec, [0])
     for config in ({}, {"eos_token_id": 5000}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         with one_line("eos_token_id"):
