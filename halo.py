@@ -22,20 +22,25 @@ as one never stopped. A run's folder holds log.jsonl (a line a step), one checkp
 the student: config.json, model.safetensors, tokenizer.json.
 """
 import argparse
+import bisect
 import ctypes
+import glob
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import sysconfig
 import time
 import zlib
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls another busy program
 
@@ -47,8 +52,8 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from hypenet import (FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, Parser,  # noqa: E402
-                     Tokenizer, command_line, default_device, locate, number, write_file, write_json,
-                     write_text)
+                     Tokenizer, check_tokenizer, command_line, default_device, locate, number, write_file,
+                     write_json, write_text)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -86,22 +91,34 @@ class Plan:
         return self.steps * self.length * self.batch
 
 
-# The tiny teacher's plan. The paper's own (its Table 5) is align 320M tokens of length 512, distil 1B of 512,
-# finetune 1B of 16,384, the article's 2.3B in all; at 1M parameters these would take a laptop months.
-PLANS = dict(
-    pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
-    align=Plan(0.4e6, 256, 16, 3e-3, 1e-4),
-    distil=Plan(1.5e6, 256, 16, 2e-3, 1e-4, 0.25),
-    finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
-    group=Plan(2e6, 256, 16, 3e-3, 1e-4, 0.25),
-)
-
-TEACHERS = {
-    "tiny": HypeNetConfig(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, n_hidden=288,
-                          max_len=256, **FAMILIES["qwen3"]),
+# Of teachers from the hub the paper's (its Table 5) and, for a group, the article's 2.3B tokens, 2M a step. Of
+# the tiny teacher what a laptop can do: at 1M parameters a recall that text alone would teach too slowly.
+PLANS = {
+    "tiny": dict(
+        pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
+        align=Plan(0.4e6, 256, 16, 3e-3, 1e-4),
+        distil=Plan(1.5e6, 256, 16, 2e-3, 1e-4, 0.25),
+        finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
+        group=Plan(2e6, 256, 16, 3e-3, 1e-4, 0.25)),
+    "real": dict(
+        align=Plan(320e6, 512, 32, 1e-3, 1e-5, 0),
+        distil=Plan(1e9, 512, 96, 1e-4, 1e-5, 0),
+        finetune=Plan(1e9, 16384, 128, 1e-5, 1e-5, 0),
+        group=Plan(2.3e9, 1024, 2048, 1e-5, 1e-5, 0)),
 }
 
-# ---- text --------------------------------------------------------------------------------------------------
+TINY = dict(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, max_len=256)
+TEACHERS = {                                 # which --pretrain makes; tiny is shipped
+    "tiny": HypeNetConfig(n_hidden=288, **TINY, **FAMILIES["qwen3"]),
+    "tiny-gpt2": HypeNetConfig(n_hidden=384, **TINY, **FAMILIES["gpt2"]),
+}
+REAL = 100e6                                 # bytes of weights from which on a local teacher counts as real
+
+# ---- text: documents ---------------------------------------------------------------------------------------
+
+FINEWEB = "kjj0/fineweb10B-gpt2"        # of the hub: shards of 100M GPT-2 tokens, the first of them held out
+SHARDS = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, 104))]
+MAGIC, GPT2_END, HELD_OUT = 20240520, 50256, 2 ** 23    # of a source at most so many tokens are measured on
 
 
 def stdlib_documents():
@@ -111,25 +128,14 @@ def stdlib_documents():
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     for folder, dirs, names in os.walk(root):
         dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith("config-"))
-        for name in sorted(names):
-            if name.endswith(".py"):
-                path = os.path.join(folder, name)
-                with open(path, encoding="utf-8", errors="replace") as f:
-                    yield os.path.relpath(path, root).split(os.sep)[0].removesuffix(".py"), f.read()
+        for path in (os.path.join(folder, name) for name in sorted(names) if name.endswith(".py")):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                yield os.path.relpath(path, root).split(os.sep)[0].removesuffix(".py"), f.read()
 
 
-def file_documents(paths, piece=65536):
-    """(group, text) of .txt and .jsonl files, gzipped or not, and of folders of them. A line of a .jsonl is a
-    document; a .txt is cut at line ends into pieces of about 64 KB, so that one file can be split too."""
-    kinds, files = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz"), []
-    for path in paths:
-        if not os.path.exists(path):
-            raise ValueError(f"--data {path}: not found")
-        inside = sorted(os.path.join(d, n) for d, _, names in os.walk(path) for n in names) or [path]
-        found = [p for p in inside if p.endswith(kinds)]
-        if not found:
-            raise ValueError(f"--data {path}: no file there ends in {', '.join(kinds)}")
-        files += found
+def file_documents(files, piece=65536):
+    """(group, text) of .txt and .jsonl files, gzipped or not. A line of a .jsonl is a document; a .txt is cut
+    at line ends into pieces of about 64 KB, so that one file can be split too."""
     for path in files:
         unpack = gzip.open if path.endswith(".gz") else open
         try:
@@ -146,40 +152,202 @@ def file_documents(paths, piece=65536):
             raise ValueError(f"--data {path}: damaged; copy it again") from None
 
 
-class Corpus:
-    """Text as two long rows of token ids, train and held_out (numpy), the tokenizer's end id after each
-    document. One group in 16 is held out, by a hash of its name: the same ones on every machine."""
+def data_files(path):
+    """The files of text or tokens that a path of --data stands for."""
+    if path in ("stdlib", "fineweb"):
+        return SHARDS if path == "fineweb" else []
+    if not os.path.exists(path):
+        raise ValueError(f"--data {path}: not found; give files, folders, stdlib or fineweb")
+    kinds = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".bin")
+    inside = sorted(os.path.join(d, n) for d, _, names in os.walk(path) for n in names) or [path]
+    if not (found := [p for p in inside if p.endswith(kinds)]):
+        raise ValueError(f"--data {path}: no file there ends in {', '.join(kinds)}")
+    return found
 
-    def __init__(self, tokenizer, data=None):
-        self.tokenizer, sides, digest, count = tokenizer, ([], []), hashlib.sha256(), 0
-        for group, text in file_documents(data) if data else stdlib_documents():
+
+def data_sources(data):
+    """[(paths, share of the rows)] of --data: each path with a weight is a source, those without are one."""
+    names = [n for item in data for n in ([item] if os.path.exists(item) else item.split(","))]
+    found = [(n, "") if os.path.exists(n) or ":" not in n else n.rsplit(":", 1) for n in names]
+    if not any(w for _, w in found) and ("fineweb" not in names or len(names) == 1):
+        return [(names, 1.0)]
+    try:
+        weights = np.array([float(w) for _, w in found])
+    except ValueError:
+        weights = np.zeros(1)
+    if not 0 < weights.min() <= weights.max() < math.inf:
+        raise ValueError(f"--data {' '.join(data)}: give each path a weight above 0, as in web/:0.7 "
+                         "code/:0.3, or give none a weight")
+    return [([path], share) for (path, _), share in zip(found, weights / weights.sum())]
+
+
+def read_shard(path):
+    """Tokens (n,) of a shard of FineWeb's or llm.c's, a memory map: 256 int32 (magic, version 1, n), then
+    uint16 ids of GPT-2, its end id before each document. ValueError if the file is anything else."""
+    if path in SHARDS:
+        from huggingface_hub import hf_hub_download
+        try:
+            path = hf_hub_download(FINEWEB, path, repo_type="dataset")
+        except Exception as e:                                      # the hub's, the network's, the disk's
+            raise ValueError(f"--data fineweb: cannot fetch {path} of {FINEWEB} ({str(e)[:200]}); see to the "
+                             "network and the disk, or give --data of your own") from None
+    header, size = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
+    if len(header) < 256 or header[:2] != [MAGIC, 1] or size != 1024 + 2 * header[2]:
+        raise ValueError(f"{path} is no whole shard of tokens (256 int32: {MAGIC}, 1, n; then n uint16); remove "
+                         "it, or fetch it again")
+    return np.memmap(path, "<u2", "r", offset=1024)
+
+
+# ---- text: rows of tokens ----------------------------------------------------------------------------------
+
+
+class Source:
+    """Documents in a row, the end id after each, in parts: all text is one, in memory, in an order drawn by the
+    seed; each shard of tokens is one, memory-mapped, made when it is needed or in a thread, one ahead. A part
+    is ids to train on (n,) and ids held out: of text one group in 16, the same ones on every machine; of
+    shards the one with "val" in its name, else the first 16th of each.
+
+    It is read in cells of so many ids, those of a part in an order that each epoch draws anew: every id at
+    most once an epoch, all but less than a cell of a part. A cell is found by its number, all that a run must
+    remember."""
+
+    def __init__(self, paths, tokenizer, seed, cell, digest):
+        self.tokenizer, self.seed, self.cell, self.stop, self.made, self.begins = tokenizer, seed, cell, False, {}, [0]
+        self.order, self.pool = lru_cache(8)(self.order), ThreadPoolExecutor(1)
+        files = [p for path in paths for p in data_files(path)]
+        shards = sorted((p for p in files if p.endswith(".bin")), key=lambda p: "val" not in os.path.basename(p))
+        sizes = [10 ** 8 if p in SHARDS else len(read_shard(p)) for p in shards]        # damage shows now
+        digest.update("".join(f"{os.path.basename(p)} {n}" for p, n in zip(shards, sizes)).encode())
+        self.val, sides = bool(shards) and "val" in os.path.basename(shards[0]), ([], [])
+        for group, text in itertools.chain(stdlib_documents() if "stdlib" in paths else [],
+                                           file_documents([p for p in files if p not in shards])):
             digest.update(text.encode("utf-8", "replace"))
-            count += 1
-            name = hashlib.sha256(b"hypenet" + group.encode("utf-8", "replace"))
-            sides[int(name.hexdigest(), 16) % 16 == 0].extend([tokenizer.encode_array(text), [tokenizer.end]])
-        self.train, self.held_out = (np.concatenate([*side, []]).astype(np.int32) for side in sides)
-        tokens = len(self.train) + len(self.held_out)
+            name = hashlib.sha256(b"hypenet" + group.encode("utf-8", "replace")).hexdigest()
+            sides[int(name, 16) % 16 == 0].append(self.document(text))
+        self.documents = sum(map(len, sides))
+        sides[0][:] = [sides[0][i] for i in np.random.default_rng([seed, 3]).permutation(len(sides[0]))]
+        text = [np.concatenate([*side, self.document("")[:0]]) for side in sides]
+        self.parts = [lambda: text] * bool(self.documents) + [partial(self.shard, p) for p in shards]
+        self.tokens = sum(map(len, text)) + sum(sizes)
+
+    def document(self, text):
+        """Its ids, with what begins and ends a document, in as few bytes as they need."""
+        t = self.tokenizer
+        ids = np.concatenate(([] if t.bos is None else [t.bos], t.encode_array(text), [t.end]))
+        return ids.astype(np.min_scalar_type(t.n_vocab - 1))
+
+    def shard(self, path):
+        """The part of a shard. For a tokenizer other than GPT-2's it is decoded and encoded again, once, into a
+        file in a cache."""
+        val, t = "val" in os.path.basename(path), self.tokenizer
+        tokens = read_shard(path)[:HELD_OUT if val else None]
+        if t.n_vocab != GPT2_END + 1 or t.encode("Hello world") != [15496, 995]:
+            key = hashlib.sha256(json.dumps(t.spec).encode() + tokens[:2 ** 20].tobytes()).hexdigest()[:16]
+            cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hypenet")
+            file = os.path.join(cache, f"{key}-{len(tokens)}-{os.path.basename(path)}")
+            if not os.path.exists(file):
+                os.makedirs(cache, exist_ok=True)
+                write_file(file, partial(self.encode, tokens))
+            tokens = np.memmap(file, self.document("").dtype, "r")
+        cut = len(tokens) if val else 0 if self.val else len(tokens) // 16
+        if 0 < cut < len(tokens):                                   # on to the end of the document
+            cut += int(np.argmax(tokens[cut:] == t.end)) + 1
+        return tokens[cut:], tokens[:cut]
+
+    def encode(self, tokens, tmp):
+        gpt2 = Tokenizer.load("gpt2")
+        with open(tmp, "wb") as f:
+            for ids in np.split(tokens, np.flatnonzero(tokens == GPT2_END)):
+                f.write(self.document(gpt2.decode(ids[ids != GPT2_END].tolist())).tobytes())
+                if self.stop:
+                    raise ValueError("stopped while encoding")
+
+    def part(self, j):
+        for i in (j, j + 1):
+            if i not in self.made and i < len(self.parts):
+                self.made[i] = self.pool.submit(self.parts[i])
+        return self.made[j].result()
+
+    def order(self, k):
+        """The k-th part, over all epochs: its ids to train on, and where its cells begin, as they are read."""
+        tokens, rng = self.part(k % len(self.parts))[0], np.random.default_rng([self.seed, k])
+        n = max(0, len(tokens) - 1)                                 # the last row ends in a target
+        return tokens, rng.integers(n % self.cell + 1) + self.cell * rng.permutation(n // self.cell)
+
+    def read(self, c, start, n):
+        """Ids (n,) int64 from number `start` on in cell c."""
+        while self.begins[-1] <= c:
+            if len(self.begins) > len(self.parts) and not self.begins[-1]:
+                raise ValueError(f"--data: too few tokens to train on in sequences of {self.cell:,}")
+            self.begins.append(self.begins[-1] + len(self.order(len(self.begins) - 1)[1]))
+        k = bisect.bisect(self.begins, c) - 1
+        tokens, cells = self.order(k)
+        return tokens[cells[c - self.begins[k]] + start:][:n].astype(np.int64)
+
+
+class Corpus:
+    """Text to train on, and held_out (n,), documents in a row, the end id after each. data: what --data lists,
+    None for the standard library. Sources with weights are mixed, in shares of rows. cell: text is shuffled in
+    stretches of so many tokens, at least a sequence of any stage."""
+
+    def __init__(self, tokenizer, data=None, seed=0, cell=1024):
+        self.tokenizer, self.seed, self.cell, digest = tokenizer, seed, cell, hashlib.sha256()
+        self.paths, shares = zip(*data_sources(data or ["stdlib"]))
+        self.shares, self.taken = np.array(shares), np.zeros(len(shares), int)          # taken: cells, by stages
+        self.sources = [Source(paths, tokenizer, seed, cell, digest) for paths in self.paths]
+        tokens = sum(s.tokens for s in self.sources)
         if not data and tokens < 2e6:
             raise ValueError(f"only {tokens:,} tokens of source in Python's standard library (stripped?); "
                              "give text of your own with --data")
-        self.facts = dict(name=" ".join(data) if data else "stdlib", python=platform.python_version(),
-                          documents=count, tokens=tokens, sha256=digest.hexdigest())
+        self.held_out = np.concatenate([s.part(0)[1][:HELD_OUT] for s in self.sources]).astype(np.int32)
+        self.facts = dict(name=" ".join(data or ["stdlib"]), python=platform.python_version(), tokens=tokens,
+                          documents=sum(s.documents for s in self.sources), sha256=digest.hexdigest())
 
-    def windows(self, rng, batch, length, held_out=False):
-        """(batch, length) int64: stretches of text from random places."""
-        text = self.held_out if held_out else self.train
-        if len(text) < length:
-            raise ValueError(f"the {'held-out' if held_out else 'training'} text has {len(text):,} tokens, "
-                             f"too few for a sequence of {length:,}; give more --data (1/16 is held out)")
-        starts = rng.integers(0, len(text) - length + 1, batch)
-        return np.stack([text[s:s + length] for s in starts]).astype(np.int64)
+    def close(self):
+        for source in self.sources:
+            source.stop = True
 
-    def mixed(self, rng, batch, length, recall):
-        """Training sequences (batch, length): text, a share `recall` of it with a pass key to be found."""
-        rows = self.windows(rng, batch, length)
-        for row in rows[:round(recall * batch)]:
-            row[:] = plant(self.tokenizer, row, rng, ask=int(rng.integers(1, 4)))[0]
-        return rows
+    def split(self, rows):
+        """How many of the first so many rows of a stage each source gives: (sources,)."""
+        n, most = np.floor(self.shares * rows + 1e-6).astype(int), self.shares.argmax()
+        n[most] += rows - n.sum()
+        return n
+
+    def advance(self, plan):
+        """Count the cells of a stage as taken: the next stage begins behind them."""
+        self.taken = self.taken - -self.split(plan.steps * plan.batch) // (self.cell // plan.length)
+
+    def rows(self, stage, plan):
+        """The training sequences of a stage, a function: step -> (batch, length + 1) int64, text with a pass
+        key to be found in a share plan.recall. The stage takes cells of each source in turn and cuts them into
+        rows, which it shuffles in blocks of 2^24 tokens. The last id of a row is the first of the next."""
+        total, taken, size = plan.steps * plan.batch, self.taken, max(plan.batch, 2 ** 24 // plan.length)
+        key, in_cell = [self.seed, zlib.crc32(stage.encode())], self.cell // plan.length
+
+        @lru_cache(2)
+        def block(b):                                               # (rows, 3): source, cell, start in it
+            spans = zip(self.split(b * size), self.split(min(total, (b + 1) * size)), taken)
+            rows = [(s, at + i // in_cell, i % in_cell * plan.length)
+                    for s, (first, end, at) in enumerate(spans) for i in range(first, end)]
+            return np.random.default_rng([*key, b, 2]).permutation(rows)
+
+        def batch(step):
+            numbers = range(step * plan.batch, (step + 1) * plan.batch)
+            where = (block(r // size)[r % size] for r in numbers)
+            rows = np.stack([self.sources[s].read(c, start, plan.length + 1) for s, c, start in where])
+            rng = np.random.default_rng([*key, step])
+            for row in rows[:round(plan.recall * plan.batch)]:
+                row[:] = plant(self.tokenizer, row, rng, ask=int(rng.integers(1, 4)))[0]
+            return rows
+        return batch
+
+    def windows(self, rng, batch, length):
+        """(batch, length) int64: stretches of held-out text from random places."""
+        if len(self.held_out) < length:
+            raise ValueError(f"the held-out text has {len(self.held_out):,} tokens, too few for a sequence of "
+                             f"{length:,}; give more --data (1/16 is held out)")
+        starts = rng.integers(0, len(self.held_out) - length + 1, batch)
+        return np.stack([self.held_out[s:s + length] for s in starts]).astype(np.int64)
 
 
 def plant(tokenizer, text, rng, depth=None, ask=1):
@@ -276,7 +444,7 @@ def linear_twin(attn, config, x, where, retention=0.7):
     if hasattr(twin, "forget"):
         nn.init.zeros_(twin.forget.weight)
         nn.init.constant_(twin.forget.bias, math.log(retention / (1 - retention)))
-    a, o = attn.mix(x, where), twin.mix(x, where)                  # (B,T,H*D): what W_o reads, in both
+    a, o = attn.mix(x, where).float(), twin.mix(x, where).float()  # (B,T,H*D): what W_o reads, in both
     twin.out.weight *= (a * o).sum((0, 1)) / (o * o).sum((0, 1)).clamp(min=1e-12)  # c of least |a - c o|^2
     return twin
 
@@ -308,51 +476,67 @@ def fill(linear, rows):
 
 @torch.no_grad()
 def teacher_layers(teacher, config, idx):
-    """Run a teacher on idx (B,T) and list, for each layer, what a twin of it needs: the attention layer,
+    """Run a teacher on idx (B,T) and yield, layer by layer, what a twin of it needs: the attention layer,
     its input x (B,T,C) after the norm, where its tokens stand (with the teacher's rotation for the one and
     the twin's for the other), and its output y (B,T,C)."""
     known = replace(config, attn_pe=1.0, chunk=None, n_chunks=0)   # the teacher's positions, the twins' RoPE
-    where, out = locate(known, torch.arange(idx.size(1), device=idx.device)[None]), []
+    where = locate(known, torch.arange(idx.size(1), device=idx.device)[None])
     h = teacher.embed(idx, where)
     for block in teacher.blocks:
         x = block.norm1(h)
         y = block.mixer(x, where)
-        out.append((block.mixer, x, where, y))
+        yield block.mixer, x, where, y
         h = h + y
         h = h + block.mlp(block.norm2(h))
-    return out
 
 
 def make_twins(teacher, config, corpus, plan, o):
-    """A linear twin of every attention layer, calibrated on one batch of text."""
-    rng = np.random.default_rng([o.seed, zlib.crc32(b"transfer")])
-    idx = torch.from_numpy(corpus.mixed(rng, plan.batch, plan.length, plan.recall)).to(o.device)
-    return nn.ModuleList(linear_twin(attn, config, x, where, o.retention)
-                         for attn, x, where, _ in teacher_layers(teacher, config, idx))
+    """A linear twin of every attention layer, and what its output squared would be on average in the teacher;
+    both from one batch of text, of at most 2^14 tokens."""
+    rows = corpus.rows("transfer", replace(plan, batch=min(plan.batch, max(1, 2 ** 14 // plan.length))))(0)
+    given = teacher_layers(teacher, config, torch.from_numpy(rows[:, :-1]).to(o.device))
+    with bf16():
+        twins, squares = zip(*((linear_twin(attn, config, x, where, o.retention), y.float().square().mean())
+                               for attn, x, where, y in given))
+    return nn.ModuleList(twins), squares
 
 
 def assemble(teacher, config, mixers):
-    """A student: all but the mixers copied from a model (the teacher), the mixers' weights from a list."""
-    student = HypeNet(replace(config)).to(teacher.wte.weight.device)
+    """A student: its mixers are those of a list, all else is copied from a model (the teacher)."""
+    with torch.device(teacher.wte.weight.device):
+        student = HypeNet(replace(config))
     shared = {name: w for name, w in teacher.state_dict().items() if ".mixer." not in name}
     new = student.load_state_dict(shared, strict=False).missing_keys
     assert all(".mixer." in name or "chunk_embd" in name for name in new), f"not transferred: {new}"
     for block, mixer in zip(student.blocks, mixers):
-        block.mixer.load_state_dict(mixer.state_dict())
+        block.mixer, mixer.config = mixer, student.config
     return student
 
 
 # ---- losses ------------------------------------------------------------------------------------------------
 
 
-def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=2 ** 24):
+def bf16():
+    """Autocast for CUDA; elsewhere it does nothing."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+
+
+def by_slices(work, model, *tensors, elements=None):
+    """[work(slice of each tensor)], so many tokens (N,...) at a time that logits have about `elements`
+    values: a large vocabulary then needs no more memory than a small one."""
+    n = max(1, (elements or (2 ** 27 if tensors[0].is_cuda else 2 ** 24)) // model.config.vocab_size)
+    slices = list(zip(*(t.split(n) for t in tensors)))
+    if len(slices) > 1 and torch.is_grad_enabled():
+        work = partial(checkpoint, work, use_reentrant=False)       # logits are made again in the backward pass
+    return [work(*part) for part in slices]
+
+
+def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
     """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
-    "reverse": KL(student, teacher), the article's. Logits exist for a slice of tokens at a time, and are made
-    again in the backward pass, so a large vocabulary needs no more memory than a small one."""
+    "reverse": KL(student, teacher), the article's."""
     xs = student.hidden(idx, offset=offset).flatten(0, 1)                         # (N,C)
     with torch.no_grad():
         xt = teacher.hidden(idx).flatten(0, 1) if alpha < 1 else xs
-    n = max(1, slice_elements // student.config.vocab_size)
 
     def one(xs, xt, y):
         log_s = student.head(xs).float().log_softmax(-1)                          # (n,V)
@@ -363,22 +547,19 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
             p, log_q = (log_t, log_s) if kl == "forward" else (log_s, log_t)
             loss = loss + (1 - alpha) * F.kl_div(log_q, p, reduction="sum", log_target=True)
         return loss
-    slices = list(zip(xs.split(n), xt.split(n), targets.flatten().split(n)))
-    if len(slices) == 1:
-        return one(*slices[0]) / len(xs)
-    return sum(checkpoint(one, *s, use_reentrant=False) for s in slices) / len(xs)
+    return sum(by_slices(one, student, xs, xt, targets.flatten(), elements=slice_elements)) / len(xs)
 
 
 def objective(student, teacher, stage, o, alpha):
-    """The loss function of a stage. Chunk HyPE gets a random start for each sequence, so that the embedding
-    of every chunk is trained."""
-    def loss_fn(idx, targets, step):
+    """The loss function of a stage (see backward). Chunk HyPE gets a random start for each sequence, so that
+    the embedding of every chunk is trained."""
+    def loss_fn(idx, targets, step, first=0):
         c, offset = student.config, None
         if c.chunk:
             rng = np.random.default_rng([o.seed, zlib.crc32(stage.encode()), step, 1])
-            starts = rng.integers(0, max(0, c.chunk * c.n_chunks - idx.size(1)) + 1, len(idx))
-            offset = torch.from_numpy(starts).to(idx.device)
-        return distil_loss(student, teacher, idx, targets, o.kl, alpha, offset)
+            most = max(0, c.chunk * c.n_chunks - idx.size(1)) + 1
+            offset = torch.from_numpy(rng.integers(0, most, first + len(idx))[first:]).to(idx.device)
+        yield distil_loss(student, teacher, idx, targets, o.kl, alpha, offset)
     return loss_fn
 
 
@@ -401,47 +582,56 @@ def answers(model, prompts, n_answer):
 def recall(model, corpus, length, trials, seed=0):
     """Ask for pass keys hidden at five depths, in turn, of held-out text. At one context length: the mean
     log-probability of an answer's tokens, and whether it was answered in full, (trials,) each."""
-    rng = np.random.default_rng([seed, length])
-    rows = [plant(corpus.tokenizer, text, rng, depth=(i % 5) / 4) for i, text in
-            enumerate(corpus.windows(rng, trials, length, held_out=True))]
-    prompts = torch.from_numpy(np.stack([ids for ids, _ in rows])).to(model.wte.weight.device)
-    parts = [answers(model, part, rows[0][1]) for part in prompts.split(max(1, 65536 // length))]
-    return torch.cat([p.mean(1) for p, _ in parts]).cpu(), torch.cat([hit for _, hit in parts]).cpu().float()
+    rng, logp, hits = np.random.default_rng([seed, length]), torch.zeros(trials), torch.zeros(trials)
+    texts = enumerate(corpus.windows(rng, trials, length))
+    rows, n_answer = zip(*(plant(corpus.tokenizer, text, rng, depth=(i % 5) / 4) for i, text in texts))
+    prompts = torch.from_numpy(np.stack(rows)).to(model.wte.weight.device)
+    for n in set(n_answer):                                # five digits are more tokens or fewer
+        for part in torch.tensor([i for i, m in enumerate(n_answer) if m == n]).split(max(1, 65536 // length)):
+            with bf16():
+                found, hit = answers(model, prompts[part], n)
+            logp[part], hits[part] = found.mean(1).cpu(), hit.cpu().float()
+    return logp, hits
 
 
 @torch.no_grad()
-def held_out(corpus, length, count, seed=0, batch=32):
+def held_out(corpus, length, count, seed=0):
     """Batches idx, targets (b,length) of held-out text, the same at every call."""
-    rng = np.random.default_rng([seed, 1])
-    rows = torch.from_numpy(corpus.windows(rng, count, length + 1, held_out=True))
-    return [(part[:, :-1], part[:, 1:]) for part in rows.split(batch)]
+    rows = torch.from_numpy(corpus.windows(np.random.default_rng([seed, 1]), count, length + 1))
+    return [(part[:, :-1], part[:, 1:]) for part in rows.split(max(1, 2 ** 14 // length))]
 
 
 @torch.no_grad()
+def measure(models, batches):
+    """Means over the tokens of each sequence (sequences, 1 or 4): the loss of each model in nats, and of two
+    models, teacher and student, KL(teacher, student) and how often the likeliest next token is the same."""
+    def one(targets, *xs):
+        logs = [model.head(x).float().log_softmax(-1) for model, x in zip(models, xs)]
+        out = [-log.gather(-1, targets[:, None])[:, 0] for log in logs]
+        if len(logs) > 1:
+            t, s = logs
+            out += [F.kl_div(s, t, reduction="none", log_target=True).sum(-1), t.argmax(-1) == s.argmax(-1)]
+        return torch.stack([x.float() for x in out], 1)             # (n, 1 or 4)
+    means = []
+    for idx, targets in batches:
+        idx, targets = idx.to(models[0].wte.weight.device), targets.to(models[0].wte.weight.device)
+        with bf16():
+            xs = [model.hidden(idx).flatten(0, 1) for model in models]
+            scores = torch.cat(by_slices(one, models[0], targets.flatten(), *xs))
+        means.append(scores.unflatten(0, idx.shape).mean(1).cpu())
+    return torch.cat(means)
+
+
 def losses(model, batches):
     """Mean loss of each sequence, nats a token."""
-    device = model.wte.weight.device
-    return torch.cat([loss_of(model(idx.to(device))[0], targets) for idx, targets in batches])
+    return measure([model], batches)[:, 0]
 
 
-def loss_of(logits, targets):
-    return F.cross_entropy(logits.float().mT, targets.to(logits.device), reduction="none").mean(1).cpu()
-
-
-@torch.no_grad()
 def compare(teacher, student, batches):
     """Held-out loss of both, KL(teacher, student) in nats a token, and the share of tokens whose likeliest
     next token is the same."""
-    loss, kl, same = dict(teacher=[], student=[]), [], []
-    for idx, targets in batches:
-        idx = idx.to(teacher.wte.weight.device)
-        t, s = (model(idx)[0].float().log_softmax(-1) for model in (teacher, student))
-        loss["teacher"].append(loss_of(t, targets))
-        loss["student"].append(loss_of(s, targets))
-        kl.append(F.kl_div(s, t, reduction="none", log_target=True).sum(-1).mean(1).cpu())
-        same.append((t.argmax(-1) == s.argmax(-1)).float().mean(1).cpu())
-    return dict(val_loss={name: torch.cat(x).mean().item() for name, x in loss.items()},
-                kl=torch.cat(kl).mean().item(), top1_agreement=torch.cat(same).mean().item())
+    t, s, kl, same = measure([teacher, student], batches).mean(0).tolist()
+    return dict(val_loss=dict(teacher=t, student=s), kl=kl, top1_agreement=same)
 
 
 # ---- a run: its folder, its log, its checkpoints -----------------------------------------------------------
@@ -507,49 +697,122 @@ class Run:
             raise SystemExit(130)
 
 
-def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=120.0):
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def ahead(make, steps, device):
+    """make(step) on the device for each of a range of steps; a thread makes the next one meanwhile."""
+    def one(step):
+        rows = torch.from_numpy(make(step))
+        return rows.pin_memory() if device.type == "cuda" else rows
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(one, steps.start)
+        for step in steps:
+            rows = coming.result()                                 # or the error that making it met
+            if step + 1 < steps.stop:
+                coming = pool.submit(one, step + 1)
+            yield rows.to(device, non_blocking=True)
+
+
+def backward(loss_fn, rows, step, micro):
+    """Add up the gradients of the mean loss of a batch, rows (batch, length + 1), `micro` of them at a time;
+    returns the loss. loss_fn(idx, targets, step, first) yields terms of the loss of rows from number `first`
+    on. Each is backpropagated as it comes, so that memory holds the graph of one alone."""
+    total = 0.0
+    for first in range(0, len(rows), micro):
+        part = rows[first:first + micro]
+        terms = loss_fn(part[:, :-1], part[:, 1:], step, first)
+        while True:
+            with bf16():
+                term = next(terms, None)
+            if term is None:
+                break
+            term = term * (len(part) / len(rows))
+            term.backward()
+            total = total + term.detach()
+    return total
+
+
+def checkpoint_blocks(module, on=True):
+    """Let each block of a model keep its input alone, and make the rest again in the backward pass."""
+    for block in getattr(module, "blocks", []):
+        if on:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        else:
+            vars(block).pop("forward", None)
+
+
+def fitted(stage, module, micro, work):
+    """work(micro), and the micro that fitted: where memory runs out it is halved, at one row blocks are
+    checkpointed. A step is a function of its number and has changed no weight yet, so it can be repeated."""
+    while True:
+        try:
+            return work(micro), micro
+        except torch.OutOfMemoryError:
+            pass                                                   # freed only once the handler is left
+        for p in module.parameters():
+            p.grad = None
+        torch.cuda.empty_cache()
+        blocks = getattr(module, "blocks", [])
+        if micro > 1:
+            micro = (micro + 1) // 2
+        elif blocks and "forward" not in vars(blocks[0]):
+            checkpoint_blocks(module)
+        else:
+            raise ValueError(f"{stage}: one sequence exceeds the memory; give --plan {stage}.length a smaller "
+                             "value, take a smaller teacher, or --recipe article")
+        tqdm.write(f"{stage}: out of memory; on with {micro} rows at once"
+                   + ", blocks checkpointed" * (bool(blocks) and "forward" in vars(blocks[0])))
+
+
+def train(run, stage, plan, seed, corpus, module, groups, loss_fn):
     """The one training loop (AdamW 0.9/0.95, no weight decay: paper appendix B). groups: lists of parameters,
-    each clipped to a gradient norm of 1 alone; all else in module is frozen. loss_fn(idx, targets, step) ->
-    loss. A stage that was stopped goes on; one that is finished is only loaded."""
-    params, file, device = [p for g in groups for p in g], run.path(f"{stage}.pt"), groups[0][0].device
+    each clipped to a gradient norm of 1 alone; all else in module is frozen, and on CUDA bf16. loss_fn: see
+    backward. A stage that was stopped goes on; one that is
+    finished is only loaded. Its batches follow in the text on those of the stages before."""
+    params, device = [p for g in groups for p in g], groups[0][0].device
+    trained = set(map(id, params))
     for p in module.parameters():
-        p.requires_grad_(False)
-    for p in params:
-        p.requires_grad_(True)
+        p.requires_grad_(id(p) in trained)
+        if device.type == "cuda":
+            p.data = p.data.to(torch.float32 if p.requires_grad else torch.bfloat16)
+    micro, run.tokens = run.options["micro"] or plan.batch, run.tokens + plan.total
+    if isinstance(run, Probe):
+        run.measure(stage, plan, module, params, loss_fn, micro)
+        return checkpoint_blocks(module, on=False)
     opt = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    first, mean, run.tokens = 0, None, run.tokens + plan.total
+    file, first, mean = run.path(f"{stage}.pt"), 0, None
     if os.path.exists(file):
         try:
-            saved = torch.load(file, map_location=device, weights_only=True)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:                                          # torch raises several types
             raise ValueError(f"{file} is damaged; remove it to train this stage again") from None
-        module.load_state_dict(saved["module"])
+        module.load_state_dict(saved["module"], strict=False)
         first, mean = saved["step"], saved["mean"]
         if "optimizer" in saved:
             opt.load_state_dict(saved["optimizer"])
+        del saved
     if first < plan.steps:
         run.forget(stage, first)
 
     def save(step):
-        state = dict(module=module.state_dict(), step=step, mean=mean)
+        state = dict(module={n: p for n, p in module.named_parameters() if p.requires_grad}, step=step, mean=mean)
         if step < plan.steps:
             state["optimizer"] = opt.state_dict()
-        write_file(file, lambda tmp: torch.save(state, tmp))
+        try:
+            write_file(file, lambda tmp: torch.save(state, tmp))
+        except (OSError, RuntimeError) as e:                       # torch's own on a full disk
+            raise ValueError(f"{file} cannot be written ({e}); free some disk, then --resume {run.folder}"
+                             ) from None
         run.save()
-
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     bar = tqdm(range(first, plan.steps), desc=f"{stage:9s}", initial=first, total=plan.steps, mininterval=0.5,
                dynamic_ncols=True, disable=first == plan.steps)
-    saved_at = tick = time.time()
-    for step in bar:
-        rng = np.random.default_rng([seed, zlib.crc32(stage.encode()), step])
-        rows = torch.from_numpy(corpus.mixed(rng, plan.batch, plan.length + 1, plan.recall)).to(device)
+    saved_at, pause, tick = time.time(), 120.0, time.time()
+    for step, rows in zip(bar, ahead(corpus.rows(stage, plan), range(first, plan.steps), device)):
         warm = min(1.0, (step + 1) / min(plan.warmup, max(1, plan.steps // 10)))
         cosine = 0.5 * (1 + math.cos(math.pi * step / plan.steps))
         lr = warm * (plan.lr_end + (plan.lr - plan.lr_end) * cosine)
-        with autocast:
-            loss = loss_fn(rows[:, :-1], rows[:, 1:], step)
-        loss.backward()
+        loss, micro = fitted(stage, module, micro, partial(backward, loss_fn, rows, step))
         norm = max(nn.utils.clip_grad_norm_(g, 1.0) for g in groups)
         value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
@@ -569,12 +832,15 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
             tqdm.write(f"{stage:9s}{step + 1:6,}/{plan.steps:,} | loss {mean:.4f} | norm {norm:.2f} | "
                        f"lr {lr:.1e} | {ms:,.0f} ms | {1000 * plan.total / plan.steps / ms:,.0f} tok/s")
         bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
-        if step + 1 == plan.steps or run.stop or now - saved_at > save_every:
+        if step + 1 == plan.steps or run.stop or now - saved_at > pause:
             save(step + 1)
             run.leave_if_asked()
             saved_at = tick = time.time()
+            pause = max(pause, 20 * (saved_at - now))              # large models: at most 5% of the time
     for p in params:
         p.requires_grad_(False)
+    checkpoint_blocks(module, on=False)
+    corpus.advance(plan)
 
 
 # ---- the paper's stages ------------------------------------------------------------------------------------
@@ -582,14 +848,14 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn, save_every=12
 
 def align(run, teacher, config, corpus, plan, o):
     """Stage 1 (paper eq. 7): a linear twin of every attention layer, each alone, on the teacher's own hidden
-    states. The loss shown is the sum over layers of MSE / mean square of the target: Adam does not see the
-    factor, and 1 a layer is what an output of zero would score."""
-    twins = make_twins(teacher, config, corpus, plan, o)
+    states. The loss is the sum over layers of MSE / mean square of the target on one batch: Adam does not
+    see the factor, and 1 a layer is what an output of zero would score. The layers are terms of their own: the
+    graph of one is gone before the teacher runs the next."""
+    twins, squares = make_twins(teacher, config, corpus, plan, o)
 
-    def loss_fn(idx, targets, step):
-        given = teacher_layers(teacher, config, idx)
-        return sum((twin(x, where).float() - y.float()).square().mean() / y.float().square().mean()
-                   for twin, (_, x, where, y) in zip(twins, given))
+    def loss_fn(idx, targets, step, first=0):
+        for twin, square, (_, x, where, y) in zip(twins, squares, teacher_layers(teacher, config, idx)):
+            yield (twin(x, where).float() - y.float()).square().mean() / square
     train(run, "align", plan, o.seed, corpus, twins, [list(t.parameters()) for t in twins], loss_fn)
     return twins
 
@@ -598,32 +864,39 @@ def swap_scores(teacher, twins, config, corpus, o):
     """R and C of paper eq. 8, measured with what is built in. For every layer, of the model in which it alone
     is linear: mean log-probability of a pass key's tokens (R) and minus the held-out loss (C), with their
     standard errors; for "swap" also those of the model in which it alone is what it would be if it stayed:
-    with HyPE, attention without RoPE. Returns these and the teacher's own C. A swap is made in place, the
-    model's config telling it which kind layer i now is."""
+    with HyPE, attention without positions. RoPE it simply leaves out; learned positions entered at the input,
+    so it reads the stream less wpe, what they added to it themselves (not what layers before made of them).
+    Returns these and the teacher's own C. A swap is made in place, the model's config telling it which kind
+    layer i now is."""
     own, scores = teacher.config, []
-    batches = held_out(corpus, own.max_len, max(2, o.eval_windows // 2))
+    batches = held_out(corpus, o.length, max(2, o.eval_windows // 2))
 
-    def measure(kind=""):
-        R, C = recall(teacher, corpus, own.max_len, o.trials * 2)[0], -losses(teacher, batches)
+    def both(kind=""):
+        R, C = recall(teacher, corpus, o.length, o.trials * 2)[0], -losses(teacher, batches)
         return {f"R{kind}": R.mean().item(), f"R{kind}_se": R.std().item() / len(R) ** 0.5,
                 f"C{kind}": C.mean().item(), f"C{kind}_se": C.std().item() / len(C) ** 0.5}
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
-        attn = teacher.blocks[i].mixer
+        block = teacher.blocks[i]
+        attn = block.mixer
+
+        def kept(x, where, cache=None):
+            h = x - teacher.wpe(where.pos) if own.position == "learned" else x
+            x = x + attn(block.norm1(h), where._replace(attn_rope=None), cache)
+            return x + block.mlp(block.norm2(x))
         try:
-            teacher.blocks[i].mixer = twin
+            block.mixer = twin
             teacher.config = replace(config, layers="A" * i + "L" + "A" * (len(twins) - 1 - i), attn_pe=1.0,
                                      chunk=None, n_chunks=0, window=None, attn_gate=False)
-            scores.append(measure())
+            scores.append(both())
         finally:
-            teacher.blocks[i].mixer, teacher.config = attn, own
+            block.mixer, teacher.config = attn, own
         if o.layers == "swap":
-            if o.pe == "hype":
-                attn.mix = lambda x, where, cache=None: type(attn).mix(
-                    attn, x, where._replace(attn_rope=None), cache)
             try:
-                scores[i].update(measure("_kept"))
+                if o.pe == "hype":
+                    block.forward = kept
+                scores[i].update(both("_kept"))
             finally:
-                vars(attn).pop("mix", None)
+                vars(block).pop("forward", None)
     return scores, -losses(teacher, batches).mean().item()
 
 
@@ -677,12 +950,13 @@ def convert_staged(run, teacher, corpus, plans, o):
     config = replace(config, layers=layers)
     student = assemble(teacher, config, [attention_twin(b.mixer, config) if kind == "A" else twin
                                          for b, twin, kind in zip(teacher.blocks, twins, layers)])
+    twins = None                                                   # frees those of layers that stay attention
     everything, fade = [list(student.parameters())], round(o.fade * plans["distil"].steps)
     distil = objective(student, teacher, "distil", o, o.alpha)
 
-    def fading(idx, targets, step):                                # RoPE (or wpe) leaves attention slowly
+    def fading(idx, targets, step, first=0):                       # RoPE (or wpe) leaves attention slowly
         student.config.attn_pe = max(0.0, 1 - step / fade)
-        return distil(idx, targets, step)
+        yield from distil(idx, targets, step, first)
     train(run, "distil", plans["distil"], o.seed, corpus, student, everything, fading if fade else distil)
     student.config.attn_pe = config.attn_pe
     train(run, "finetune", plans["finetune"], o.seed, corpus, student, everything,
@@ -704,34 +978,36 @@ def print_scores(scores, layers, base):
 # ---- the article's progressive conversion ------------------------------------------------------------------
 
 
+def groups_of(layers, o):
+    """The linear layers in the groups in which they are converted."""
+    linear = [i for i, kind in enumerate(layers) if kind == "L"]
+    return np.array_split(linear, min(len(linear), o.groups or max(2, math.ceil(len(linear) / 6))))
+
+
 def convert_progressive(run, teacher, corpus, plans, o):
     """The article's halo_distillation: the linear layers in groups, the model usable after each."""
     layers = choose_layers(o.layers, len(teacher.config.layers))
-    linear = [i for i, kind in enumerate(layers) if kind == "L"]
-    n_groups = min(len(linear), o.groups or max(2, math.ceil(len(linear) / 6)))
-    config = student_config(teacher.config, layers, o)
-    plan = replace(plans["group"], tokens=plans["group"].tokens / n_groups)
-    twins = make_twins(teacher, config, corpus, plan, o)
-    mixers = [attention_twin(block.mixer, config) for block in teacher.blocks]
-    batches, student = held_out(corpus, teacher.config.max_len, o.eval_windows), teacher
-    for g, group in enumerate(np.array_split(linear, n_groups), 1):
+    groups, config = groups_of(layers, o), student_config(teacher.config, layers, o)
+    plan = replace(plans["group"], tokens=plans["group"].tokens / len(groups))
+    twins, _ = make_twins(teacher, config, corpus, plan, o)
+    mixers, student = [attention_twin(block.mixer, config) for block in teacher.blocks], teacher
+    for g, group in enumerate(groups, 1):
         for i in group:
             mixers[i] = twins[i]
         now = "".join("L" if isinstance(m, LinearAttention) else "A" for m in mixers)
-        student = assemble(student, replace(config, layers=now), mixers)
+        student, stage = assemble(student, replace(config, layers=now), mixers), f"group{g}"
         params = [p for i in group for p in student.blocks[i].mixer.parameters()]
         params += [p for name, p in student.named_parameters() if "chunk_embd" in name]
-        stage = f"group{g}"
         train(run, stage, plan, o.seed, corpus, student, [params],
               objective(student, teacher, stage, o, o.alpha))
-        mixers = [block.mixer for block in student.blocks]
 
         def usable():
             student.save_pretrained(run.path(stage))
             corpus.tokenizer.save(run.path(stage))
-            return losses(student, batches).mean().item()
-        loss = run.once(stage, usable)
-        print(f"group {g} of {n_groups}: {now} | held-out loss {loss:.4f} | usable: {run.path(stage)}")
+            loss = losses(student, held_out(corpus, o.length, o.eval_windows)).mean().item()
+            print(f"group {g} of {len(groups)}: {now} | held-out loss {loss:.4f} | usable: {run.path(stage)}")
+            return loss
+        run.once(stage, usable)
     return student
 
 
@@ -740,7 +1016,7 @@ def convert_progressive(run, teacher, corpus, plans, o):
 
 def fit_logit_base(student, corpus, length, seed):
     """Held-out loss at a long length by the base a of s_t (paper eq. 11): {a: loss}."""
-    batches, out = held_out(corpus, length, 8, seed, batch=4), {}
+    batches, out = held_out(corpus, length, 8, seed), {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
         out[str(a)] = losses(student, batches).mean().item()
@@ -748,9 +1024,9 @@ def fit_logit_base(student, corpus, length, seed):
 
 
 def evaluate(teacher, student, corpus, o):
-    """The numbers of the final table and of report.json. Pass keys are asked at 1 to 16 times the teacher's
-    length, and of the student at 64 times too; None: past the last position a model knows."""
-    T, found = teacher.config.max_len, dict(teacher={}, student={})
+    """The numbers of the final table and of report.json. Pass keys are asked at 1 to 16 times the length of
+    distillation, and of the student at 64 times too; None: past the last position a model knows."""
+    T, found = o.length, dict(teacher={}, student={})
     for n in tqdm((T, 2 * T, 4 * T, 16 * T, 64 * T), desc="pass keys", dynamic_ncols=True):
         trials = max(1, o.trials * 16 * T // max(n, 16 * T))       # the longest are dear
         for name, model in dict(teacher=teacher, student=student).items():
@@ -780,6 +1056,86 @@ def print_report(r):
           + (f"logit base {r['logit_base']:g}\n" if r["logit_base"] else "no logit scaling\n"))
 
 
+# ---- what a run will cost ----------------------------------------------------------------------------------
+
+
+class Probe:
+    """Stands in for a Run to try the stages on the device: found[stage] = sequences at once that fit, tokens a
+    second, peak memory in GB, of forward and backward passes of true shape on random ids."""
+
+    def __init__(self, teacher, corpus, plans, o):
+        self.options, self.tokens, self.found, self.n_vocab = vars(o), 0, {}, o.tokenizer.n_vocab
+        even = argparse.Namespace(**{**vars(o), "layers": "even" if o.layers in SCORED else o.layers})
+        (convert_progressive if "group" in plans else convert_staged)(self, teacher, corpus, plans, even)
+
+    def once(self, name, work):
+        """Nothing is measured or written."""
+
+    def measure(self, stage, plan, module, params, loss_fn, micro):
+        aside = torch.empty(2 * sum(p.numel() for p in params), device=params[0].device)   # for the optimizer
+        rows = torch.randint(self.n_vocab, (plan.batch, plan.length + 1), device=aside.device)
+        for _ in range(3):                                         # the first finds what fits, and warms up
+            began = time.time()
+            _, micro = fitted(stage, module, micro, lambda n: backward(loss_fn, rows[:n], 0, n).item())
+        speed = min(micro, plan.batch) * plan.length / (time.time() - began)
+        for p in params:
+            p.grad = None
+        self.found[stage.rstrip("0123456789")] = micro, speed, peak_gb(aside.device.type)
+
+
+def needs(teacher, plans, o):
+    """GB of weights, gradients and optimizer state by stage, counted on models without storage. ValueError if
+    they exceed the card, or the files of the run the disk."""
+    L, cuda = len(teacher.config.layers), o.device.startswith("cuda")
+    layers = choose_layers("even" if o.layers in SCORED else o.layers, L)
+    with torch.device("meta"):
+        twins, student = (HypeNet(student_config(teacher.config, kinds, o)) for kinds in ("L" * L, layers))
+
+    def mixers(model, which):
+        return sum(p.numel() for i in which for p in model.blocks[i].mixer.parameters())
+    whole, size, groups = student.n_params(), 2 if cuda else 4, groups_of(layers, o)
+    trained = dict(align=mixers(twins, range(L)), distil=whole, finetune=whole,
+                   group=max(mixers(student, group) for group in groups))
+    frozen = teacher.n_params() + whole - trained["group"] if "group" in plans else teacher.n_params()
+    memory = {stage: (size * frozen + 16 * trained[stage]) / 1e9 for stage in plans}
+    room = torch.cuda.get_device_properties(o.device).total_memory / 1e9 if cuda else math.inf
+    for stage, gb in memory.items():
+        if gb > room:
+            fits = "more --groups" if stage == "group" else "--recipe article, which trains a group at a time,"
+            raise ValueError(f"{stage}: weights, gradients and optimizer state are {gb:.0f} GB, {o.device} has "
+                             f"{room:.0f}; give {fits} or a smaller --teacher")
+    models = 1 + len(groups) * ("group" in plans)                  # checkpoints: one, and the next beside it
+    disk = (28 * max(trained[stage] for stage in plans) + 4 * models * whole) / 1e9
+    parent = os.path.abspath(o.out or "out")
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not o.resume and disk > (free := shutil.disk_usage(parent).free / 1e9):
+        raise ValueError(f"checkpoints and student need {disk:.0f} GB of disk, {parent} has {free:.0f}; let --out "
+                         "name a folder on a larger disk")
+    return memory
+
+
+def print_plan(folder, config, corpus, plans, o, memory, found):
+    """The plan, with what `needs` and a Probe found."""
+    print(f"teacher {o.teacher}: {len(config.layers)} layers, trained at {config.max_len} tokens | "
+          f"recipe {o.recipe} | device {o.device} | run {folder}")
+    total, hours = sum(plan.total for plan in plans.values()), 0
+    for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
+        print(f"text {' '.join(paths)}: {source.tokens:,} tokens, read {share * total / source.tokens:.2g} times"
+              ", in another order each time")
+    print(f"{'stage':10s}{'tokens':>14s}{'steps':>8s}{'length':>8s}{'batch':>7s}{'at once':>9s}{'GB':>7s}"
+          f"{'peak GB':>9s}{'tok/s':>9s}{'hours':>8s}   learning rate")
+    for name, plan in plans.items():
+        micro, speed, peak = found.get(name, (o.micro or plan.batch, math.inf, 0))
+        hours += plan.total / speed / 3600
+        print(f"{name:10s}{plan.total:14,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}"
+              f"{min(micro, plan.batch):9,}{memory.get(name, 0):7.2f}" + (f"{peak:9.1f}{speed:9,.0f}"
+              f"{plan.total / speed / 3600:8.2f}" if found else f"{'-':>9s}{'-':>9s}{'-':>8s}")
+              + f"   {plan.lr:.0e} -> {plan.lr_end:.0e}")
+    print("at once: sequences a pass; GB: weights, gradients, optimizer state"
+          + f"; {hours:.1f} hours in all, measuring aside" * bool(found) + "\n", flush=True)
+
+
 # ---- command line ------------------------------------------------------------------------------------------
 
 
@@ -788,72 +1144,85 @@ def get_args(argv):
                epilog="eq.: of arXiv 2601.22156. A row left out follows --recipe. " + " ".join(
                    f"{name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in rows.items()) + "."
                    for name, rows in RECIPES.items()))
-    p.add_argument("--teacher", default="tiny", help="tiny (shipped, 1M parameters) or the folder of a model")
-    p.add_argument("--recipe", default="paper", choices=RECIPES, help="the paper's (default), the article's")
-    p.add_argument("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
-    p.add_argument("--resume", metavar="RUN",
-                   help="go on with the run in this folder, under its own options (but for --device)")
-    p.add_argument("--data", nargs="+", action="extend", metavar="PATH",
-                   help="text to train on: .txt, .jsonl (field text), .gz of either, or folders of them; "
-                        "default: the source of Python's standard library")
-    p.add_argument("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
-    p.add_argument("--budget", type=number(float, 1e-6), default=1.0,
-                   help="multiply the tokens of every stage by this")
-    p.add_argument("--plan", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=X",
-                   help="change entries of the plan, such as distil.tokens=4e6 or align.lr=1e-3")
-    p.add_argument("--pretrain", action="store_true",
-                   help="train the teacher from random weights instead; with --layers a hybrid")
-    r = p.add_argument_group("rows of the recipe")
-    r.add_argument("--layers", help="which stay attention: swap (those that lose more as linear layers "
-                                    "than as attention without RoPE), score (eq. 8), guarded (eq. 8, its "
-                                    "denominator floored at the noise), even, ends (first, last quarter), "
-                                    "or letters such as LLALLLAL")
-    r.add_argument("--decay", choices=("constant", "none", "head", "channel"),
-                   help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
-    r.add_argument("--state", choices=("full", "half"), help="width of a key in linear layers")
-    r.add_argument("--pe", choices=("hype", "chunk", "rope"),
-                   help="hype: RoPE in linear layers, none in attention; chunk: the article's; rope: both")
-    r.add_argument("--extras", choices=("on", "off"), help="QK-norm, output norm and gates")
-    r.add_argument("--training", choices=("staged", "progressive"), help="stages, or groups of layers")
-    r.add_argument("--kl", choices=("forward", "reverse"), help="KL(teacher, student), KL(student, teacher)")
-    r.add_argument("--alpha", type=number(float, 0, 1), help="share of cross-entropy in the loss, 0 to 1")
-    r.add_argument("--window", type=number(int, 0), help="attention reaches this many tokens back, 0: all")
-    r.add_argument("--logit-base", help="a of s_t (eq. 11): fit, none, or a number above 1")
-    m = p.add_argument_group("finer choices")
-    m.add_argument("--groups", type=number(int, 0), default=0,
-                   help="into which a progressive run parts linear layers; default ceil(n / 6), at least 2")
-    m.add_argument("--retention", type=number(float, 0.001, 0.999), default=0.7,
-                   help="share of the state that a new forget gate keeps at each token")
-    m.add_argument("--fade", type=number(float, 0, 1), default=0.0,
-                   help="share of stage 2 over which RoPE leaves attention; 0: at once")
-    m.add_argument("--max-ctx", type=number(int, 1), default=65536 + 1024,
-                   help="positions that a chunk HyPE model knows, context and answer together")
-    m.add_argument("--trials", type=number(int, 1), default=20,
-                   help="pass keys asked at each length; a quarter of them at 64 times the length")
-    m.add_argument("--eval-windows", type=number(int, 2), default=256,
-                   help="held-out sequences for the losses")
-    m.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=X",
-                   help="set fields of the student's HypeNetConfig, such as linear_rope=false")
+    add, many = p.add_argument, dict(nargs="+", action="extend")
+    add("--teacher", default="tiny",
+        help="tiny (shipped, 1M parameters), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository of the hub such "
+             "as Qwen/Qwen3-1.7B, or a folder: of a GPT-2, Qwen3, Llama 3 or one that --pretrain made. Those of "
+             f"the hub and folders of over {REAL / 1e6:.0f} MB of weights get the paper's plan and fineweb, and "
+             "want a GPU; others the plan of tiny and stdlib")
+    add("--recipe", default="paper", choices=RECIPES, help="the paper's (default), the article's")
+    add("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, under its own options (but for --device)")
+    add("--data", **many, metavar="PATH[:WEIGHT]",
+        help="text to train on: stdlib (source of Python's standard library), fineweb (fetched as needed), .txt, "
+             ".jsonl (field text), .gz of either, .bin (GPT-2 tokens as llm.c keeps them; held out: those with val "
+             "in the name), folders of these. Weights are shares of the sequences: web/:0.7 code/:0.1 books/:0.2. "
+             "What is encoded anew is kept in $XDG_CACHE_HOME/hypenet")
+    add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
+    add("--micro", type=number(int, 1), help="sequences a pass; default: as many as fit. Does not change the batch")
+    add("--dry-run", action="store_true", help="print the plan, with memory and hours, and end")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
+    add("--budget", type=number(float, 1e-6), default=1.0, help="multiply the tokens of every stage by this")
+    add("--plan", **many, default=[], metavar="STAGE.FIELD=X",
+        help="change entries of the plan, such as distil.tokens=4e6 or align.lr=1e-3")
+    add("--pretrain", action="store_true",
+        help=f"train the teacher ({', '.join(TEACHERS)}) from random weights instead; with --layers a hybrid")
+    add = p.add_argument_group("rows of the recipe").add_argument
+    add("--layers", help="which stay attention: swap (those that lose more as linear layers than as attention "
+                         "without positions), score (eq. 8), guarded (eq. 8, its denominator floored at the "
+                         "noise), even, ends (first, last quarter), or letters such as LLALLLAL")
+    add("--decay", choices=("constant", "none", "head", "channel"),
+        help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
+    add("--state", choices=("full", "half"), help="width of a key in linear layers")
+    add("--pe", choices=("hype", "chunk", "rope"),
+        help="hype: RoPE in linear layers, none in attention; chunk: the article's; rope: both")
+    add("--extras", choices=("on", "off"), help="QK-norm, output norm and gates")
+    add("--training", choices=("staged", "progressive"), help="stages, or groups of layers")
+    add("--kl", choices=("forward", "reverse"), help="KL(teacher, student), KL(student, teacher)")
+    add("--alpha", type=number(float, 0, 1), help="share of cross-entropy in the loss, 0 to 1")
+    add("--window", type=number(int, 0), help="attention reaches this many tokens back, 0: all")
+    add("--logit-base", help="a of s_t (eq. 11): fit, none, or a number above 1")
+    add = p.add_argument_group("finer choices").add_argument
+    add("--groups", type=number(int, 0), default=0,
+        help="into which a progressive run parts linear layers; default ceil(n / 6), at least 2")
+    add("--retention", type=number(float, 0.001, 0.999), default=0.7,
+        help="share of the state that a new forget gate keeps at each token")
+    add("--fade", type=number(float, 0, 1), default=0.0,
+        help="share of stage 2 over which RoPE (or GPT-2's wpe) leaves attention; 0: at once")
+    add("--max-ctx", type=number(int, 1), default=65536 + 1024,
+        help="positions that a chunk HyPE model knows, context and answer together")
+    add("--trials", type=number(int, 1), default=20,
+        help="pass keys asked at each length; a quarter of them at 64 times the length")
+    add("--eval-windows", type=number(int, 2), default=256, help="held-out sequences for the losses")
+    add("--set", **many, default=[], metavar="FIELD=X",
+        help="set fields of the student's HypeNetConfig, such as linear_rope=false")
     return p.parse_args(argv)
 
 
 def settle(o):
-    """Fill in the recipe; return the plans and the changes of --set. ValueError for what cannot go."""
-    o.hybrid = o.layers is not None                       # for --pretrain: layers were asked for
+    """Fill in the recipe, o.path of the teacher and o.data; return the plans of the stages and the changes of
+    --set. ValueError for what cannot go."""
+    o.hybrid, asked = o.layers is not None, o.device      # hybrid, for --pretrain: layers were asked for
     o.device = default_device(o.device)
     for key, value in RECIPES[o.recipe].items():
         if getattr(o, key) is None:
             setattr(o, key, value)
-    plans = {stage: replace(plan, tokens=plan.tokens * o.budget) for stage, plan in PLANS.items()}
+    shipped = os.path.join(HERE, "assets", f"{o.teacher}-teacher")
+    o.path = shipped if o.teacher in TEACHERS and os.path.isdir(shipped) else o.teacher
+    local = os.path.isdir(o.path)
+    weights = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(o.path), "*.safetensors"))))
+    real = o.teacher not in TEACHERS and (not local or weights > REAL)
+    o.data = o.data or (["fineweb"] if real else None)
+    plans = {stage: replace(plan, tokens=plan.tokens * o.budget)
+             for stage, plan in PLANS["real" if real else "tiny"].items()}
     for item in o.plan:
         key, _, value = item.partition("=")
         stage, _, field = key.partition(".")
-        if stage not in plans or field not in asdict(plans[stage]):
+        if stage not in plans or field not in vars(plans[stage]):
             raise ValueError(f"--plan {item}: STAGE is one of {', '.join(plans)}; FIELD one of "
-                             + ", ".join(asdict(plans["align"])))
-        kind = type(getattr(PLANS[stage], field))
+                             + ", ".join(vars(plans["align"])))
         try:
+            kind = type(getattr(PLANS["tiny"][stage], field))
             plans[stage] = replace(plans[stage], **{field: kind(float(value))})
         except (ValueError, OverflowError):
             raise ValueError(f"--plan {item}: {value!r} is no number") from None
@@ -861,8 +1230,6 @@ def settle(o):
     changes, known = {}, [n for n in names[names.index("attn_pe"):] if n != "logit_base"]
     for item in o.set:
         key, _, value = item.partition("=")
-        if key not in known:
-            raise ValueError(f"--set {item}: fields are {', '.join(known)}")
         try:
             changes[key] = json.loads(value)
         except ValueError:
@@ -871,36 +1238,44 @@ def settle(o):
         base = o.logit_base in ("fit", "none") or 1 < float(o.logit_base) < math.inf
     except ValueError:
         base = False
-    scored = o.layers in SCORED
-    for ok, message in (
-            (all(min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0 and 0 <= p.recall <= 1
-                 and all(map(math.isfinite, asdict(p).values())) for p in plans.values()),
+    scored, staged, stray = o.layers in SCORED, o.training == "staged", sorted(changes.keys() - known)
+    for wrong, message in (
+            (stray, f"--set {' '.join(stray)}: fields are {', '.join(known)}"),
+            (not all(min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0 and 0 <= p.recall <= 1
+                     and all(map(math.isfinite, vars(p).values())) for p in plans.values()),
              "--plan: tokens, length, batch, lr and warmup must be positive, recall between 0 and 1"),
-            (base, f"--logit-base {o.logit_base}: give fit, none or a number above 1"),
-            (not o.fade or o.pe == "hype" and o.training == "staged", "--fade goes with --pe hype, staged"),
-            (o.training == "staged" or o.pretrain or not scored,
+            (not base, f"--logit-base {o.logit_base}: give fit, none or a number above 1"),
+            (o.fade and not (o.pe == "hype" and staged), "--fade goes with --pe hype, staged"),
+            (o.groups and staged, "--groups goes with --training progressive"),
+            (not staged and scored and not o.pretrain,
              f"--training progressive with --layers {o.layers}: no stage 1 to score by; use ends or even"),
-            (o.training == "staged" or o.pretrain or o.pe != "hype",
+            (not staged and o.pe == "hype" and not o.pretrain,
              "--training progressive with --pe hype: its attention layers do not train; use chunk or rope"),
-            (not o.pretrain or not o.hybrid or not scored,
+            (o.pretrain and o.hybrid and scored,
              f"--pretrain with --layers {o.layers}: no teacher to score; use ends, even or letters"),
-            (not o.pretrain or o.hybrid or not o.set, "--pretrain --set goes with --layers: a hybrid"),
-            (o.training == "progressive" or not o.groups, "--groups goes with --training progressive")):
-        if not ok:
+            (o.pretrain and o.set and not o.hybrid, "--pretrain --set goes with --layers: a hybrid"),
+            (o.pretrain and o.teacher not in TEACHERS,
+             f"--pretrain --teacher {o.teacher}: known sizes are {', '.join(TEACHERS)}"),
+            (not o.pretrain and not local and o.teacher in TEACHERS,
+             f"--teacher {o.teacher} is not shipped; --pretrain --teacher {o.teacher} --out FOLDER makes it, then "
+             "give --teacher FOLDER"),
+            (real and o.device == "cpu" and not asked and not o.dry_run,
+             f"--teacher {o.teacher} is no folder of a small model, and wants a GPU; --teacher tiny runs on a "
+             "CPU, --device cpu tries it all the same")):
+        if wrong:
             raise ValueError(message)
-    return plans, changes
+    stages = ["pretrain"] if o.pretrain else ["align", "distil", "finetune"] if staged else ["group"]
+    return {stage: plans[stage] for stage in stages}, changes
 
 
 def keep_memory():
-    """Let glibc keep what it has freed: tensors of a few MB cost more in page faults than in arithmetic. Does
-    nothing elsewhere."""
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 27)):
-                libc.mallopt(option, value)               # mmap threshold, trim threshold, top pad
-        except (OSError, AttributeError):
-            pass
+    """Let glibc keep what it has freed: tensors of a few MB cost more in page faults than in arithmetic."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")                   # elsewhere there is none
+        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 27)):
+            libc.mallopt(option, value)                   # mmap threshold, trim threshold, top pad
+    except (OSError, AttributeError):
+        pass
 
 
 def new_folder(o):
@@ -912,38 +1287,23 @@ def new_folder(o):
     return next(f"{folder}-{i}" for i in range(2, 10 ** 6) if not os.path.exists(f"{folder}-{i}"))
 
 
-def print_plan(run, teacher, corpus, plans, o):
-    print(f"teacher {o.teacher}: {len(teacher.layers)} layers, trained at {teacher.max_len} tokens | "
-          f"recipe {o.recipe} | device {o.device} | run {run.folder}")
-    print(f"text {corpus.facts['name']}: {len(corpus.train):,} tokens to train on, "
-          f"{len(corpus.held_out):,} held out")
-    print(f"{'stage':10s}{'tokens':>12s}{'steps':>8s}{'length':>8s}{'batch':>7s}   learning rate")
-    for name, plan in plans.items():
-        print(f"{name:10s}{plan.total:12,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}   "
-              f"{plan.lr:.0e} -> {plan.lr_end:.0e}")
-    print(flush=True)
-
-
 def convert(run, teacher, corpus, plans, o):
     """Distil a teacher into a student by the options o; returns the student and its report."""
-    T, progressive = teacher.config.max_len, o.training == "progressive"
-    stages = ["group"] if progressive else ["align", "distil", "finetune"]
-    print_plan(run, teacher.config, corpus, {name: plans[name] for name in stages}, o)
     torch.manual_seed(o.seed)                             # chunk embeddings and other new weights
-    student = (convert_progressive if progressive else convert_staged)(run, teacher, corpus, plans, o).eval()
+    how = convert_progressive if "group" in plans else convert_staged
+    student = how(run, teacher, corpus, plans, o).eval()
     base = o.logit_base
     if base == "fit":
-        length = min(16 * T, student.config.limit())
+        length = min(16 * o.length if "group" in plans else 4 * plans["finetune"].length, student.config.limit())
         fits = run.once("fit", lambda: fit_logit_base(student, corpus, length, o.seed))
         print(f"held-out loss at {length:,} tokens by logit base: "
               + ", ".join(f"{a} {x:.4f}" for a, x in fits.items()) + "\n")
         base = min(fits, key=fits.get)
     student.config.logit_base = None if base in ("none", "None") else float(base)
-    report = dict(recipe=o.recipe, teacher=o.teacher, layers=student.config.layers,
-                  logit_base=student.config.logit_base,
-                  params=dict(teacher=teacher.n_params(), student=student.n_params()), tokens=run.tokens)
     report = run.once("report", lambda: dict(
-        **report, **evaluate(teacher, student, corpus, o), seconds=run.seconds(), peak_gb=peak_gb(o.device),
+        recipe=o.recipe, teacher=o.teacher, layers=student.config.layers, logit_base=student.config.logit_base,
+        params=dict(teacher=teacher.n_params(), student=student.n_params()), tokens=run.tokens,
+        **evaluate(teacher, student, corpus, o), seconds=run.seconds(), peak_gb=peak_gb(o.device),
         device=o.device, text=corpus.facts))
     student.save_pretrained(run.folder)
     o.tokenizer.save(run.folder)
@@ -953,14 +1313,12 @@ def convert(run, teacher, corpus, plans, o):
 
 def pretrain(run, corpus, plans, o):
     """Train a teacher (or, with --layers, a hybrid) from random weights on text and pass keys; returns it."""
-    plan = plans["pretrain"]
-    config = replace(TEACHERS[o.teacher], max_len=plan.length)
+    config = replace(TEACHERS[o.teacher], max_len=plans["pretrain"].length)
     if o.hybrid:
         config = student_config(config, choose_layers(o.layers, len(config.layers)), o)
-    print_plan(run, config, corpus, {"pretrain": plan}, o)
     torch.manual_seed(o.seed)
     model = HypeNet(config).to(o.device)
-    train(run, "pretrain", plan, o.seed, corpus, model, [list(model.parameters())],
+    train(run, "pretrain", plans["pretrain"], o.seed, corpus, model, [list(model.parameters())],
           objective(model, None, "pretrain", o, alpha=1.0))
     model.eval().save_pretrained(run.folder, torch.bfloat16)
     o.tokenizer.save(run.folder)
@@ -1003,10 +1361,30 @@ def resumed(o, argv):
         raise ValueError(f"--resume takes its options from the run; leave out {' '.join(given)}")
     try:
         with open(os.path.join(o.resume, "run.json"), encoding="utf-8") as f:
-            options = json.load(f)["options"]
+            options = vars(get_args([])) | json.load(f)["options"]
         return argparse.Namespace(**{**options, "resume": o.resume, "device": o.device or options["device"]})
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--resume {o.resume}: no run there (no run.json that can be read)") from None
+
+
+def load_teacher(plans, o):
+    """The teacher; sets its tokenizer, o.tokenizer, and o.length, what is measured at: the length of the stages
+    that distil, for a RoPE teacher may know far more positions than are worth asking about."""
+    o.tokenizer = Tokenizer.load(o.path)
+    kind = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
+    teacher = HypeNet.from_pretrained(o.path, kind, o.device).requires_grad_(False)
+    check_tokenizer(o.tokenizer, teacher.config)
+    L, known = len(teacher.config.layers), teacher.config.limit()
+    if "L" in teacher.config.layers:
+        raise ValueError(f"--teacher {o.teacher} is a hybrid, {teacher.config.layers}: not a teacher")
+    student = student_config(teacher.config, "L" * L, o).limit()
+    if o.layers not in SCORED and "L" not in choose_layers(o.layers, L):
+        raise ValueError(f"--layers {o.layers} leaves nothing to convert")
+    for stage, plan in plans.items():                     # what is wrong fails now, not after stage 1
+        check_length(stage, plan, dict(align=known, finetune=student).get(stage, min(known, student)), o)
+    o.length = min(teacher.config.max_len, plans["group" if "group" in plans else "distil"].length)
+    plant(o.tokenizer, np.zeros(o.length, np.int64), np.random.default_rng(0))
+    return teacher
 
 
 def run_main(argv):
@@ -1015,42 +1393,37 @@ def run_main(argv):
         o = resumed(o, argv)
     options = dict(vars(o))
     plans, o.changes = settle(o)
-    if o.pretrain and o.teacher not in TEACHERS:
-        raise ValueError(f"--pretrain --teacher {o.teacher}: known sizes are {', '.join(TEACHERS)}")
-    o.tokenizer, longest, lengths = Tokenizer.bytes(), 256, {"pretrain": math.inf}
-    if not o.pretrain:
-        path = os.path.join(HERE, "assets", f"{o.teacher}-teacher") if o.teacher in TEACHERS else o.teacher
-        teacher = HypeNet.from_pretrained(path, device=o.device).requires_grad_(False)
-        if "L" in teacher.config.layers:
-            raise ValueError(f"--teacher {o.teacher} is a hybrid, {teacher.config.layers}: not a teacher")
-        o.tokenizer, longest = Tokenizer.load(path), 64 * teacher.config.max_len
-        L = len(teacher.config.layers)
-        student = student_config(teacher.config, "L" * L, o)
-        both = min(student.limit(), teacher.config.limit())
-        lengths = (dict(group=both) if o.training == "progressive" else
-                   dict(align=teacher.config.limit(), distil=both, finetune=student.limit()))
-        if o.layers not in SCORED and "L" not in choose_layers(o.layers, L):
-            raise ValueError(f"--layers {o.layers} leaves nothing to convert")
-    for stage, limit in lengths.items():                  # what is wrong fails now, not after stage 1
-        check_length(stage, plans[stage], limit, o)
-    if not o.pretrain:
-        plant(o.tokenizer, np.zeros(teacher.config.max_len, np.int64), np.random.default_rng(0))
-    corpus = Corpus(o.tokenizer, o.data)
-    corpus.windows(np.random.default_rng(0), 1, longest, held_out=True)
-    keep_memory()
-    run = Run(o.resume or new_folder(o), options)
+    if o.pretrain:
+        o.tokenizer, config, longest, memory = Tokenizer.bytes(), TEACHERS[o.teacher], 256, {}
+        check_length("pretrain", plans["pretrain"], math.inf, o)
+    else:
+        teacher = load_teacher(plans, o)
+        config, longest, memory = teacher.config, 64 * o.length, needs(teacher, plans, o)
+    folder, found, run = o.resume or new_folder(o), {}, None
+    corpus = Corpus(o.tokenizer, o.data, o.seed, max(plan.length for plan in plans.values()))
     try:
+        corpus.windows(np.random.default_rng(0), 1, longest)
+        for source in corpus.sources:
+            source.read(0, 0, 1)
+        keep_memory()
+        if memory and o.device.startswith("cuda") and not o.resume:
+            found = Probe(teacher, corpus, plans, o).found
+        print_plan(folder, config, corpus, plans, o, memory, found)
+        if o.dry_run:
+            return
+        run = Run(folder, options)
         if run.once("text", lambda: corpus.facts) != corpus.facts:
             raise ValueError(f"--resume {o.resume}: the text has changed since it began; start a new run")
         if o.pretrain:
             pretrain(run, corpus, plans, o)
         else:
-            _, report = convert(run, teacher, corpus, plans, o)
-            print_report(report)
+            print_report(convert(run, teacher, corpus, plans, o)[1])
             print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, "
                   f"log.jsonl\n\npython sample.py --model {run.folder} --ctx 65536")
     finally:
-        run.close()
+        corpus.close()
+        if run:
+            run.close()
 
 
 def main(argv=None):
