@@ -32,6 +32,8 @@ import json
 import math
 import os
 import platform
+import random
+import re
 import shutil
 import signal
 import sys
@@ -91,8 +93,8 @@ class Plan:
         return self.steps * self.length * self.batch
 
 
-# Of teachers from the hub the paper's (its Table 5) and, for a group, the article's 2.3B tokens, 2M a step. Of
-# the tiny teacher what a laptop can do: at 1M parameters a recall that text alone would teach too slowly.
+# Of teachers from the hub the paper's (its Table 5), and for groups the article's 2.3B tokens, 2M a step. Of
+# the tiny one what a laptop can do, with pass keys, which text alone would teach it too slowly.
 PLANS = {
     "tiny": dict(
         pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
@@ -189,43 +191,46 @@ def read_shard(path):
         try:
             path = hf_hub_download(FINEWEB, path, repo_type="dataset")
         except Exception as e:                                      # the hub's, the network's, the disk's
-            raise ValueError(f"--data fineweb: cannot fetch {path} of {FINEWEB} ({str(e)[:200]}); see to the "
-                             "network and the disk, or give --data of your own") from None
+            raise ValueError(f"--data fineweb: cannot fetch {path} of {FINEWEB} ({str(e)[:200]}); see to "
+                             "the network and the disk, or give --data of your own") from None
     header, size = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
     if len(header) < 256 or header[:2] != [MAGIC, 1] or size != 1024 + 2 * header[2]:
-        raise ValueError(f"{path} is no whole shard of tokens (256 int32: {MAGIC}, 1, n; then n uint16); remove "
-                         "it, or fetch it again")
+        raise ValueError(f"{path} is no whole shard of tokens (256 int32, {MAGIC}, 1, n ...; n uint16); "
+                         "remove it or fetch it again")
     return np.memmap(path, "<u2", "r", offset=1024)
+
+
+def is_val(path):
+    return "val" in os.path.basename(path)
 
 
 # ---- text: rows of tokens ----------------------------------------------------------------------------------
 
 
 class Source:
-    """Documents in a row, the end id after each, in parts: all text is one, in memory, in an order drawn by the
-    seed; each shard of tokens is one, memory-mapped, made when it is needed or in a thread, one ahead. A part
-    is ids to train on (n,) and ids held out: of text one group in 16, the same ones on every machine; of
+    """Documents in a row, the end id after each. All text is one part of it, in memory, in an order that the
+    seed draws; each shard of tokens is one, memory-mapped, made when needed or, by a thread, one ahead. A
+    part is ids to train on (n,) and ids held out: of text one group in 16, the same ones on every machine; of
     shards the one with "val" in its name, else the first 16th of each.
 
-    It is read in cells of so many ids, those of a part in an order that each epoch draws anew: every id at
-    most once an epoch, all but less than a cell of a part. A cell is found by its number, all that a run must
-    remember."""
+    It is read in cells of so many ids, those of a part in an order that each epoch draws anew: no id twice an
+    epoch, all but less than a cell of a part. A cell is found by its number; a run need remember no more."""
 
     def __init__(self, paths, tokenizer, seed, cell, digest):
-        self.tokenizer, self.seed, self.cell, self.stop, self.made, self.begins = tokenizer, seed, cell, False, {}, [0]
+        self.tokenizer, self.seed, self.cell, self.stop = tokenizer, seed, cell, False
         self.order, self.pool = lru_cache(8)(self.order), ThreadPoolExecutor(1)
-        files = [p for path in paths for p in data_files(path)]
-        shards = sorted((p for p in files if p.endswith(".bin")), key=lambda p: "val" not in os.path.basename(p))
+        self.made, self.begins = {}, [0]                            # begins: the first cell of each part
+        files, sides = [p for path in paths for p in data_files(path)], ([], [])
+        shards = sorted((p for p in files if p.endswith(".bin")), key=lambda p: not is_val(p))
         sizes = [10 ** 8 if p in SHARDS else len(read_shard(p)) for p in shards]        # damage shows now
         digest.update("".join(f"{os.path.basename(p)} {n}" for p, n in zip(shards, sizes)).encode())
-        self.val, sides = bool(shards) and "val" in os.path.basename(shards[0]), ([], [])
         for group, text in itertools.chain(stdlib_documents() if "stdlib" in paths else [],
                                            file_documents([p for p in files if p not in shards])):
             digest.update(text.encode("utf-8", "replace"))
             name = hashlib.sha256(b"hypenet" + group.encode("utf-8", "replace")).hexdigest()
             sides[int(name, 16) % 16 == 0].append(self.document(text))
-        self.documents = sum(map(len, sides))
-        sides[0][:] = [sides[0][i] for i in np.random.default_rng([seed, 3]).permutation(len(sides[0]))]
+        self.documents, self.any_val = sum(map(len, sides)), any(map(is_val, shards))
+        random.Random(seed).shuffle(sides[0])
         text = [np.concatenate([*side, self.document("")[:0]]) for side in sides]
         self.parts = [lambda: text] * bool(self.documents) + [partial(self.shard, p) for p in shards]
         self.tokens = sum(map(len, text)) + sum(sizes)
@@ -237,19 +242,19 @@ class Source:
         return ids.astype(np.min_scalar_type(t.n_vocab - 1))
 
     def shard(self, path):
-        """The part of a shard. For a tokenizer other than GPT-2's it is decoded and encoded again, once, into a
-        file in a cache."""
-        val, t = "val" in os.path.basename(path), self.tokenizer
+        """The part of a shard; if the tokenizer isn't GPT-2's, encoded anew, once, into a cached file."""
+        t, val = self.tokenizer, is_val(path)
         tokens = read_shard(path)[:HELD_OUT if val else None]
         if t.n_vocab != GPT2_END + 1 or t.encode("Hello world") != [15496, 995]:
             key = hashlib.sha256(json.dumps(t.spec).encode() + tokens[:2 ** 20].tobytes()).hexdigest()[:16]
-            cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hypenet")
-            file = os.path.join(cache, f"{key}-{len(tokens)}-{os.path.basename(path)}")
+            cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+            file = os.path.join(cache, "hypenet", f"{key}-{len(tokens)}-{os.path.basename(path)}")
             if not os.path.exists(file):
-                os.makedirs(cache, exist_ok=True)
+                tqdm.write(f"encoding {os.path.basename(path)} for this tokenizer, kept in {file}")
+                os.makedirs(os.path.dirname(file), exist_ok=True)
                 write_file(file, partial(self.encode, tokens))
             tokens = np.memmap(file, self.document("").dtype, "r")
-        cut = len(tokens) if val else 0 if self.val else len(tokens) // 16
+        cut = len(tokens) if val else 0 if self.any_val else len(tokens) // 16
         if 0 < cut < len(tokens):                                   # on to the end of the document
             cut += int(np.argmax(tokens[cut:] == t.end)) + 1
         return tokens[cut:], tokens[:cut]
@@ -269,7 +274,7 @@ class Source:
         return self.made[j].result()
 
     def order(self, k):
-        """The k-th part, over all epochs: its ids to train on, and where its cells begin, as they are read."""
+        """The k-th part, over all epochs: its ids to train on, and where its cells begin, in their order."""
         tokens, rng = self.part(k % len(self.parts))[0], np.random.default_rng([self.seed, k])
         n = max(0, len(tokens) - 1)                                 # the last row ends in a target
         return tokens, rng.integers(n % self.cell + 1) + self.cell * rng.permutation(n // self.cell)
@@ -286,14 +291,14 @@ class Source:
 
 
 class Corpus:
-    """Text to train on, and held_out (n,), documents in a row, the end id after each. data: what --data lists,
-    None for the standard library. Sources with weights are mixed, in shares of rows. cell: text is shuffled in
-    stretches of so many tokens, at least a sequence of any stage."""
+    """Text to train on, and held_out (n,) int32, documents in a row. data: what --data lists, None for the
+    standard library. Sources with weights are mixed, in shares of rows. cell: text is shuffled in stretches
+    of so many tokens, at least a sequence of any stage."""
 
     def __init__(self, tokenizer, data=None, seed=0, cell=1024):
         self.tokenizer, self.seed, self.cell, digest = tokenizer, seed, cell, hashlib.sha256()
         self.paths, shares = zip(*data_sources(data or ["stdlib"]))
-        self.shares, self.taken = np.array(shares), np.zeros(len(shares), int)          # taken: cells, by stages
+        self.shares, self.taken = np.array(shares), np.zeros(len(shares), int)          # cells, by stages
         self.sources = [Source(paths, tokenizer, seed, cell, digest) for paths in self.paths]
         tokens = sum(s.tokens for s in self.sources)
         if not data and tokens < 2e6:
@@ -318,9 +323,9 @@ class Corpus:
         self.taken = self.taken - -self.split(plan.steps * plan.batch) // (self.cell // plan.length)
 
     def rows(self, stage, plan):
-        """The training sequences of a stage, a function: step -> (batch, length + 1) int64, text with a pass
-        key to be found in a share plan.recall. The stage takes cells of each source in turn and cuts them into
-        rows, which it shuffles in blocks of 2^24 tokens. The last id of a row is the first of the next."""
+        """The training sequences of a stage, a function: step -> (batch, length + 1) int64, a share
+        plan.recall of them with a pass key to be found. The stage takes cells of each source in turn and cuts
+        them into rows, shuffled in blocks of 2^24 tokens; the last id of one row is the first of the next."""
         total, taken, size = plan.steps * plan.batch, self.taken, max(plan.batch, 2 ** 24 // plan.length)
         key, in_cell = [self.seed, zlib.crc32(stage.encode())], self.cell // plan.length
 
@@ -344,8 +349,8 @@ class Corpus:
     def windows(self, rng, batch, length):
         """(batch, length) int64: stretches of held-out text from random places."""
         if len(self.held_out) < length:
-            raise ValueError(f"the held-out text has {len(self.held_out):,} tokens, too few for a sequence of "
-                             f"{length:,}; give more --data (1/16 is held out)")
+            raise ValueError(f"the held-out text has {len(self.held_out):,} tokens, too few for a sequence "
+                             f"of {length:,}; give more --data (1/16 is held out)")
         starts = rng.integers(0, len(self.held_out) - length + 1, batch)
         return np.stack([self.held_out[s:s + length] for s in starts]).astype(np.int64)
 
@@ -527,7 +532,7 @@ def by_slices(work, model, *tensors, elements=None):
     n = max(1, (elements or (2 ** 27 if tensors[0].is_cuda else 2 ** 24)) // model.config.vocab_size)
     slices = list(zip(*(t.split(n) for t in tensors)))
     if len(slices) > 1 and torch.is_grad_enabled():
-        work = partial(checkpoint, work, use_reentrant=False)       # logits are made again in the backward pass
+        work = partial(checkpoint, work, use_reentrant=False)       # the backward pass makes logits again
     return [work(*part) for part in slices]
 
 
@@ -587,7 +592,8 @@ def recall(model, corpus, length, trials, seed=0):
     rows, n_answer = zip(*(plant(corpus.tokenizer, text, rng, depth=(i % 5) / 4) for i, text in texts))
     prompts = torch.from_numpy(np.stack(rows)).to(model.wte.weight.device)
     for n in set(n_answer):                                # five digits are more tokens or fewer
-        for part in torch.tensor([i for i, m in enumerate(n_answer) if m == n]).split(max(1, 65536 // length)):
+        those = torch.tensor([i for i, m in enumerate(n_answer) if m == n])
+        for part in those.split(max(1, 65536 // length)):
             with bf16():
                 found, hit = answers(model, prompts[part], n)
             logp[part], hits[part] = found.mean(1).cpu(), hit.cpu().float()
@@ -759,8 +765,8 @@ def fitted(stage, module, micro, work):
         elif blocks and "forward" not in vars(blocks[0]):
             checkpoint_blocks(module)
         else:
-            raise ValueError(f"{stage}: one sequence exceeds the memory; give --plan {stage}.length a smaller "
-                             "value, take a smaller teacher, or --recipe article")
+            raise ValueError(f"{stage}: one sequence exceeds the memory; give --plan {stage}.length a lower "
+                             "value, a smaller --teacher, or --recipe article")
         tqdm.write(f"{stage}: out of memory; on with {micro} rows at once"
                    + ", blocks checkpointed" * (bool(blocks) and "forward" in vars(blocks[0])))
 
@@ -768,8 +774,7 @@ def fitted(stage, module, micro, work):
 def train(run, stage, plan, seed, corpus, module, groups, loss_fn):
     """The one training loop (AdamW 0.9/0.95, no weight decay: paper appendix B). groups: lists of parameters,
     each clipped to a gradient norm of 1 alone; all else in module is frozen, and on CUDA bf16. loss_fn: see
-    backward. A stage that was stopped goes on; one that is
-    finished is only loaded. Its batches follow in the text on those of the stages before."""
+    backward. A stage that was stopped goes on; one that is finished is only loaded."""
     params, device = [p for g in groups for p in g], groups[0][0].device
     trained = set(map(id, params))
     for p in module.parameters():
@@ -796,14 +801,14 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn):
         run.forget(stage, first)
 
     def save(step):
-        state = dict(module={n: p for n, p in module.named_parameters() if p.requires_grad}, step=step, mean=mean)
+        state = dict(step=step, mean=mean, module={
+            name: p for name, p in module.named_parameters() if p.requires_grad})
         if step < plan.steps:
             state["optimizer"] = opt.state_dict()
         try:
             write_file(file, lambda tmp: torch.save(state, tmp))
         except (OSError, RuntimeError) as e:                       # torch's own on a full disk
-            raise ValueError(f"{file} cannot be written ({e}); free some disk, then --resume {run.folder}"
-                             ) from None
+            raise ValueError(f"{file}: {e}; free some disk, then --resume {run.folder}") from None
         run.save()
     bar = tqdm(range(first, plan.steps), desc=f"{stage:9s}", initial=first, total=plan.steps, mininterval=0.5,
                dynamic_ncols=True, disable=first == plan.steps)
@@ -849,8 +854,8 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn):
 def align(run, teacher, config, corpus, plan, o):
     """Stage 1 (paper eq. 7): a linear twin of every attention layer, each alone, on the teacher's own hidden
     states. The loss is the sum over layers of MSE / mean square of the target on one batch: Adam does not
-    see the factor, and 1 a layer is what an output of zero would score. The layers are terms of their own: the
-    graph of one is gone before the teacher runs the next."""
+    see the factor, and 1 a layer is what an output of zero would score. A layer is a term: its graph is gone
+    before the teacher runs the next."""
     twins, squares = make_twins(teacher, config, corpus, plan, o)
 
     def loss_fn(idx, targets, step, first=0):
@@ -864,10 +869,9 @@ def swap_scores(teacher, twins, config, corpus, o):
     """R and C of paper eq. 8, measured with what is built in. For every layer, of the model in which it alone
     is linear: mean log-probability of a pass key's tokens (R) and minus the held-out loss (C), with their
     standard errors; for "swap" also those of the model in which it alone is what it would be if it stayed:
-    with HyPE, attention without positions. RoPE it simply leaves out; learned positions entered at the input,
-    so it reads the stream less wpe, what they added to it themselves (not what layers before made of them).
-    Returns these and the teacher's own C. A swap is made in place, the model's config telling it which kind
-    layer i now is."""
+    with HyPE, attention without positions. RoPE is left out; learned positions entered at the input, so the
+    layer reads the stream less wpe: gone is what they added themselves, not what layers before made of it.
+    Returns these and the teacher's own C. A swap is made in place; config tells the kind of layer i."""
     own, scores = teacher.config, []
     batches = held_out(corpus, o.length, max(2, o.eval_windows // 2))
 
@@ -1060,8 +1064,8 @@ def print_report(r):
 
 
 class Probe:
-    """Stands in for a Run to try the stages on the device: found[stage] = sequences at once that fit, tokens a
-    second, peak memory in GB, of forward and backward passes of true shape on random ids."""
+    """Stands in for a Run to try the stages on the device: found[stage] = sequences at once that fit, tokens
+    a second, peak memory in GB, of forward and backward passes of true shape on random ids."""
 
     def __init__(self, teacher, corpus, plans, o):
         self.options, self.tokens, self.found, self.n_vocab = vars(o), 0, {}, o.tokenizer.n_vocab
@@ -1101,17 +1105,17 @@ def needs(teacher, plans, o):
     room = torch.cuda.get_device_properties(o.device).total_memory / 1e9 if cuda else math.inf
     for stage, gb in memory.items():
         if gb > room:
-            fits = "more --groups" if stage == "group" else "--recipe article, which trains a group at a time,"
-            raise ValueError(f"{stage}: weights, gradients and optimizer state are {gb:.0f} GB, {o.device} has "
-                             f"{room:.0f}; give {fits} or a smaller --teacher")
+            fits = "more --groups" if stage == "group" else "--recipe article, which trains groups of layers,"
+            raise ValueError(f"{stage}: weights, gradients and optimizer state are {gb:.0f} GB, {o.device} "
+                             f"has {room:.0f}; give {fits} or a smaller --teacher")
     models = 1 + len(groups) * ("group" in plans)                  # checkpoints: one, and the next beside it
     disk = (28 * max(trained[stage] for stage in plans) + 4 * models * whole) / 1e9
     parent = os.path.abspath(o.out or "out")
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
     if not o.resume and disk > (free := shutil.disk_usage(parent).free / 1e9):
-        raise ValueError(f"checkpoints and student need {disk:.0f} GB of disk, {parent} has {free:.0f}; let --out "
-                         "name a folder on a larger disk")
+        raise ValueError(f"checkpoints and student need {disk:.0f} GB of disk, {parent} has {free:.0f}; let "
+                         "--out name a folder on a larger one")
     return memory
 
 
@@ -1121,8 +1125,8 @@ def print_plan(folder, config, corpus, plans, o, memory, found):
           f"recipe {o.recipe} | device {o.device} | run {folder}")
     total, hours = sum(plan.total for plan in plans.values()), 0
     for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
-        print(f"text {' '.join(paths)}: {source.tokens:,} tokens, read {share * total / source.tokens:.2g} times"
-              ", in another order each time")
+        times = f"{share * total / source.tokens:.2f} times, each in an order of its own"
+        print(f"text {' '.join(paths)}: {source.tokens:,} tokens, read {times}")
     print(f"{'stage':10s}{'tokens':>14s}{'steps':>8s}{'length':>8s}{'batch':>7s}{'at once':>9s}{'GB':>7s}"
           f"{'peak GB':>9s}{'tok/s':>9s}{'hours':>8s}   learning rate")
     for name, plan in plans.items():
@@ -1146,20 +1150,20 @@ def get_args(argv):
                    for name, rows in RECIPES.items()))
     add, many = p.add_argument, dict(nargs="+", action="extend")
     add("--teacher", default="tiny",
-        help="tiny (shipped, 1M parameters), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository of the hub such "
-             "as Qwen/Qwen3-1.7B, or a folder: of a GPT-2, Qwen3, Llama 3 or one that --pretrain made. Those of "
-             f"the hub and folders of over {REAL / 1e6:.0f} MB of weights get the paper's plan and fineweb, and "
-             "want a GPU; others the plan of tiny and stdlib")
+        help="tiny (shipped, 1M parameters), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository of the hub "
+             "such as Qwen/Qwen3-1.7B, or a folder of a GPT-2, Qwen3, Llama 3 or of --pretrain. Those of the "
+             f"hub, and folders of over {REAL / 1e6:.0f} MB of weights, get the paper's plan and fineweb and "
+             "want a GPU; others get the plan of tiny and stdlib")
     add("--recipe", default="paper", choices=RECIPES, help="the paper's (default), the article's")
     add("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
-    add("--resume", metavar="RUN", help="go on with the run in this folder, under its own options (but for --device)")
+    add("--resume", metavar="RUN", help="go on with this folder's run, under its options but for --device")
     add("--data", **many, metavar="PATH[:WEIGHT]",
-        help="text to train on: stdlib (source of Python's standard library), fineweb (fetched as needed), .txt, "
-             ".jsonl (field text), .gz of either, .bin (GPT-2 tokens as llm.c keeps them; held out: those with val "
-             "in the name), folders of these. Weights are shares of the sequences: web/:0.7 code/:0.1 books/:0.2. "
-             "What is encoded anew is kept in $XDG_CACHE_HOME/hypenet")
+        help="text to train on: stdlib (source of Python's standard library), fineweb (fetched as needed), "
+             ".txt, .jsonl (field text), .gz of either, .bin (llm.c's shards of GPT-2 tokens; val in the "
+             "name: held out), folders of these. Weights are shares of sequences: web/:0.7 code/:0.1 "
+             "books/:0.2. Shards encoded for another tokenizer are kept in $XDG_CACHE_HOME/hypenet")
     add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
-    add("--micro", type=number(int, 1), help="sequences a pass; default: as many as fit. Does not change the batch")
+    add("--micro", type=number(int, 1), help="sequences a pass at most; default: as many as fit")
     add("--dry-run", action="store_true", help="print the plan, with memory and hours, and end")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
     add("--budget", type=number(float, 1e-6), default=1.0, help="multiply the tokens of every stage by this")
@@ -1168,9 +1172,9 @@ def get_args(argv):
     add("--pretrain", action="store_true",
         help=f"train the teacher ({', '.join(TEACHERS)}) from random weights instead; with --layers a hybrid")
     add = p.add_argument_group("rows of the recipe").add_argument
-    add("--layers", help="which stay attention: swap (those that lose more as linear layers than as attention "
-                         "without positions), score (eq. 8), guarded (eq. 8, its denominator floored at the "
-                         "noise), even, ends (first, last quarter), or letters such as LLALLLAL")
+    add("--layers", help="which stay attention: swap (those that lose more as linear layers than as "
+                         "attention without positions), score (eq. 8), guarded (eq. 8, denominator floored "
+                         "at the noise), even, ends (first, last quarter), or letters such as LLALLLAL")
     add("--decay", choices=("constant", "none", "head", "channel"),
         help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
     add("--state", choices=("full", "half"), help="width of a key in linear layers")
@@ -1202,8 +1206,7 @@ def get_args(argv):
 def settle(o):
     """Fill in the recipe, o.path of the teacher and o.data; return the plans of the stages and the changes of
     --set. ValueError for what cannot go."""
-    o.hybrid, asked = o.layers is not None, o.device      # hybrid, for --pretrain: layers were asked for
-    o.device = default_device(o.device)
+    o.hybrid, asked, o.device = o.layers is not None, o.device, default_device(o.device)   # layers asked for?
     for key, value in RECIPES[o.recipe].items():
         if getattr(o, key) is None:
             setattr(o, key, value)
@@ -1216,8 +1219,7 @@ def settle(o):
     plans = {stage: replace(plan, tokens=plan.tokens * o.budget)
              for stage, plan in PLANS["real" if real else "tiny"].items()}
     for item in o.plan:
-        key, _, value = item.partition("=")
-        stage, _, field = key.partition(".")
+        stage, field, value = re.fullmatch(r"(?s)([^.=]*)\.?([^=]*)=?(.*)", item).groups()
         if stage not in plans or field not in vars(plans[stage]):
             raise ValueError(f"--plan {item}: STAGE is one of {', '.join(plans)}; FIELD one of "
                              + ", ".join(vars(plans["align"])))
@@ -1257,11 +1259,10 @@ def settle(o):
             (o.pretrain and o.teacher not in TEACHERS,
              f"--pretrain --teacher {o.teacher}: known sizes are {', '.join(TEACHERS)}"),
             (not o.pretrain and not local and o.teacher in TEACHERS,
-             f"--teacher {o.teacher} is not shipped; --pretrain --teacher {o.teacher} --out FOLDER makes it, then "
-             "give --teacher FOLDER"),
+             f"--teacher {o.teacher} is not shipped: --pretrain --teacher {o.teacher} --out FOLDER makes it"),
             (real and o.device == "cpu" and not asked and not o.dry_run,
-             f"--teacher {o.teacher} is no folder of a small model, and wants a GPU; --teacher tiny runs on a "
-             "CPU, --device cpu tries it all the same")):
+             f"--teacher {o.teacher} is no folder of a small model, and wants a GPU; --teacher tiny runs on "
+             "a CPU, --device cpu tries it all the same")):
         if wrong:
             raise ValueError(message)
     stages = ["pretrain"] if o.pretrain else ["align", "distil", "finetune"] if staged else ["group"]
@@ -1294,17 +1295,18 @@ def convert(run, teacher, corpus, plans, o):
     student = how(run, teacher, corpus, plans, o).eval()
     base = o.logit_base
     if base == "fit":
-        length = min(16 * o.length if "group" in plans else 4 * plans["finetune"].length, student.config.limit())
+        length = 16 * o.length if "group" in plans else 4 * plans["finetune"].length
+        length = min(length, student.config.limit())
         fits = run.once("fit", lambda: fit_logit_base(student, corpus, length, o.seed))
         print(f"held-out loss at {length:,} tokens by logit base: "
               + ", ".join(f"{a} {x:.4f}" for a, x in fits.items()) + "\n")
         base = min(fits, key=fits.get)
     student.config.logit_base = None if base in ("none", "None") else float(base)
     report = run.once("report", lambda: dict(
-        recipe=o.recipe, teacher=o.teacher, layers=student.config.layers, logit_base=student.config.logit_base,
-        params=dict(teacher=teacher.n_params(), student=student.n_params()), tokens=run.tokens,
-        **evaluate(teacher, student, corpus, o), seconds=run.seconds(), peak_gb=peak_gb(o.device),
-        device=o.device, text=corpus.facts))
+        recipe=o.recipe, teacher=o.teacher, tokens=run.tokens, device=o.device, text=corpus.facts,
+        layers=student.config.layers, logit_base=student.config.logit_base,
+        params=dict(teacher=teacher.n_params(), student=student.n_params()),
+        **evaluate(teacher, student, corpus, o), seconds=run.seconds(), peak_gb=peak_gb(o.device)))
     student.save_pretrained(run.folder)
     o.tokenizer.save(run.folder)
     write_json(run.path("report.json"), report)
@@ -1368,8 +1370,8 @@ def resumed(o, argv):
 
 
 def load_teacher(plans, o):
-    """The teacher; sets its tokenizer, o.tokenizer, and o.length, what is measured at: the length of the stages
-    that distil, for a RoPE teacher may know far more positions than are worth asking about."""
+    """The teacher; sets o.tokenizer, its own, and o.length, at which (and multiples) all is measured: that of
+    the stages that distil, for a RoPE teacher may know far more positions than are worth asking about."""
     o.tokenizer = Tokenizer.load(o.path)
     kind = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
     teacher = HypeNet.from_pretrained(o.path, kind, o.device).requires_grad_(False)
@@ -1427,7 +1429,13 @@ def run_main(argv):
 
 
 def main(argv=None):
-    command_line("halo.py", run_main, argv)
+    def run(argv):
+        try:
+            run_main(argv)
+        except torch.OutOfMemoryError:                    # training has its own way out: see fitted
+            raise ValueError("the device ran out of memory: take a smaller --teacher or another --device"
+                             ) from None
+    command_line("halo.py", run, argv)
 
 
 if __name__ == "__main__":
