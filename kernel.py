@@ -36,6 +36,8 @@ References: Lightning Attention (constant decay a head; arXiv 2401.04658, 2405.1
 All tensors are time-major: (B,T,H,K) is batch, time, heads, key channels. Needs neither Triton nor a GPU.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 
@@ -68,18 +70,56 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     returned; the gradient of a log_decay of -inf is 0. Passing the state on splits a sequence anywhere.
     Raises ValueError for shapes, dtypes or a backend that do not fit.
     """
-    backend = _check(q, k, v, log_decay, state, backend)
+    backend, chosen = _check(q, k, v, log_decay, state, backend), backend is None
     B, T, H, K = q.shape
     tensors = [x for x in (q, k, v, log_decay, state) if x is not None]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         if backend == "triton":
-            g = log_decay.expand(B, T, H) if log_decay.dim() == 1 else log_decay
-            return _TritonScan.apply(q, k, v, g, state, float(scale))
+            g = log_decay if log_decay.dim() == 4 else log_decay[..., None].expand(B, T, H, 1)
+            try:
+                return _TritonScan.apply(q, k, v, g, state, float(scale))
+            except Exception as e:
+                if not chosen or not _cannot_compile(e):
+                    raise
         scan = scan_sequential if backend == "sequential" else scan_torch
         o, state = scan(q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype), state, scale)
     return o.to(v.dtype), state
+
+
+def decode(q, k, v, log_decay, state, scale=1.0):
+    """
+    One token of chunked_scan, in place: q, k (B,1,H,K), v (B,1,H,V), log_decay (H,), (B,1,H) or (B,1,H,K),
+    state (B,H,K,V) float32, contiguous, which is read once and overwritten once. Returns o (B,1,H,V) in v's
+    dtype. For inference: no gradient flows. Raises ValueError as chunked_scan does, and for T > 1.
+    """
+    _check(q, k, v, log_decay, state, None)
+    B, T, H, K = q.shape
+    if T != 1 or not state.is_contiguous():
+        raise ValueError(f"decode: given T = {T}, state strides {state.stride()}; allowed T = 1, contiguous")
+    g = log_decay if log_decay.dim() == 4 else log_decay[..., None].expand(B, 1, H, 1)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
+        if triton is None or not (q.is_cuda or _interpreted()) or state.dtype != torch.float32 or K > 256:
+            state.mul_(g[:, 0, :, :, None].exp()).add_(k[:, 0, :, :, None] * v[:, 0, :, None, :])
+            return (scale * (q[:, 0, :, None, :].to(state.dtype) @ state)).transpose(1, 2).to(v.dtype)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        V = v.shape[-1]
+        o, BLOCK_V = v.new_empty(v.shape), min(32, max(16, triton.next_power_of_2(V)))
+        decode_kernel[(B * H, triton.cdiv(V, BLOCK_V))](
+            q, k, v, g, state, o, H, scale, *(n for x in (q, k, v, g) for n in x.stride()[::2]),
+            g.stride(3) if g.shape[-1] > 1 else 0, K=K, V=V,
+            BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_V=BLOCK_V)
+    return o
+
+
+def _cannot_compile(error):
+    """Whether it is Triton that gave up, on this card or at this size; says so, once for each reason."""
+    known = isinstance(error, triton.TritonError) or "PassManager" in str(error)
+    if known and not _interpreted():
+        warnings.warn(f"the Triton scan cannot run here ({type(error).__name__}); PyTorch's runs, slower")
+        return True
+    return False
 
 
 def _check(q, k, v, log_decay, state, backend):
@@ -106,8 +146,8 @@ def _check(q, k, v, log_decay, state, backend):
         cannot = f"tensors are on {q.device}"
     elif any(x.dtype == torch.float64 for x in tensors):
         cannot = "an input is float64"
-    elif K > (128 if log_decay.dim() == 4 else 256):    # beyond this a compilation takes minutes
-        cannot = f"K is {K}, above {128 if log_decay.dim() == 4 else 256}"
+    elif max(K, v.shape[-1]) > 256:                     # a block of the state would not fit the registers
+        cannot = f"K or V is {max(K, v.shape[-1])}, above 256"
     if backend == "triton" and cannot:
         raise ValueError(f"backend: given 'triton', but {cannot}; allowed here 'torch' or 'sequential'")
     if backend is None:
@@ -191,260 +231,493 @@ def _within_channels(q, k, v, g):
     return o, P, R
 
 
-# ---------------------------------------------------------------------- triton: one program a head
-# One program holds BLOCK_V columns of one head's S (the V columns never meet) and walks over the chunks.
-# The forward keeps S at each chunk's start; the backward walks from the last chunk to the first with
-# dS = dL/dS and so has nothing sequential to recompute. Write dO for scale * dL/dO. Differentiating
-#     O = (Q * e^P) S_0 + A V,    S_C = e^(P_C) * S_0 + (K * e^R)^T V,    A as at the top of this file,
-# gives, with dA_ij = dO_i . v_j for j <= i,
-#     dV   = A^T dO + (K * e^R) dS_C
-#     dq_i = e^P_i * (S_0 dO_i) + sum_{j <= i} dA_ij k_j e^(g_{j+1} + .. + g_i)
-#     dk_j = e^R_j * (dS_C v_j) + sum_{i >= j} dA_ij q_i e^(g_{j+1} + .. + g_i)
-#     dS_0 = e^(P_C) * dS_C + (Q * e^P)^T dO            which is dS_C of the chunk before
+# ---------------------------------------------------------------------- triton: one scan, four times
+# Write dO for scale * dL/dO and dS for dL/dS. Differentiating the two lines at the top of this file,
+#     O = scale * ( (Q * e^P) S_0 + A V )               S_C = e^(P_C) * S_0 + (K * e^R)^T V,
+# gives, with dA_ij = dO_i . v_j for j <= i, else 0, and the sums of g between j and i written G_ij,
+#     dV   = (K * e^R) dS_C + A^T dO                    dS_0 = e^(P_C) * dS_C + (Q * e^P)^T dO
+#     dq_i = e^P_i * (S_0 dO_i)  +  sum_j dA_ij k_j e^G_ij
+#     dk_j = e^R_j * (dS_C v_j)  +  sum_i dA_ij q_i e^G_ij
+# The first line is the scan again, from the last chunk to the first: q and k have changed places, dO is what
+# is written, dS the state, A is transposed. In the other two the state is transposed: dO reads S^T, which V
+# writes to with K; V reads dS^T, which dO writes to with Q. So one kernel, scan_kernel, does it all:
+#     o   scan of q, k, v    from S_0                   dv  scan of k, q, dO   from dS_T, last chunk first
+#     dq  scan of dO, v, k   from S_0^T                 dk  scan of v, dO, q   from dS_T^T, last chunk first
+# A program holds BLOCK_V columns of one head's state in registers and walks over the chunks. Memory sees what
+# a scan reads and writes, once; nothing of the forward pass is kept but its inputs.
 #
-# The decay. What reaches the loss through channel c is a sum of terms, each with a factor e^(sum of the g on
-# its way), so the gradient of g_t is the sum of the terms that have g_t on their way:
+# One decay a head: e^P, e^R and A = (Q K^T) * D are made on the way (SIDE "head"), in all four scans alike.
+# One a channel: making A takes longer than the scan, and a program that also holds the state can keep too few
+# warps busy with it (measured: 1.3 ms in one kernel against 0.5 in two, at 8 x 4,096 tokens, 16 heads of
+# 128). But only the state is sequential. prepare_kernel makes Q * e^P, K * e^R and A of all chunks side by
+# side, the scans have bare matrix products left (SIDE "key": a state's decays lie along its rows, "value":
+# along its columns, where it is transposed), and finish_kernel adds what of dq and dk lies within a chunk.
+#
+# Long sequences, few heads: the card would stand idle. So the chunks are dealt out to segments that run at
+# once. A first pass over k and v alone gives what each segment adds to the state and its decay; a program
+# then begins by replaying the segments before its own, S = e^total * S + local.
+#
+# The decay's gradient. What reaches the loss through channel c is a sum of terms, each with a factor
+# e^(sum of the g on its way), so the gradient of g_t is the sum of the terms that have g_t on their way. In
+# one chunk:
 #     X_ij  from k_j to q_i,  if j < t <= i             q_i * dq_i = Y_i + sum_j X_ij
 #     Y_i   from S_0 to q_i,  if t <= i                 k_j * dk_j = Z_j + sum_i X_ij
 #     Z_j   from k_j to S_C,  if j < t                  sum_V S_C * dS_C = W + sum_j Z_j
 #     W     from S_0 to S_C,  always
-# One number a head has its X at hand, summed over channels: X = A * dA. One number a channel would need an X
-# for each, but can do without. Sum q_s * dq_s - k_s * dk_s over s >= t: the X with both ends at t or later
-# cancel, which leaves the X and Y that cross t, less the Z_j of j >= t; adding W + sum_j Z_j completes it:
+# Sum q_s * dq_s - k_s * dk_s over s >= t: the X with both ends at t or later cancel, which leaves the X and Y
+# that cross t, less the Z_j of j >= t; adding W + sum_j Z_j completes it:
 #     dg_t = sum_{s = t .. C} (q_s * dq_s - k_s * dk_s)  +  sum_V S_C * dS_C             (0 where g_t = -inf)
-# Both restart at every chunk, so their digits do not wear off with T.
+# One a head can afford the X themselves. Either restarts at every chunk, so that its digits do not wear off
+# with T. Where log_decay wants a gradient, the scan for dq leaves each S_0 behind (marks) and the scan for dk
+# meets it with its dS_C: W = e^(P_C) * sum_V S_0 * dS_C.
+#
+# Decays on the matrix units. The sum of g over tokens that depend on the row is a product of a 0/1 matrix
+# with g, exact where g is bf16 (else g goes in two parts). Of the levels that make A, those of larger halves
+# are as at the top; rows of a right half need one factor and rows of a left half the other, so one e^sum
+# serves both. The smallest blocks are done at once, about their middle: e^(g_m + .. + g_i) on one side, its
+# inverse on the other. That cannot overflow if no sum there passes 80, so a single g counts for no less than
+# -80 / 8 = -10 in bf16 and -80 / 4 = -20 in float32; e^-10 and e^-20 are below the rounding of either.
 if triton:
     @triton.jit
-    def load_tile(ptr, rows, stride, cols, n_rows, n_cols):
-        """A float32 tile of a matrix whose rows lie `stride` apart, 0 past its edges."""
-        mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-        return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    def load_tile(ptr, rows, stride, cols, n_rows, N_COLS: tl.constexpr):
+        """Rows of a matrix that lie `stride` apart, 0 past its edges."""
+        return tl.load(ptr + rows[:, None] * stride + cols[None, :],
+                       mask=(rows < n_rows)[:, None] & (cols < N_COLS)[None, :], other=0.0)
 
     @triton.jit
-    def store_tile(ptr, rows, stride, cols, n_rows, n_cols, tile):
-        mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-        tl.store(ptr + rows[:, None] * stride + cols[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+    def store_tile(ptr, rows, stride, cols, n_rows, N_COLS: tl.constexpr, x):
+        tl.store(ptr + rows[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty),
+                 mask=(rows < n_rows)[:, None] & (cols < N_COLS)[None, :])
 
     @triton.jit
     def dot(a, b, DTYPE: tl.constexpr):
         return tl.dot(a.to(DTYPE), b.to(DTYPE), input_precision="ieee")     # never TF32
 
     @triton.jit
-    def decay_sums(g, g_next, SIZE: tl.constexpr):
-        """P (inclusive prefix), R (exclusive suffix sums) in blocks of SIZE rows; g_next is g one row on."""
-        ROWS: tl.constexpr = g.shape[0]
-        COLS: tl.constexpr = g.shape[1]
-        inside = (tl.arange(0, ROWS) % SIZE != SIZE - 1)[:, None]           # a block's last row has no suffix
-        P = tl.cumsum(tl.reshape(g, (ROWS // SIZE, SIZE, COLS)), 1)
-        R = tl.cumsum(tl.reshape(tl.where(inside, g_next, 0.0), (ROWS // SIZE, SIZE, COLS)), 1, reverse=True)
-        return tl.reshape(P, (ROWS, COLS)), tl.reshape(R, (ROWS, COLS))
+    def exp(x):
+        return tl.exp2(1.4426950408889634 * x)                              # 2 instructions; tl.exp: 5
 
     @triton.jit
-    def head_decay(g, BLOCK_T: tl.constexpr):
-        """D_ij = e^(g_{j+1} + .. + g_i) for j <= i, else 0, of one decay a head, g (BLOCK_T,1)."""
-        i = tl.arange(0, BLOCK_T)[:, None]
-        j = tl.arange(0, BLOCK_T)[None, :]
-        return tl.where(i >= j, tl.exp(tl.cumsum(tl.where(i > j, g, 0.0), 0)), 0.0)
+    def sums(rows, g, DTYPE: tl.constexpr, EXACT: tl.constexpr):
+        """Sums of g (C,N) over the tokens that each row of a 0/1 matrix (C,C) picks; g in two parts where
+        DTYPE does not hold all its digits."""
+        out = dot(rows, g, DTYPE)
+        if not EXACT:
+            out += dot(rows, g - g.to(DTYPE).to(tl.float32), DTYPE)
+        return out
 
     @triton.jit
-    def crossing(HALF: tl.constexpr, BLOCK_T: tl.constexpr):
-        """True where row i is in the right and column j in the left half of one block of 2 HALF tokens."""
-        i = tl.arange(0, BLOCK_T)[:, None] // HALF
-        j = tl.arange(0, BLOCK_T)[None, :] // HALF
-        return (i % 2 == 1) & (i == j + 1)
+    def level_factors(g, level: tl.constexpr, FIRST: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr):
+        """What one level of A needs: factors (C,N) for the token that reads and the one that is read, and the
+        pairs (C,C) of them. Level 0: blocks of 2 FIRST tokens about their middle; then halves of 2 FIRST,
+        4 FIRST, .. tokens."""
+        t = tl.arange(0, g.shape[0])
+        i, j = t[:, None], t[None, :]
+        HALF: tl.constexpr = FIRST << level
+        right = i // HALF % 2 == 1
+        own = (i // HALF == j // HALF) & ((j <= i) == right)                # from the middle to i, or i to it
+        if level == 0:
+            near = sums(own, tl.maximum(g, -80.0 / FIRST), DTYPE, EXACT)
+            near = tl.where(right, near, -near)
+            return exp(near), exp(-near), (i // (2 * HALF) == j // (2 * HALF)) & (i >= j)
+        else:
+            factor = exp(sums(own, g, DTYPE, EXACT))
+            return factor, factor, right & (i // HALF == j // HALF + 1)
 
     @triton.jit
-    def forward_kernel(
-        q_ptr, k_ptr, v_ptr, g_ptr, state_ptr, o_ptr, starts_ptr, final_ptr, T, H, K, V, scale,
-        stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-        stride_gb, stride_gt, stride_gh,
-        KEEP_STARTS: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, LEVELS: tl.constexpr,
+    def head_decay(g_ptr, rows, stride, left, REVERSE: tl.constexpr, DTYPE: tl.constexpr):
+        """One decay a head, over a chunk: the sum of g, its sums between each token and the side from which
+        the state is read (C,) and to which it is written (C,), and D (C,C), the decay from j to i."""
+        i, j = rows[:, None], rows[None, :]
+        g = tl.load(g_ptr + rows * stride, mask=rows < left, other=0.0).to(tl.float32)
+        if DTYPE == tl.float32:
+            g = tl.maximum(g, -1e4)                                         # finite, and e^-1e4 is 0
+            after_j = tl.where(i > j, g[:, None], 0.0)
+            P, R, G = tl.cumsum(g, 0), tl.sum(after_j, 0), tl.cumsum(after_j, 0)
+            if REVERSE:
+                G = tl.trans(G)
+        else:                                                               # differences do: bf16 is coarser
+            g = tl.maximum(g, -80.0)
+            P = tl.cumsum(g, 0)
+            R = tl.sum(g, 0) - P
+            G = P[None, :] - P[:, None] if REVERSE else P[:, None] - P[None, :]
+        D = tl.where((i <= j) if REVERSE else (i >= j), exp(G), 0.0)
+        if REVERSE:
+            P, R = R, P
+        return tl.sum(g, 0), P, R, D
+
+    @triton.jit
+    def prepare_kernel(
+        q_ptr, k_ptr, g_ptr, q_out_ptr, k_out_ptr, A_ptr, total_ptr, T, H, n_chunks,
+        stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh,
+        K: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr, BLOCK_T: tl.constexpr,
+        BLOCK_K: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
     ):
-        bh = tl.program_id(0).to(tl.int64)                                  # int64: offsets pass 2^31
-        b, h = bh // H, bh % H
+        """Of one chunk: Q * e^P, K * e^R, A, and the sum of g."""
+        bh, chunk = (tl.program_id(0) // n_chunks).to(tl.int64), tl.program_id(0) % n_chunks
+        b, h, first = bh // H, bh % H, chunk.to(tl.int64) * BLOCK_T         # int64: offsets pass 2^31
+        rows, left = tl.arange(0, BLOCK_T), T - chunk * BLOCK_T             # left: tokens from first on
+        i, j = rows[:, None], rows[None, :]
+        at = ((b * T + first) * H + h) * K
+        q_ptr += b * stride_qb + h * stride_qh + first * stride_qt
+        k_ptr += b * stride_kb + h * stride_kh + first * stride_kt
+        g_ptr += b * stride_gb + h * stride_gh + first * stride_gt
+        A = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            keys = start + tl.arange(0, BLOCK_K)
+            q = load_tile(q_ptr, rows, stride_qt, keys, left, K)
+            k = load_tile(k_ptr, rows, stride_kt, keys, left, K)
+            g = tl.maximum(load_tile(g_ptr, rows, stride_gt, keys, left, K).to(tl.float32), -1e4)
+            for level in tl.static_range(LEVELS):
+                up, down, pair = level_factors(g, level, FIRST, DTYPE, EXACT)
+                A += tl.where(pair, dot(q * up, tl.trans(k * down), DTYPE), 0.0)
+            q_out = q * exp(sums(j <= i, g, DTYPE, EXACT))
+            k_out = k * exp(sums(j > i, g, DTYPE, EXACT))
+            store_tile(q_out_ptr + at, rows, H * K, keys, left, K, q_out)
+            store_tile(k_out_ptr + at, rows, H * K, keys, left, K, k_out)
+            tl.store(total_ptr + (bh * n_chunks + chunk) * K + keys, tl.sum(g, 0), mask=keys < K)
+        at_A = (bh * n_chunks + chunk) * BLOCK_T * BLOCK_T
+        tl.store(A_ptr + at_A + i * BLOCK_T + j, A.to(A_ptr.dtype.element_ty))
+
+    @triton.jit
+    def scan_kernel(
+        q_ptr, k_ptr, v_ptr, g_ptr, A_ptr, start_ptr, local_ptr, total_ptr, o_ptr, final_ptr, marks_ptr,
+        w_ptr, dg_ptr, T, H, n_chunks, n_segments, per_segment, scale,
+        stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+        stride_gb, stride_gt, stride_gh, stride_wb, stride_wt, stride_wh, stride_sk, stride_sv,
+        K: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
+        BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ):
+        """One scan over one segment. Without o_ptr it is the first pass, which gives local and total. g_ptr:
+        g of each token (SIDE head), else the sums of each chunk. dg_ptr: this is the scan for dk, and gets dg
+        (SIDE head) or W (SIDE value); w_ptr is then k."""
+        FIRST_PASS: tl.constexpr = o_ptr is None
+        N_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+        bh = (tl.program_id(0) // N_BLOCKS).to(tl.int64)
+        b, h, block, segment = bh // H, bh % H, tl.program_id(0) % N_BLOCKS, tl.program_id(1)
         keys = tl.arange(0, BLOCK_K)
-        vals = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-        gates = tl.arange(0, BLOCK_K if CHANNELS else 1)                    # columns of g
-        n_gates = K if CHANNELS else 1
-        t = tl.arange(0, BLOCK_T)
+        vals = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        rows = tl.arange(0, BLOCK_T)
+        N_G: tl.constexpr = K if SIDE == "key" else V if SIDE == "value" else 1
+        gates = keys if SIDE == "key" else vals if SIDE == "value" else tl.arange(0, 1)
         q_ptr += b * stride_qb + h * stride_qh
         k_ptr += b * stride_kb + h * stride_kh
         v_ptr += b * stride_vb + h * stride_vh
         g_ptr += b * stride_gb + h * stride_gh
-        o_ptr += (b * T * H + h) * V
-        starts_ptr += bh * tl.cdiv(T, BLOCK_T) * K * V
-        S = load_tile(state_ptr + bh * K * V, keys, V, vals, K, V)
+        in_S = (keys < K)[:, None] & (vals < V)[None, :]
+        at_S = keys[:, None] * stride_sk + vals[None, :] * stride_sv
+        at_mark = keys[:, None] * V + vals[None, :]
 
-        for n in range(0, tl.cdiv(T, BLOCK_T)):
-            if KEEP_STARTS:
-                store_tile(starts_ptr, keys, V, vals, K, V, S)
-                starts_ptr += K * V
-            rows = n * BLOCK_T + t.to(tl.int64)                             # past T all is 0: no effect on S
-            q = load_tile(q_ptr, rows, stride_qt, keys, T, K)
-            k = load_tile(k_ptr, rows, stride_kt, keys, T, K)
-            v = load_tile(v_ptr, rows, stride_vt, vals, T, V)
-            g = load_tile(g_ptr, rows, stride_gt, gates, T, n_gates)
-            g_next = load_tile(g_ptr, rows + 1, stride_gt, gates, T, n_gates)
+        if FIRST_PASS:
+            S = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+        else:
+            S = tl.load(start_ptr + bh * K * V + at_S, mask=in_S, other=0.0)
+            if local_ptr is not None:                                       # replay the segments before this
+                for past in range(segment):
+                    at = bh * n_segments + past
+                    decay = exp(tl.load(total_ptr + at * N_G + gates, mask=gates < N_G, other=0.0))
+                    S *= decay[:, None] if SIDE == "key" else decay[None, :]
+                    S += tl.load(local_ptr + at * K * V + at_S, mask=in_S, other=0.0)
+        total = tl.zeros_like(gates).to(tl.float32)
+        begin, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, n_chunks)
+        if SIDE != "head":
+            chunk = tl.cast(n_chunks - 1 - begin if REVERSE else begin, tl.int64)
+            sum_next = tl.load(g_ptr + chunk * stride_gt + gates, mask=gates < N_G, other=0.0)
 
-            if CHANNELS:
-                A = tl.where(t[:, None] == t[None, :], tl.sum(q * k, 1)[:, None], 0.0)
-                for level in tl.static_range(LEVELS):
-                    P, R = decay_sums(g, g_next, 1 << level)
-                    A_level = dot(q * tl.exp(P), tl.trans(k * tl.exp(R)), DTYPE)
-                    A += tl.where(crossing(1 << level, BLOCK_T), A_level, 0.0)
+        for step in range(begin, end):
+            chunk = tl.cast(n_chunks - 1 - step if REVERSE else step, tl.int64)
+            at_chunk = bh * n_chunks + chunk
+            first = chunk * BLOCK_T
+            left = (T - first).to(tl.int32)
+            at = (b * T + first) * H + h                                    # first, in what is written here
+            k = load_tile(k_ptr + first * stride_kt, rows, stride_kt, keys, left, K)
+            v = load_tile(v_ptr + first * stride_vt, rows, stride_vt, vals, left, V)
+            if SIDE == "head":
+                sum_g, read, write, D = head_decay(g_ptr + first * stride_gt, rows, stride_gt, left,
+                                                   REVERSE, DTYPE)
+                added = dot(tl.trans(k), v * exp(write)[:, None], DTYPE)
             else:
-                A = dot(q, tl.trans(k), DTYPE) * head_decay(g, BLOCK_T)
-            P, R = decay_sums(g, g_next, BLOCK_T)
-            o = dot(q * tl.exp(P), S, DTYPE) + dot(A, v, DTYPE)
-            store_tile(o_ptr, rows, H * V, vals, T, V, scale * o)
-            S = tl.exp(tl.sum(g, 0))[:, None] * S + dot(tl.trans(k * tl.exp(R)), v, DTYPE)
-        store_tile(final_ptr + bh * K * V, keys, V, vals, K, V, S)
+                sum_g = sum_next                                            # loaded a chunk ahead
+                after = tl.minimum(step + 1, n_chunks - 1)
+                after = tl.cast(n_chunks - 1 - after if REVERSE else after, tl.int64)
+                sum_next = tl.load(g_ptr + after * stride_gt + gates, mask=gates < N_G, other=0.0)
+                added = dot(tl.trans(k), v, DTYPE)
+
+            if not FIRST_PASS:
+                q = load_tile(q_ptr + first * stride_qt, rows, stride_qt, keys, left, K)
+                o = scale * dot(q, S, DTYPE)
+                if dg_ptr is not None:                                      # here v is q and S is dS_C
+                    S_0 = tl.load(marks_ptr + at_chunk * K * V + at_mark, mask=in_S, other=0.0)
+                    W = scale * exp(sum_g) * tl.sum(S_0 * S, 0)
+                if SIDE == "head":
+                    o *= exp(read)[:, None]
+                    A = scale * dot(q, tl.trans(k), DTYPE) * D
+                    if dg_ptr is not None:                                  # and A is dA_ji e^G_ji
+                        w = load_tile(w_ptr + b * stride_wb + h * stride_wh + first * stride_wt, rows,
+                                      stride_wt, vals, left, V)             # k
+                        X = tl.trans(A) * dot(v, tl.trans(w), DTYPE)
+                        X = sums(rows[None, :] >= rows[:, None], X, DTYPE, DTYPE == tl.float32)     # i >= t
+                        X = tl.sum(tl.where(rows[None, :] < rows[:, None], X, 0.0), 1)              # j < t
+                        Y, Z = scale * exp(write) * tl.sum(v * dot(k, S_0, DTYPE), 1), tl.sum(w * o, 1)
+                        dg = X + tl.cumsum(Y, 0, reverse=True) + tl.cumsum(Z, 0) - Z + tl.sum(W, 0)
+                        g = tl.load(g_ptr + (first + rows) * stride_gt, mask=rows < left, other=0.0)
+                        part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)    # one a block
+                        tl.store(dg_ptr + part + at + rows * H, tl.where(g == float("-inf"), 0.0, dg),
+                                 mask=rows < left)
+                    o += dot(A, v, DTYPE)
+                elif SIDE == "key":
+                    i, j = (rows[None, :], rows[:, None]) if REVERSE else (rows[:, None], rows[None, :])
+                    A = tl.load(A_ptr + at_chunk * BLOCK_T * BLOCK_T + i * BLOCK_T + j)
+                    o += scale * dot(A, v, DTYPE)
+                elif dg_ptr is not None:
+                    tl.store(dg_ptr + at_chunk * V + vals, W, mask=vals < V)
+                store_tile(o_ptr + at * V, rows, H * V, vals, left, V, o)
+
+            if marks_ptr is not None and dg_ptr is None:
+                tl.store(marks_ptr + at_chunk * K * V + at_mark, S.to(marks_ptr.dtype.element_ty), mask=in_S)
+            decay = exp(sum_g)
+            if SIDE == "key":
+                S = decay[:, None] * S + added
+            elif SIDE == "value":
+                S = decay[None, :] * S + added
+            else:
+                S = decay * S + added
+            total += sum_g
+
+        if FIRST_PASS:
+            at = bh * n_segments + segment
+            tl.store(local_ptr + at * K * V + at_S, S, mask=in_S)
+            tl.store(total_ptr + at * N_G + gates, total, mask=gates < N_G)
+        else:
+            if segment == n_segments - 1:
+                tl.store(final_ptr + bh * K * V + at_S, S, mask=in_S)
 
     @triton.jit
-    def backward_kernel(
-        q_ptr, k_ptr, v_ptr, g_ptr, do_ptr, starts_ptr, final_ptr, dfinal_ptr,
-        dq_ptr, dk_ptr, dv_ptr, dg_ptr, dstate_ptr, B, T, H, K, V, scale,
+    def finish_kernel(
+        q_ptr, k_ptr, v_ptr, g_ptr, do_ptr, dq_in_ptr, dk_in_ptr, W_ptr, dq_ptr, dk_ptr, dg_ptr,
+        T, H, n_chunks, scale,
         stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         stride_gb, stride_gt, stride_gh, stride_db, stride_dt, stride_dh,
-        CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, LEVELS: tl.constexpr,
+        K: tl.constexpr, V: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr, BLOCK_T: tl.constexpr,
+        BLOCK_K: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
     ):
+        """Of one chunk: dq and dk out of S_0 dO_i and dS_C v_j (dq_in, dk_in), and dg."""
+        bh, chunk = (tl.program_id(0) // n_chunks).to(tl.int64), tl.program_id(0) % n_chunks
+        b, h, first = bh // H, bh % H, chunk.to(tl.int64) * BLOCK_T
+        rows, left = tl.arange(0, BLOCK_T), T - chunk * BLOCK_T
+        i, j = rows[:, None], rows[None, :]
+        at = ((b * T + first) * H + h) * K
+        q_ptr += b * stride_qb + h * stride_qh + first * stride_qt
+        k_ptr += b * stride_kb + h * stride_kh + first * stride_kt
+        v_ptr += b * stride_vb + h * stride_vh + first * stride_vt
+        g_ptr += b * stride_gb + h * stride_gh + first * stride_gt
+        do_ptr += b * stride_db + h * stride_dh + first * stride_dt
+        dA = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+        for start in range(0, V, BLOCK_K):
+            vals = start + tl.arange(0, BLOCK_K)
+            do = load_tile(do_ptr, rows, stride_dt, vals, left, V)
+            v = load_tile(v_ptr, rows, stride_vt, vals, left, V)
+            dA += scale * dot(do, tl.trans(v), DTYPE)
+        for start in range(0, K, BLOCK_K):
+            keys = start + tl.arange(0, BLOCK_K)
+            q = load_tile(q_ptr, rows, stride_qt, keys, left, K)
+            k = load_tile(k_ptr, rows, stride_kt, keys, left, K)
+            raw = load_tile(g_ptr, rows, stride_gt, keys, left, K)
+            g = tl.maximum(raw.to(tl.float32), -1e4)
+            dq = load_tile(dq_in_ptr + at, rows, H * K, keys, left, K) * exp(sums(j <= i, g, DTYPE, EXACT))
+            dk = load_tile(dk_in_ptr + at, rows, H * K, keys, left, K) * exp(sums(j > i, g, DTYPE, EXACT))
+            if dg_ptr is not None:
+                W = tl.load(W_ptr + (bh * n_chunks + chunk) * K + keys, mask=keys < K, other=0.0)
+                SdS = W + tl.sum(k * dk, 0)                                 # so far k * dk is Z
+            for level in tl.static_range(LEVELS):
+                up, down, pair = level_factors(g, level, FIRST, DTYPE, EXACT)
+                dA_l = tl.where(pair, dA, 0.0)
+                dq += up * dot(dA_l, k * down, DTYPE)
+                dk += down * dot(tl.trans(dA_l), q * up, DTYPE)
+            store_tile(dq_ptr + at, rows, H * K, keys, left, K, dq)
+            store_tile(dk_ptr + at, rows, H * K, keys, left, K, dk)
+            if dg_ptr is not None:
+                dg = sums(j >= i, q * dq - k * dk, DTYPE, DTYPE == tl.float32) + SdS[None, :]
+                store_tile(dg_ptr + at, rows, H * K, keys, left, K, tl.where(raw == float("-inf"), 0.0, dg))
+
+    @triton.jit
+    def decode_kernel(
+        q_ptr, k_ptr, v_ptr, g_ptr, S_ptr, o_ptr, H, scale,
+        stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh, stride_gk,
+        K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    ):
+        """One token: S = e^g * S + k^T v in place, o = scale * q S."""
         bh = tl.program_id(0).to(tl.int64)
         b, h = bh // H, bh % H
         keys = tl.arange(0, BLOCK_K)
         vals = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-        gates = tl.arange(0, BLOCK_K if CHANNELS else 1)
-        n_gates = K if CHANNELS else 1
-        t = tl.arange(0, BLOCK_T)
-        q_ptr += b * stride_qb + h * stride_qh
-        k_ptr += b * stride_kb + h * stride_kh
-        v_ptr += b * stride_vb + h * stride_vh
-        g_ptr += b * stride_gb + h * stride_gh
-        do_ptr += b * stride_db + h * stride_dh
-        dv_ptr += (b * T * H + h) * V
-        part = (tl.program_id(1) * B + b) * T * H + h                       # dq, dk, dg: one part a V block
-        dq_ptr += part * K
-        dk_ptr += part * K
-        dg_ptr += part * n_gates
-        n_chunks = tl.cdiv(T, BLOCK_T)
-        starts_ptr += (bh + 1) * n_chunks * K * V
-        dS = load_tile(dfinal_ptr + bh * K * V, keys, V, vals, K, V)
-        SdS = tl.sum(load_tile(final_ptr + bh * K * V, keys, V, vals, K, V) * dS, 1)    # sum_V S_C * dS_C
-
-        for n in range(0, n_chunks):
-            starts_ptr -= K * V
-            rows = (n_chunks - 1 - n) * BLOCK_T + t.to(tl.int64)
-            q = load_tile(q_ptr, rows, stride_qt, keys, T, K)
-            k = load_tile(k_ptr, rows, stride_kt, keys, T, K)
-            v = load_tile(v_ptr, rows, stride_vt, vals, T, V)
-            do = load_tile(do_ptr, rows, stride_dt, vals, T, V) * scale
-            g = load_tile(g_ptr, rows, stride_gt, gates, T, n_gates)
-            g_next = load_tile(g_ptr, rows + 1, stride_gt, gates, T, n_gates)
-            S = load_tile(starts_ptr, keys, V, vals, K, V)
-
-            P, R = decay_sums(g, g_next, BLOCK_T)
-            q_P = q * tl.exp(P)
-            decay = tl.exp(tl.sum(g, 0))[:, None]                           # e^(P_C)
-            dq = tl.exp(P) * dot(do, tl.trans(S), DTYPE)                    # so far q * dq is Y
-            dk = tl.exp(R) * dot(v, tl.trans(dS), DTYPE)                    # so far k * dk is Z
-            dv = dot(k * tl.exp(R), dS, DTYPE)
-            dA = dot(do, tl.trans(v), DTYPE)
-            if CHANNELS:
-                diagonal = t[:, None] == t[None, :]
-                A = tl.where(diagonal, tl.sum(q * k, 1)[:, None], 0.0)
-                dA_ii = tl.sum(tl.where(diagonal, dA, 0.0), 1)[:, None]
-                dq += dA_ii * k
-                dk += dA_ii * q
-                for level in tl.static_range(LEVELS):
-                    P, R = decay_sums(g, g_next, 1 << level)
-                    cross = crossing(1 << level, BLOCK_T)
-                    q_l, k_l, dA_l = q * tl.exp(P), k * tl.exp(R), tl.where(cross, dA, 0.0)
-                    A += tl.where(cross, dot(q_l, tl.trans(k_l), DTYPE), 0.0)
-                    dq += tl.exp(P) * dot(dA_l, k_l, DTYPE)
-                    dk += tl.exp(R) * dot(tl.trans(dA_l), q_l, DTYPE)
-                dg = tl.cumsum(q * dq - k * dk, 0, reverse=True) + SdS[None, :]
-                dg = tl.where(g == float("-inf"), 0.0, dg)
-            else:
-                D = head_decay(g, BLOCK_T)
-                A = dot(q, tl.trans(k), DTYPE) * D
-                X_Z = tl.cumsum(A * dA, 0, reverse=True) + tl.sum(k * dk, 1)[None, :]
-                X_Z = tl.where(t[:, None] > t[None, :], X_Z, 0.0)           # [t, j]: from j, crossing t
-                Y = tl.cumsum(tl.sum(q * dq, 1), 0, reverse=True)
-                dg = (tl.sum(X_Z, 1) + Y)[:, None] + decay * tl.sum(S * dS)
-                dq += dot(dA * D, k, DTYPE)
-                dk += dot(tl.trans(dA * D), q, DTYPE)
-            dv += dot(tl.trans(A), do, DTYPE)
-
-            store_tile(dq_ptr, rows, H * K, keys, T, K, dq)
-            store_tile(dk_ptr, rows, H * K, keys, T, K, dk)
-            store_tile(dv_ptr, rows, H * V, vals, T, V, dv)
-            store_tile(dg_ptr, rows, H * n_gates, gates, T, n_gates, dg)
-
-            dS = decay * dS + dot(tl.trans(q_P), do, DTYPE)
-            SdS = tl.sum(S * dS, 1)                                         # this S_0 is the next one's S_C
-        store_tile(dstate_ptr + bh * K * V, keys, V, vals, K, V, dS)
+        q = tl.load(q_ptr + b * stride_qb + h * stride_qh + keys, mask=keys < K, other=0.0).to(tl.float32)
+        k = tl.load(k_ptr + b * stride_kb + h * stride_kh + keys, mask=keys < K, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + b * stride_vb + h * stride_vh + vals, mask=vals < V, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + b * stride_gb + h * stride_gh + keys * stride_gk, mask=keys < K, other=0.0)
+        at = bh * K * V + keys[:, None] * V + vals[None, :]
+        mask = (keys < K)[:, None] & (vals < V)[None, :]
+        S = tl.load(S_ptr + at, mask=mask, other=0.0)
+        S = exp(g.to(tl.float32))[:, None] * S + k[:, None] * v[None, :]
+        tl.store(S_ptr + at, S, mask=mask)
+        o = scale * tl.sum(q[:, None] * S, 0)
+        tl.store(o_ptr + bh * V + vals, o.to(o_ptr.dtype.element_ty), mask=vals < V)
 
 
 class _TritonScan(torch.autograd.Function):
-    """g is (B,T,H) or (B,T,H,K): a constant one comes expanded, stride 0, and autograd sums its gradient."""
+    """g is (B,T,H,1) or (B,T,H,K). A constant one comes expanded, stride 0; autograd sums its gradient."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, state, scale):
-        q, k, v, state = _dense(q), _dense(k), _dense(v), state.contiguous()
-        g = _dense(g) if g.dim() == 4 else g
-        B, T, H, K, V = *q.shape, v.shape[-1]
-        grid, config = _launch(q, k, v, g)
-        o, final = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
-        keep = any(ctx.needs_input_grad)    # without a backward, memory does not grow with T but for o
-        starts = state.new_empty(B, H, triton.cdiv(T, config["BLOCK_T"]) if keep else 0, K, V)
-        forward_kernel[grid](q, k, v, g, state, o, starts, final, T, H, K, V, scale,
-                             *_strides(q, k, v, g), KEEP_STARTS=keep, **config)
-        ctx.save_for_backward(q, k, v, g, starts, final)
-        ctx.scale = scale
-        return o, final
+        q, k, v, g = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, g))
+        state, A, side = state.contiguous(), None, "head" if g.shape[-1] == 1 else "key"
+        ctx.save_for_backward(q, k, v, g, state)
+        ctx.side, ctx.scale = side, scale
+        if side == "key":
+            q, k, g, A = _prepare(q, k, g)
+        return _scan(q, k, v, g, A, side, state, _segments(k, v, g, side), scale)
 
     @staticmethod
     def backward(ctx, do, dfinal):
-        q, k, v, g, starts, final = ctx.saved_tensors
-        B, T, H, K, V = *q.shape, v.shape[-1]
-        grid, config = _launch(q, k, v, g)
-        do, dfinal = _dense(do), dfinal.contiguous()
-        parts = grid[1]
-        dq, dk = final.new_empty(2, parts, B, T, H, K)
-        dg = final.new_empty(parts, *g.shape)
-        dv, dstate = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(final)
-        backward_kernel[grid](q, k, v, g, do, starts, final, dfinal, dq, dk, dv, dg, dstate,
-                              B, T, H, K, V, ctx.scale, *_strides(q, k, v, g, do), **config)
-        dq, dk, dg = (x.sum(0).to(like.dtype) for x, like in ((dq, q), (dk, k), (dg, g)))
-        return dq, dk, dv, dg, dstate, None
+        try:
+            return _TritonScan._backward(ctx, do, dfinal)
+        except Exception as e:
+            if not _cannot_compile(e):
+                raise
+        with torch.enable_grad():                           # the same through PyTorch's form
+            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            q, k, v, g, state = (x.float() for x in inputs)
+            o, final = scan_torch(q, k, v, g if ctx.side == "key" else g[..., 0], state, ctx.scale)
+            return *torch.autograd.grad((o, final), inputs, (do.float(), dfinal)), None
+
+    @staticmethod
+    def _backward(ctx, do, dfinal):
+        q, k, v, g, state = ctx.saved_tensors
+        side, scale, A, marks, dg = ctx.side, ctx.scale, None, None, None
+        do = do if do.stride(-1) == 1 else do.contiguous()
+        end = dfinal.contiguous() / scale                   # a scan multiplies all that it reads by scale
+        if side == "head":
+            qs, ks, gs, transposed, dtype = q, k, g, "head", q.dtype
+        else:
+            qs, ks, gs, A = _prepare(q, k, g)
+            transposed, dtype = "value", torch.float32      # finish_kernel adds to it
+        past, coming = _segments(ks, v, gs, side), _segments(qs, do, gs, side, reverse=True)
+        if ctx.needs_input_grad[3]:
+            s = _layout(v, k, side)
+            marks = ks.new_empty(*state.shape[:2], s["n_chunks"], *state.shape[:1:-1])
+            dg = (g.new_empty(s["n_blocks"], *g.shape, dtype=torch.float32) if side == "head" else
+                  g.new_empty(*state.shape[:2], s["n_chunks"], k.shape[-1], dtype=torch.float32))
+        dq, _ = _scan(do, v, ks, gs, None, transposed, state.mT, past, scale, marks=marks, dtype=dtype)
+        dk, _ = _scan(v, do, qs, gs, None, transposed, end.mT, coming, scale, True, marks, k, dg, dtype)
+        dv, dstate = _scan(ks, qs, do, gs, A, side, end, coming, scale, reverse=True)
+        if side == "key":
+            dq, dk, dg = _finish(q, k, v, g, do, dq, dk, dg, scale)
+        elif dg is not None:
+            dg = dg.sum(0).to(g.dtype)
+        return dq, dk, dv, dg, dstate * scale, None
 
 
-def _dense(x):
-    """x with its last dimension contiguous, as the kernels read it; the other strides are passed to them."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _scan(q, k, v, g, A, side, start, segments, scale, reverse=False, marks=None, w=None, dg=None,
+          dtype=None):
+    """One scan: o (B,T,H,V) and the state after the last token it comes to, laid out as start is."""
+    o, final = v.new_empty(v.shape, dtype=dtype), torch.empty_like(start)
+    _launch_scan(q, k, v, g, A, side, start, segments, scale, reverse, o, final, marks, w, dg)
+    return o, final
+
+
+def _segments(k, v, g, side, reverse=False):
+    """The first pass: what each segment but the last adds to the state, and the sum of its g. () if there is
+    one segment only."""
+    (B, _, H, K), n = k.shape, _layout(k, v, side)["n_segments"]
+    if n == 1:
+        return ()
+    local = k.new_empty(B, H, n, K, v.shape[-1], dtype=torch.float32)
+    total = k.new_empty(B, H, n, g.shape[-1], dtype=torch.float32)
+    _launch_scan(k, k, v, g, None, side, local[:, :, 0], (local, total), 1.0, reverse)
+    return local, total
+
+
+def _launch_scan(q, k, v, g, A, side, start, segments, scale, reverse, o=None, final=None, marks=None,
+                 w=None, dg=None):
+    (B, T, H, K), V, s = k.shape, v.shape[-1], _layout(k, v, side)
+    local, total = segments or (None, None)
+    grid = (B * H * s["n_blocks"], s["n_segments"] - (o is None))
+    scan_kernel[grid](
+        q, k, v, g, A, start, local, total, o, final, marks, w, dg,
+        T, H, s["n_chunks"], s["n_segments"], s["per_segment"], scale,
+        *_strides(q, k, v, g, k if w is None else w), start.stride(-2), start.stride(-1),
+        K=K, V=V, SIDE=side, REVERSE=reverse, DTYPE=_dtype(v), BLOCK_T=s["BLOCK_T"], BLOCK_K=s["BLOCK_K"],
+        BLOCK_V=s["BLOCK_V"], num_warps=4, num_stages=s["stages"])
+
+
+def _prepare(q, k, g):
+    """Q * e^P, K * e^R, the sum of g of each chunk (B,N,H,K), and A (B,H,N,C,C)."""
+    (B, T, H, K), s = q.shape, _layout(q, k, "key")
+    N, C = s["n_chunks"], s["BLOCK_T"]
+    dtype = torch.bfloat16 if _dtype(q) == tl.bfloat16 else torch.float32
+    qs, ks = q.new_empty(2, B, T, H, K, dtype=dtype)
+    A, total = q.new_empty(B, H, N, C, C, dtype=dtype), q.new_empty(B, H, N, K, dtype=torch.float32)
+    prepare_kernel[(B * H * N,)](q, k, g, qs, ks, A, total, T, H, N, *_strides(q, k, g), K=K,
+                                 **_within_chunk(q, g, s), num_warps=1, num_stages=2)
+    return qs, ks, total.transpose(1, 2), A
+
+
+def _finish(q, k, v, g, do, dq_in, dk_in, W, scale):
+    (B, T, H, K), s = q.shape, _layout(q, v, "key")
+    dq, dk = q.new_empty(2, B, T, H, K)
+    dg = None if W is None else g.new_empty(B, T, H, K)
+    finish_kernel[(B * H * s["n_chunks"],)](
+        q, k, v, g, do, dq_in, dk_in, W, dq, dk, dg, T, H, s["n_chunks"], scale, *_strides(q, k, v, g, do),
+        K=K, V=v.shape[-1], **_within_chunk(q, g, s), num_warps=2, num_stages=3)
+    return dq, dk, dg
 
 
 def _strides(*tensors):
     """Each one's strides over batch, time and heads."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
+    return [n for x in tensors for n in x.stride()[:3]]
 
 
-def _launch(q, k, v, g):
-    """The grid and the compile-time constants: tiles small enough for 99 KB of shared memory."""
-    B, _, H, K, V = *q.shape, v.shape[-1]
+def _dtype(x):
+    """What is multiplied. float32 for float16 too: a state can pass its limit of 65,504."""
+    return tl.bfloat16 if x.dtype == torch.bfloat16 and not _interpreted() else tl.float32
+
+
+def _within_chunk(q, g, s):
+    """Constants of prepare_kernel and finish_kernel. Narrow blocks of channels: many small programs keep more
+    loads and products in flight than a few large ones."""
+    half = _dtype(q) == tl.bfloat16
+    first = 8 if half else 4
+    return dict(DTYPE=_dtype(q), EXACT=not half or g.dtype == torch.bfloat16, BLOCK_T=s["BLOCK_T"],
+                BLOCK_K=min(32, s["BLOCK_K"]), FIRST=first, LEVELS=(s["BLOCK_T"] // first).bit_length() - 1)
+
+
+def _layout(k, v, side):
+    """How a scan lies on the card: chunks of BLOCK_T tokens, blocks of BLOCK_V columns, segments of chunks.
+    Chosen once by timing on an H200; other cards have less shared memory and no use for 64-row products."""
+    (B, T, H, K), V = k.shape, v.shape[-1]
     BLOCK_K, BLOCK_V = (max(16, triton.next_power_of_2(x)) for x in (K, V))
-    bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16 and not _interpreted()
-    if bf16 or _interpreted():              # 32 rows: with 64, triton 3.6 uses Hopper's async products, and
-        BLOCK_T, BLOCK_V = 32, min(BLOCK_V, 64 if BLOCK_K <= 64 else 32)    # dq, dk come out wrong at K = 24
-    else:                                   # float32 is unrolled, outside the matrix units: small products
+    hopper, cores = _card(k.device)
+    if _dtype(v) == tl.bfloat16 or _interpreted():
+        BLOCK_T = 64 if side == "head" and hopper and max(BLOCK_K, BLOCK_V) <= 128 else 32
+        BLOCK_V = min(BLOCK_V, 64 if BLOCK_K <= (128 if hopper else 64) else 32)
+    else:                                   # float32 is multiplied outside the matrix units: small products
         BLOCK_T, BLOCK_V = 16, min(BLOCK_V, 32)
-    DTYPE = tl.bfloat16 if bf16 else tl.float32     # for float16 too: a state can pass its limit of 65,504
-    config = dict(CHANNELS=g.dim() == 4, LEVELS=BLOCK_T.bit_length() - 1, DTYPE=DTYPE,
-                  BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, BLOCK_V=BLOCK_V, num_warps=4, num_stages=1)
-    return (B * H, triton.cdiv(V, BLOCK_V)), config
+    n_chunks = triton.cdiv(T, BLOCK_T)
+    wanted = 2 * cores // (B * H * triton.cdiv(max(K, V), 64))              # two programs a multiprocessor
+    per_segment = triton.cdiv(n_chunks, max(1, min(wanted, n_chunks // 4)))
+    return dict(BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, BLOCK_V=BLOCK_V, n_blocks=triton.cdiv(V, BLOCK_V),
+                n_chunks=n_chunks, per_segment=per_segment, n_segments=triton.cdiv(n_chunks, per_segment),
+                stages=2 if BLOCK_T == 64 else 3)
+
+
+def _card(device):
+    """Whether a GPU has Hopper's shared memory (227 KB a program), and how many multiprocessors."""
+    if device.type != "cuda":
+        return True, 4
+    p = torch.cuda.get_device_properties(device)
+    return p.shared_memory_per_block_optin >= 200 * 1024, p.multi_processor_count
 
 
 def _interpreted():
     """TRITON_INTERPRET=1: the kernels run on a CPU, for tests. That interpreter cannot multiply bf16."""
-    return not isinstance(forward_kernel, triton.JITFunction)
+    return not isinstance(scan_kernel, triton.JITFunction)
