@@ -1042,7 +1042,8 @@ def evaluate(teacher, student, corpus, o):
 
 def print_report(r):
     def row(title, teacher, student):
-        print(f"{title:34s}{teacher:>10s}{student:>10s}")
+        width = max(10, len(r["layers"]) + 2)
+        print(f"{title:34s}{teacher:>{width}s}{student:>{width}s}")
 
     def found(model, n):
         hits = r["passkey"][model].get(n)
