@@ -64,6 +64,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernel
 from kernel import chunked_scan
 
 # ---- configuration -----------------------------------------------------------------------------------------
@@ -208,8 +209,15 @@ def locate(config, pos, start=0):
 # ---- small parts -------------------------------------------------------------------------------------------
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, its weight in the dtype of x: under autocast it would leave its fused kernel otherwise."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config):
-    return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
+    return (RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
 
 
 class MLP(nn.Module):
@@ -268,8 +276,8 @@ class Attention(nn.Module):
         self.qkvz = nn.Linear(c.n_embd, sum(self.sizes), bias=c.bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         if c.qk_norm:
-            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
-            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
+            self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps)
         if c.chunk and c.position == "rope":
             self.chunk_embd = nn.Embedding(c.n_chunks, c.n_head * c.head_dim)
 
@@ -341,6 +349,8 @@ class Attention(nn.Module):
         keys, values, pos = cache["k"], cache["v"], where.pos[:, 0]                 # pos (B,)
         row, slot = torch.arange(len(pos), device=q.device), pos % keys.size(1)
         keys[row, slot], values[row, slot] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
+        if kernel.can_attend(q, q.size(-1)):
+            return kernel.attend_cache(q, keys, values, pos)
         used = min(where.start + 1, keys.size(1))                   # where.start: the longest row
         mine = None                                                 # one row: all of them are its own
         if len(pos) > 1:                                            # a full ring is all mine
@@ -364,10 +374,10 @@ class LinearAttention(nn.Module):
         self.qkvz = nn.Linear(c.n_embd, sum(self.sizes), bias=c.bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         if c.linear_qk_norm:
-            self.q_norm = nn.RMSNorm(c.key_dim, eps=c.norm_eps)
-            self.k_norm = nn.RMSNorm(c.key_dim, eps=c.norm_eps)
+            self.q_norm = RMSNorm(c.key_dim, eps=c.norm_eps)
+            self.k_norm = RMSNorm(c.key_dim, eps=c.norm_eps)
         if c.linear_norm:
-            self.norm = nn.RMSNorm(c.n_head * c.head_dim, eps=c.norm_eps)
+            self.norm = RMSNorm(c.n_head * c.head_dim, eps=c.norm_eps)
         if c.decay in ("head", "channel"):
             self.forget = nn.Linear(c.n_embd, c.n_head * (c.key_dim if c.decay == "channel" else 1))
 
@@ -399,9 +409,12 @@ class LinearAttention(nn.Module):
             k, v = (t.repeat_interleave(c.n_head // c.linear_kv_head, dim=2) for t in (k, v))
         S = None if cache is None else cache["S"]
         q, k = q.to(v.dtype), k.to(v.dtype)                        # autocast leaves norms in fp32
-        o, S_new = chunked_scan(q, k, v, self.log_decay(x), S, scale=c.key_dim ** -0.5)
-        if cache is not None:
-            S.copy_(S_new)                                         # in place: the address never changes
+        if cache is not None and T == 1:
+            o = kernel.decode(q, k, v, self.log_decay(x), S, c.key_dim ** -0.5)
+        else:
+            o, S_new = chunked_scan(q, k, v, self.log_decay(x), S, scale=c.key_dim ** -0.5)
+            if cache is not None:
+                S.copy_(S_new)                                     # in place: the address never changes
         o = o.reshape(B, T, -1)                                    # (B,T,H*D)
         if c.linear_norm:
             o = self.norm(o)
@@ -491,6 +504,10 @@ class HypeNet(nn.Module):
             x = x + c.attn_pe * self.wpe(where.pos)
         return x
 
+    def check_room(self, state, n):
+        if state.seen + n > state.max_tokens:
+            raise ValueError(f"{state.seen + n:,} tokens do not fit the {state.max_tokens:,} of init_state")
+
     def check_length(self, n):
         limit = self.config.limit()
         if n > limit:
@@ -505,8 +522,7 @@ class HypeNet(nn.Module):
         pos = torch.arange(T, device=idx.device)[None]                             # (1,T)
         if state is not None:
             start, pos = state.seen, pos + state.pos[:, None]                      # (B,T)
-            if start + T > state.max_tokens:
-                raise ValueError(f"{start + T:,} tokens do not fit the {state.max_tokens:,} of init_state")
+            self.check_room(state, T)
             if T > 1 and (state.pos != start).any():
                 raise ValueError("rows hold different numbers of tokens; read each through state.row(b)")
         elif offset is not None:
@@ -544,23 +560,29 @@ class HypeNet(nn.Module):
         return State(self.config, batch_size, max_tokens, w.device, w.dtype)
 
     @torch.no_grad()
-    def prefill(self, prompt, state, segment=1024, progress=None):
+    def prefill(self, prompt, state, segment=None, progress=None):
         """Read a prompt (a sequence of ids) into a state of one row, `segment` tokens at a time, to bound
-        memory for activations; progress(n) is called after each. Returns logits (1,1,vocab_size)."""
+        memory for activations (default: 8,192 on a GPU, else 1,024); progress(n) is called after each.
+        Returns logits (1,1,vocab_size)."""
         idx = torch.as_tensor(prompt, dtype=torch.int64).to(self.wte.weight.device)[None]
-        for part in idx.split(segment, dim=1):
+        for part in idx.split(segment or (8192 if idx.is_cuda else 1024), dim=1):
             x = self.hidden(part, state)
             if progress is not None:
                 progress(part.size(1))
         return self.head(x[:, -1:])
 
+    def decoder(self, state, logits=None, pick=None, rng=None, graph=None):
+        """A Decoder that goes on from a state. logits (B,vocab_size), of the last token each row has read,
+        give the first ids (None: id 0); pick(logits) -> ids (B,), greedy by default, draws from rng."""
+        return Decoder(self, state, logits, pick or sample, rng, graph)
+
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None,
-               n_vocab=None, segment=1024, progress=None, state=None, never=()):
+               n_vocab=None, segment=None, progress=None, state=None, never=(), graph=None):
         """Continue a list of prompts (lists of ids, any lengths): yields the next ids (B,) of all rows, step
         by step. Each row is read alone and unpadded into its slice of the state; decoding is batched.
         temperature 0 is greedy; top_k and top_p cut the tail; ids from n_vocab on, and those in `never`, are
-        not sampled."""
+        not sampled. graph: see Decoder."""
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("every prompt needs at least one token")
         if temperature < 0 or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
@@ -573,14 +595,15 @@ class HypeNet(nn.Module):
         self.check_length(state.seen + max(map(len, prompts)) + max_new_tokens - 1)
         logits = torch.cat([self.prefill(p, state.row(b), segment, progress) for b, p in enumerate(prompts)])
         state.seen = int(state.pos.max())
-        for step in range(max_new_tokens):
-            scores = logits[:, -1, :n_vocab]
-            if never:
-                scores = scores.index_fill(-1, torch.tensor(never, device=device), -math.inf)
-            idx = sample(scores, temperature, top_k, top_p, rng)                   # (B,)
-            yield idx
-            if step + 1 < max_new_tokens:
-                logits = self.head(self.hidden(idx[:, None], state))
+        banned = torch.tensor(sorted(never), dtype=torch.int64, device=device)
+
+        def pick(logits):
+            logits = logits.index_fill(-1, banned, -math.inf) if never else logits
+            return sample(logits[:, :n_vocab], temperature, top_k, top_p, rng)
+        decoder = self.decoder(state, logits[:, -1], pick, rng, graph)
+        yield decoder.idx.clone()
+        for _ in range(max_new_tokens - 1):
+            yield decoder().clone()
 
     def generate(self, prompts, max_new_tokens, stop=(), **options):
         """Continuations of a list of prompts, a list of id lists, each ended before the first id in `stop`.
@@ -628,19 +651,59 @@ class HypeNet(nn.Module):
         return model.eval()
 
 
+class Decoder:
+    """Generation, one token a row a call: the model reads idx (B,), and pick chooses the next ids from its
+    logits. On a GPU the second call records all of it as a CUDA graph, which later calls replay: hundreds of
+    small kernels cost more to launch than to run. All that a step reads or writes stays at one address, and
+    what changes from step to step (positions, ids, random numbers) is on the device. graph=False: never."""
+
+    def __init__(self, model, state, logits, pick, rng, graph):
+        self.model, self.state, self.pick, self.rng = model, state, pick, rng
+        self.idx = torch.zeros_like(state.pos) if logits is None else pick(logits)
+        self.graph, self.calls = None, 0
+        fits = "A" not in model.config.layers or kernel.can_attend(self.idx, model.config.head_dim)
+        self.record = self.idx.is_cuda and fits and graph is not False
+
+    def step(self):
+        logits = self.model.head(self.model.hidden(self.idx[:, None], self.state))
+        self.idx.copy_(self.pick(logits[:, -1]))
+
+    @torch.no_grad()
+    def __call__(self):
+        """Read the ids drawn last and draw the next: idx (B,), overwritten by the next call."""
+        self.calls += 1
+        if not self.record or self.calls == 1:               # the first call also compiles what there is to
+            self.step()
+        elif self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            if self.rng is not None:
+                self.graph.register_generator_state(self.rng)
+            with torch.cuda.graph(self.graph):               # records, runs nothing; counts state.seen up
+                self.step()
+            self.graph.replay()
+        else:
+            self.model.check_room(self.state, 1)
+            self.model.check_length(self.state.seen + 1)
+            self.graph.replay()
+            self.state.seen += 1
+        return self.idx
+
+
 def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
-    """Draw ids (B,) from logits (B,vocab)."""
+    """Draw ids (B,) from logits (B,vocab); nothing in it waits for the device."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None:
-        logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
     probs = logits.softmax(-1)
     if top_p is not None:                            # keep the fewest ids whose probability reaches top_p
         ordered, ids = probs.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
-    return torch.multinomial(probs, 1, generator=rng)[:, 0]
+    waits = torch.empty_like(probs).exponential_(generator=rng)     # the first of events of these rates
+    return (probs / waits).argmax(-1)
 
 
 # ---- files: ours, Hugging Face's, the authors' -------------------------------------------------------------

@@ -37,6 +37,7 @@ All tensors are time-major: (B,T,H,K) is batch, time, heads, key channels. Needs
 """
 
 import warnings
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -105,11 +106,40 @@ def decode(q, k, v, log_decay, state, scale=1.0):
             return (scale * (q[:, 0, :, None, :].to(state.dtype) @ state)).transpose(1, 2).to(v.dtype)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         V = v.shape[-1]
-        o, BLOCK_V = v.new_empty(v.shape), min(32, max(16, triton.next_power_of_2(V)))
-        decode_kernel[(B * H, triton.cdiv(V, BLOCK_V))](
+        o, BLOCK_V = v.new_empty(v.shape), min(32, _block(V))
+        decode_kernel[(B * H, _ceil(V, BLOCK_V))](
             q, k, v, g, state, o, H, scale, *(n for x in (q, k, v, g) for n in x.stride()[::2]),
             g.stride(3) if g.shape[-1] > 1 else 0, K=K, V=V,
-            BLOCK_K=max(16, triton.next_power_of_2(K)), BLOCK_V=BLOCK_V)
+            BLOCK_K=_block(K), BLOCK_V=BLOCK_V)
+    return o
+
+
+def can_attend(x, D):
+    """Whether attend_cache runs where x lies, with heads of size D."""
+    return triton is not None and x.is_cuda and D <= 256
+
+
+def attend_cache(q, keys, values, pos):
+    """
+    Attention of one new token a row to a cache: q (B,1,H,D); keys, values (B,S,G,D), of equal strides, each
+    group of H/G queries sharing a head; pos (B,) int64 on the device, the token's position, so that its row
+    holds min(pos + 1, S) keys. Returns o (B,1,H,D). Reads what is used of the cache once, with all of the
+    card however few the heads are: the cache is dealt out in shares, their softmaxes merged by their
+    denominators. How far it is filled is known to the device alone, so a CUDA graph can hold the call.
+    """
+    (B, _, H, D), (_, S, G, _) = q.shape, keys.shape
+    BLOCK_S, BLOCK_D, R = 64, _block(D), H // G
+    cores = _card(q.device)[1]
+    n_splits = min(_ceil(S, BLOCK_S), _ceil(4 * cores, B * G))
+    q, o = q.contiguous(), q.new_empty(B, 1, H, D)
+    part, lse = q.new_empty(B * H * n_splits, D, dtype=torch.float32), q.new_empty(
+        B * H * n_splits, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        attend_kernel[(B * G, n_splits)](
+            q, keys, values, pos, part, lse, G, S, n_splits, D ** -0.5, *keys.stride()[:3], R=R, D=D,
+            DTYPE=_dtype(keys), BLOCK_R=_block(R), BLOCK_D=BLOCK_D, BLOCK_S=BLOCK_S)
+        merge_kernel[(B * G, R)](part, lse, o, n_splits, R=R, D=D, BLOCK_D=BLOCK_D,
+                                 BLOCK_N=_block(n_splits))
     return o
 
 
@@ -564,6 +594,56 @@ if triton:
         tl.store(o_ptr + bh * V + vals, o.to(o_ptr.dtype.element_ty), mask=vals < V)
 
 
+    @triton.jit
+    def attend_kernel(
+        q_ptr, k_ptr, v_ptr, pos_ptr, part_ptr, lse_ptr, G, SIZE, n_splits, scale,
+        stride_kb, stride_ks, stride_kh, R: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
+        BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    ):
+        """The R queries of one K/V head against one share of its cache: their softmax over it, and the log of
+        its denominator."""
+        bg, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        b, g = bg // G, bg % G
+        used = tl.minimum(tl.load(pos_ptr + b) + 1, SIZE)
+        share = tl.cdiv(tl.cdiv(used, BLOCK_S), n_splits) * BLOCK_S         # of a program, in whole blocks
+        begin, end = split * share, tl.minimum((split + 1) * share, used)
+        r, dim, s = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+        k_ptr += b * stride_kb + g * stride_kh
+        v_ptr += b * stride_kb + g * stride_kh
+        q = load_tile(q_ptr + bg * R * D, r, D, dim, R, D)
+        top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+        below, o = tl.zeros((BLOCK_R,), tl.float32), tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for first in range(begin, end, BLOCK_S):
+            left = end - first
+            k = load_tile(k_ptr + first * stride_ks, s, stride_ks, dim, left, D)
+            v = load_tile(v_ptr + first * stride_ks, s, stride_ks, dim, left, D)
+            scores = dot(q, tl.trans(k), DTYPE) * scale
+            scores = tl.where((s < left)[None, :], scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            p, fade = exp(scores - higher[:, None]), exp(top - higher)
+            below = fade * below + tl.sum(p, 1)
+            o = fade[:, None] * o + dot(p, v, DTYPE)
+            top = higher
+        at = (bg * n_splits + split) * R
+        o = tl.where((below > 0)[:, None], o / below[:, None], 0.0)         # a share may hold nothing
+        store_tile(part_ptr + at * D, r, D, dim, R, D, o)
+        tl.store(lse_ptr + at + r, tl.where(below > 0, top + tl.log(below), float("-inf")), mask=r < R)
+
+    @triton.jit
+    def merge_kernel(part_ptr, lse_ptr, o_ptr, n_splits, R: tl.constexpr, D: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+        """The shares of one query, each with its weight in the softmax over all."""
+        bg, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        n, dim = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+        at = (bg * n_splits + n) * R + r
+        lse = tl.load(lse_ptr + at, mask=n < n_splits, other=float("-inf"))
+        w = exp(lse - tl.max(lse, 0))
+        part = tl.load(part_ptr + at[:, None] * D + dim[None, :],
+                       mask=(n < n_splits)[:, None] & (dim < D)[None, :], other=0.0)
+        o = tl.sum(w[:, None] * part, 0) / tl.sum(w, 0)
+        tl.store(o_ptr + (bg * R + r) * D + dim, o.to(o_ptr.dtype.element_ty), mask=dim < D)
+
+
 class _TritonScan(torch.autograd.Function):
     """g is (B,T,H,1) or (B,T,H,K). A constant one comes expanded, stride 0; autograd sums its gradient."""
 
@@ -692,24 +772,38 @@ def _within_chunk(q, g, s):
 
 
 def _layout(k, v, side):
+    return _layout_of(k.shape, v.shape[-1], v.dtype, side, _card(k.device))
+
+
+@lru_cache(4096)                            # small scans would spend more time here than on the card
+def _layout_of(shape, V, dtype, side, card):
     """How a scan lies on the card: chunks of BLOCK_T tokens, blocks of BLOCK_V columns, segments of chunks.
     Chosen once by timing on an H200; other cards have less shared memory and no use for 64-row products."""
-    (B, T, H, K), V = k.shape, v.shape[-1]
-    BLOCK_K, BLOCK_V = (max(16, triton.next_power_of_2(x)) for x in (K, V))
-    hopper, cores = _card(k.device)
-    if _dtype(v) == tl.bfloat16 or _interpreted():
+    (B, T, H, K), (hopper, cores) = shape, card
+    BLOCK_K, BLOCK_V = _block(K), _block(V)
+    if dtype == torch.bfloat16 or _interpreted():
         BLOCK_T = 64 if side == "head" and hopper and max(BLOCK_K, BLOCK_V) <= 128 else 32
         BLOCK_V = min(BLOCK_V, 64 if BLOCK_K <= (128 if hopper else 64) else 32)
     else:                                   # float32 is multiplied outside the matrix units: small products
         BLOCK_T, BLOCK_V = 16, min(BLOCK_V, 32)
-    n_chunks = triton.cdiv(T, BLOCK_T)
-    wanted = 2 * cores // (B * H * triton.cdiv(max(K, V), 64))              # two programs a multiprocessor
-    per_segment = triton.cdiv(n_chunks, max(1, min(wanted, n_chunks // 4)))
-    return dict(BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, BLOCK_V=BLOCK_V, n_blocks=triton.cdiv(V, BLOCK_V),
-                n_chunks=n_chunks, per_segment=per_segment, n_segments=triton.cdiv(n_chunks, per_segment),
+    n_chunks = _ceil(T, BLOCK_T)
+    wanted = 2 * cores // (B * H * _ceil(max(K, V), 64))                    # two programs a multiprocessor
+    per_segment = _ceil(n_chunks, max(1, min(wanted, n_chunks // 4)))
+    return dict(BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, BLOCK_V=BLOCK_V, n_blocks=_ceil(V, BLOCK_V),
+                n_chunks=n_chunks, per_segment=per_segment, n_segments=_ceil(n_chunks, per_segment),
                 stages=2 if BLOCK_T == 64 else 3)
 
 
+def _ceil(a, b):
+    return -(-a // b)
+
+
+def _block(n):
+    """The least power of two that holds n, and a matrix unit's 16."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+@lru_cache
 def _card(device):
     """Whether a GPU has Hopper's shared memory (227 KB a program), and how many multiprocessors."""
     if device.type != "cuda":
