@@ -347,10 +347,10 @@ class Attention(nn.Module):
     def decode(self, q, k, v, where, cache):
         """One token a row, each row at its own position: it attends to its own keys and no others."""
         keys, values, pos = cache["k"], cache["v"], where.pos[:, 0]                 # pos (B,)
+        if kernel.on_gpu(q, q.size(-1)):
+            return kernel.attend_cache(q, k, v, keys, values, pos)
         row, slot = torch.arange(len(pos), device=q.device), pos % keys.size(1)
         keys[row, slot], values[row, slot] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
-        if kernel.can_attend(q, q.size(-1)):
-            return kernel.attend_cache(q, keys, values, pos)
         used = min(where.start + 1, keys.size(1))                   # where.start: the longest row
         mine = None                                                 # one row: all of them are its own
         if len(pos) > 1:                                            # a full ring is all mine
@@ -358,6 +358,17 @@ class Attention(nn.Module):
         rows = q.view(len(q), k.size(2), -1, q.size(-1)).transpose(1, 2)            # a group's queries: rows
         o = attend(rows, keys[:, :used].to(q.dtype), values[:, :used].to(q.dtype), mine)
         return o.transpose(1, 2).reshape(q.shape)
+
+
+    def step(self, q, k, v, where, cache):
+        """decode of what qkvz gives, (B,H*D) and (B,G*D): norms, RoPE and s_t are the kernel's part."""
+        c, pos, s_t = self.config, where.pos[:, 0], None
+        q, k, v = (t.view(len(t), 1, -1, c.head_dim) for t in (q, k, v))
+        norms = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
+        if c.logit_base is not None:
+            s_t = torch.log(pos + c.logit_base) / math.log(c.logit_base)
+        o = kernel.attend_cache(q, k, v, cache["k"], cache["v"], pos, s_t, norms, c.norm_eps, where.attn_rope)
+        return o.flatten(1)
 
 
 # ---- linear-attention layer (paper eq. 18) -----------------------------------------------------------------
@@ -421,6 +432,16 @@ class LinearAttention(nn.Module):
         return o * torch.sigmoid(z) if c.linear_gate else o
 
 
+    def step(self, q, k, v, where, cache):
+        """One token a row, of what qkvz gives: (B,H*K), (B,G*K), (B,G*D) -> (B,H*D)."""
+        c = self.config
+        q, k, v = (t.view(len(t), 1, -1, n) for t, n in ((q, c.key_dim), (k, c.key_dim), (v, c.head_dim)))
+        norms = (self.q_norm.weight, self.k_norm.weight) if c.linear_qk_norm else (None, None)
+        o = kernel.decode(q, k, v, self.log_decay(q), cache["S"], c.key_dim ** -0.5, norms, c.norm_eps,
+                          where.linear_rope, "triton")
+        return o.flatten(1)
+
+
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
@@ -436,6 +457,25 @@ class Block(nn.Module):
     def forward(self, x, where, cache=None):
         x = x + self.mixer(self.norm1(x), where, cache)
         return x + self.mlp(self.norm2(x))
+
+    def step(self, x, where, cache):
+        """The same for one token a row, x (B,C), on a GPU, in five launches (attention: seven): each Linear
+        comes with the norm and gate before it and the activation and sum after it."""
+        m = self.mixer
+        q, k, v, z = linear(m.qkvz, x, self.norm1).split(m.sizes, dim=-1)
+        o = m.step(q, k, v, where, cache)
+        x = linear(m.out, o, getattr(m, "norm", None), gate=z if z.size(-1) else None, residual=x)
+        h = linear(self.mlp.up, x, self.norm2, act="swiglu" if self.mlp.swiglu else "gelu")
+        return linear(self.mlp.down, h, residual=x)
+
+
+def linear(layer, x, norm=None, **more):
+    """kernel.linear of a Linear and the norm before it; only an RMSNorm fits into the same launch."""
+    if isinstance(norm, RMSNorm):
+        more.update(norm=norm.weight, eps=norm.eps)
+    elif norm is not None:
+        x = norm(x)
+    return kernel.linear(x, layer.weight, layer.bias, **more)
 
 
 class State:
@@ -504,6 +544,12 @@ class HypeNet(nn.Module):
             x = x + c.attn_pe * self.wpe(where.pos)
         return x
 
+    def can_step(self, idx):
+        """Whether Block.step knows all that this model has, and the device."""
+        c = self.config
+        return (kernel.on_gpu(idx, c.head_dim, c.key_dim) and len(idx) <= 16 and not c.chunk
+                and ("L" not in c.layers or c.decay in ("constant", "none")))
+
     def check_room(self, state, n):
         if state.seen + n > state.max_tokens:
             raise ValueError(f"{state.seen + n:,} tokens do not fit the {state.max_tokens:,} of init_state")
@@ -531,8 +577,14 @@ class HypeNet(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
             where = locate(c, pos, start)
             x = self.embed(idx, where)
-            for i, block in enumerate(self.blocks):
-                x = block(x, where, state.layers[i] if state is not None else None)
+            if state is not None and T == 1 and self.can_step(idx):
+                x = x[:, 0]
+                for block, cache in zip(self.blocks, state.layers):
+                    x = block.step(x, where, cache)
+                x = x[:, None]
+            else:
+                for i, block in enumerate(self.blocks):
+                    x = block(x, where, state.layers[i] if state is not None else None)
             if state is not None:
                 state.pos += T
                 state.seen = start + T
@@ -661,8 +713,7 @@ class Decoder:
         self.model, self.state, self.pick, self.rng = model, state, pick, rng
         self.idx = torch.zeros_like(state.pos) if logits is None else pick(logits)
         self.graph, self.calls = None, 0
-        fits = "A" not in model.config.layers or kernel.can_attend(self.idx, model.config.head_dim)
-        self.record = self.idx.is_cuda and fits and graph is not False
+        self.record = kernel.on_gpu(self.idx, model.config.head_dim) and graph is not False
 
     def step(self):
         logits = self.model.head(self.model.hidden(self.idx[:, None], self.state))

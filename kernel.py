@@ -89,58 +89,85 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     return o.to(v.dtype), state
 
 
-def decode(q, k, v, log_decay, state, scale=1.0):
+def on_gpu(x, *sizes):
+    """Whether the kernels for a single token run where x lies, with heads of these sizes."""
+    return triton is not None and x.is_cuda and max(sizes, default=1) <= 256
+
+
+def decode(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0, rope=None, backend=None):
     """
-    One token of chunked_scan, in place: q, k (B,1,H,K), v (B,1,H,V), log_decay (H,), (B,1,H) or (B,1,H,K),
-    state (B,H,K,V) float32, contiguous, which is read once and overwritten once. Returns o (B,1,H,V) in v's
-    dtype. For inference: no gradient flows. Raises ValueError as chunked_scan does, and for T > 1.
+    One token of chunked_scan, in place: q (B,1,H,K), k (B,1,G,K), v (B,1,G,V), heads sharing a k and v where
+    G < H; log_decay (H,), (B,1,H) or (B,1,H,K); state (B,H,K,V) float32, contiguous, read and overwritten
+    once. Returns o (B,1,H,V) in v's dtype. backend None: "triton" on a GPU, else "torch". Triton's also does
+    what comes before: RMSNorm of q and k with gains `norms` (K,), and RoPE by rope = cos, sin (B,1,1,K/2).
+    For inference: no gradient flows. ValueError for T > 1.
     """
-    _check(q, k, v, log_decay, state, None)
-    B, T, H, K = q.shape
-    if T != 1 or not state.is_contiguous():
-        raise ValueError(f"decode: given T = {T}, state strides {state.stride()}; allowed T = 1, contiguous")
+    (B, T, H, K), (_, _, G, V) = q.shape, v.shape
+    if T != 1 or state.shape != (B, H, K, V) or not state.is_contiguous():
+        raise ValueError(f"decode: given T = {T}, a state {tuple(state.shape)} of strides {state.stride()}; "
+                         f"allowed T = 1, {(B, H, K, V)}, contiguous")
     g = log_decay if log_decay.dim() == 4 else log_decay[..., None].expand(B, 1, H, 1)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
-        if triton is None or not (q.is_cuda or _interpreted()) or state.dtype != torch.float32 or K > 256:
-            state.mul_(g[:, 0, :, :, None].exp()).add_(k[:, 0, :, :, None] * v[:, 0, :, None, :])
-            return (scale * (q[:, 0, :, None, :].to(state.dtype) @ state)).transpose(1, 2).to(v.dtype)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        V = v.shape[-1]
-        o, BLOCK_V = v.new_empty(v.shape), min(32, _block(V))
+    if backend == "torch" or backend is None and not on_gpu(q, K):
+        k, v = (x.repeat_interleave(H // G, dim=2)[:, 0] for x in (k, v))
+        state.mul_(g[:, 0, :, :, None].exp()).add_(k[..., None] * v[:, :, None, :])
+        return (scale * (q[:, 0, :, None, :].to(state.dtype) @ state)).transpose(1, 2).to(v.dtype)
+    o, BLOCK_V = v.new_empty(B, 1, H, V), min(32, _block(V))
+    with torch.cuda.device_of(q):
         decode_kernel[(B * H, _ceil(V, BLOCK_V))](
-            q, k, v, g, state, o, H, scale, *(n for x in (q, k, v, g) for n in x.stride()[::2]),
-            g.stride(3) if g.shape[-1] > 1 else 0, K=K, V=V,
-            BLOCK_K=_block(K), BLOCK_V=BLOCK_V)
+            q, k, v, g, state, o, *norms, *_cos_sin(rope, B), H, H // G, scale, eps,
+            *(n for x in (q, k, v, g) for n in x.stride()[::2]), g.stride(3) if g.shape[-1] > 1 else 0,
+            K=K, V=V, BLOCK_K=_block(K), BLOCK_V=BLOCK_V)
     return o
 
 
-def can_attend(x, D):
-    """Whether attend_cache runs where x lies, with heads of size D."""
-    return triton is not None and x.is_cuda and D <= 256
-
-
-def attend_cache(q, keys, values, pos):
+def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0, rope=None):
     """
-    Attention of one new token a row to a cache: q (B,1,H,D); keys, values (B,S,G,D), of equal strides, each
-    group of H/G queries sharing a head; pos (B,) int64 on the device, the token's position, so that its row
-    holds min(pos + 1, S) keys. Returns o (B,1,H,D). Reads what is used of the cache once, with all of the
-    card however few the heads are: the cache is dealt out in shares, their softmaxes merged by their
-    denominators. How far it is filled is known to the device alone, so a CUDA graph can hold the call.
+    One token of attention: k, v (B,1,G,D) go into their slot, pos % S, of the cache keys, values (B,S,G,D),
+    of equal strides, and q (B,1,H,D) attends to the min(pos + 1, S) that are in it; pos (B,) int64 is the
+    token's position. s (B,) multiplies the queries; norms, eps, rope: as in decode. Returns o (B,1,H,D).
+
+    The cache is read once, with all of the card however few the heads are: it is dealt out in shares, whose
+    softmaxes are merged by their denominators. How full it is only the device knows, so that a CUDA graph can
+    hold the call.
     """
     (B, _, H, D), (_, S, G, _) = q.shape, keys.shape
-    BLOCK_S, BLOCK_D, R = 64, _block(D), H // G
-    cores = _card(q.device)[1]
-    n_splits = min(_ceil(S, BLOCK_S), _ceil(4 * cores, B * G))
-    q, o = q.contiguous(), q.new_empty(B, 1, H, D)
-    part, lse = q.new_empty(B * H * n_splits, D, dtype=torch.float32), q.new_empty(
-        B * H * n_splits, dtype=torch.float32)
+    R, BLOCK_S, BLOCK_D = H // G, 64, _block(D)
+    n_splits = min(_ceil(S, BLOCK_S), _ceil(4 * _card(q.device)[1], B * G))
+    o, q_out = q.new_empty(2, B, 1, H, D)
+    part = o.new_empty(B, H, n_splits, D, dtype=torch.float32)
+    lse = o.new_empty(B, H, n_splits, dtype=torch.float32)
     with torch.cuda.device_of(q):
+        cache_kernel[(B, H + G)](
+            q, k, v, keys, values, q_out, pos, s, *norms, *_cos_sin(rope, B), H, G, S, eps,
+            *(n for x in (q, k, v) for n in x.stride()[::2]), *keys.stride()[:3], D=D, BLOCK_D=BLOCK_D)
         attend_kernel[(B * G, n_splits)](
-            q, keys, values, pos, part, lse, G, S, n_splits, D ** -0.5, *keys.stride()[:3], R=R, D=D,
+            q_out, keys, values, pos, part, lse, G, S, n_splits, D ** -0.5, *keys.stride()[:3], R=R, D=D,
             DTYPE=_dtype(keys), BLOCK_R=_block(R), BLOCK_D=BLOCK_D, BLOCK_S=BLOCK_S)
-        merge_kernel[(B * G, R)](part, lse, o, n_splits, R=R, D=D, BLOCK_D=BLOCK_D,
-                                 BLOCK_N=_block(n_splits))
+        merge_kernel[(B * G, R)](part, lse, o, n_splits, R=R, D=D, BLOCK_D=BLOCK_D, BLOCK_N=_block(n_splits))
     return o
+
+
+def linear(x, weight, bias=None, norm=None, eps=0.0, gate=None, act=None, residual=None):
+    """
+    act((norm(x) * sigmoid(gate)) weight^T + bias) + residual for at most 16 tokens: x, gate (B,K) with any
+    stride over B, weight (N,K), or (2N,K) where act is "swiglu" (else "gelu" or None), norm the gain (K,) of
+    an RMSNorm, residual (B,N). Returns (B,N) in x's dtype. One launch that reads the weights once: with so
+    few tokens a layer costs what it takes to read it.
+    """
+    (B, K), N = x.shape, weight.shape[0] // (2 if act == "swiglu" else 1)
+    BLOCK_N = 16 if N <= 6144 else 32 if N <= 16384 else 64
+    y = x.new_empty(B, N)
+    with torch.cuda.device_of(x):
+        linear_kernel[(_ceil(N, BLOCK_N),)](
+            x, weight, bias, norm, gate, residual, y, B, N, eps, x.stride(0),
+            0 if gate is None else gate.stride(0), K=K, ACT=act or "", DTYPE=_dtype(weight), BLOCK_B=16,
+            BLOCK_N=BLOCK_N, BLOCK_K=128, num_stages=4)
+    return y
+
+
+def _cos_sin(rope, B):
+    """cos and sin, (B, half) each, from one row for all or one each; None, None without RoPE."""
+    return (None, None) if rope is None else (x.expand(B, -1, -1, -1).contiguous() for x in rope)
 
 
 def _cannot_compile(error):
@@ -571,19 +598,44 @@ if triton:
                 store_tile(dg_ptr + at, rows, H * K, keys, left, K, tl.where(raw == float("-inf"), 0.0, dg))
 
     @triton.jit
+    def load_head(x_ptr, norm_ptr, cos_ptr, sin_ptr, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+        """One head's q or k of one token (D,) in float32, its RMSNorm (norm_ptr: gain) and RoPE done."""
+        d = tl.arange(0, BLOCK_D)
+        HALF: tl.constexpr = D // 2
+        x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        r = 1.0
+        if norm_ptr is not None:
+            r = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+            x *= r * tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        if cos_ptr is not None:                                             # d and d + HALF are a pair
+            other = tl.where(d < HALF, d + HALF, d - HALF)
+            y = tl.load(x_ptr + other, mask=d < D, other=0.0).to(tl.float32)
+            if norm_ptr is not None:
+                y *= r * tl.load(norm_ptr + other, mask=d < D, other=0.0).to(tl.float32)
+            cos = tl.load(cos_ptr + d % HALF, mask=d < D, other=0.0)
+            sin = tl.load(sin_ptr + d % HALF, mask=d < D, other=0.0)
+            x = x * cos + tl.where(d < HALF, -y, y) * sin
+        return x
+
+    @triton.jit
     def decode_kernel(
-        q_ptr, k_ptr, v_ptr, g_ptr, S_ptr, o_ptr, H, scale,
+        q_ptr, k_ptr, v_ptr, g_ptr, S_ptr, o_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr,
+        H, per_kv, scale, eps,
         stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh, stride_gk,
         K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):
-        """One token: S = e^g * S + k^T v in place, o = scale * q S."""
+        """One token: S = e^g * S + k^T v in place, o = scale * q S; per_kv heads share a k and a v."""
         bh = tl.program_id(0).to(tl.int64)
         b, h = bh // H, bh % H
         keys = tl.arange(0, BLOCK_K)
         vals = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-        q = tl.load(q_ptr + b * stride_qb + h * stride_qh + keys, mask=keys < K, other=0.0).to(tl.float32)
-        k = tl.load(k_ptr + b * stride_kb + h * stride_kh + keys, mask=keys < K, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + b * stride_vb + h * stride_vh + vals, mask=vals < V, other=0.0).to(tl.float32)
+        if cos_ptr is not None:
+            cos_ptr += b * (K // 2)
+            sin_ptr += b * (K // 2)
+        h_kv = h // per_kv
+        q = load_head(q_ptr + b * stride_qb + h * stride_qh, q_norm_ptr, cos_ptr, sin_ptr, eps, K, BLOCK_K)
+        k = load_head(k_ptr + b * stride_kb + h_kv * stride_kh, k_norm_ptr, cos_ptr, sin_ptr, eps, K, BLOCK_K)
+        v = tl.load(v_ptr + b * stride_vb + h_kv * stride_vh + vals, mask=vals < V, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + b * stride_gb + h * stride_gh + keys * stride_gk, mask=keys < K, other=0.0)
         at = bh * K * V + keys[:, None] * V + vals[None, :]
         mask = (keys < K)[:, None] & (vals < V)[None, :]
@@ -593,6 +645,77 @@ if triton:
         o = scale * tl.sum(q[:, None] * S, 0)
         tl.store(o_ptr + bh * V + vals, o.to(o_ptr.dtype.element_ty), mask=vals < V)
 
+    @triton.jit
+    def cache_kernel(
+        q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, q_out_ptr, pos_ptr, s_ptr, q_norm_ptr, k_norm_ptr, cos_ptr,
+        sin_ptr, H, G, SIZE, eps, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+        stride_cb, stride_cs, stride_ch, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):
+        """One token of an attention layer: k and v into the cache, q made ready (times s_t, if given)."""
+        b, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
+        if cos_ptr is not None:
+            cos_ptr += b * (D // 2)
+            sin_ptr += b * (D // 2)
+        if head < H:
+            q_ptr += b * stride_qb + head * stride_qh
+            q = load_head(q_ptr, q_norm_ptr, cos_ptr, sin_ptr, eps, D, BLOCK_D)
+            if s_ptr is not None:
+                q *= tl.load(s_ptr + b)
+            tl.store(q_out_ptr + (b * H + head) * D + d, q.to(q_out_ptr.dtype.element_ty), mask=d < D)
+        else:
+            g = head - H
+            slot = b * stride_cb + tl.load(pos_ptr + b) % SIZE * stride_cs + g * stride_ch
+            k_ptr += b * stride_kb + g * stride_kh
+            k = load_head(k_ptr, k_norm_ptr, cos_ptr, sin_ptr, eps, D, BLOCK_D)
+            v = tl.load(v_ptr + b * stride_vb + g * stride_vh + d, mask=d < D, other=0.0)
+            tl.store(keys_ptr + slot + d, k.to(keys_ptr.dtype.element_ty), mask=d < D)
+            tl.store(values_ptr + slot + d, v.to(values_ptr.dtype.element_ty), mask=d < D)
+
+    @triton.jit
+    def linear_kernel(
+        x_ptr, w_ptr, bias_ptr, norm_ptr, gate_ptr, residual_ptr, y_ptr, B, N, eps, stride_xb, stride_zb,
+        K: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        """y = act(W (norm(x) * sigmoid(z)) + bias) + residual for a few tokens x (B,K): the weights W (N,K)
+        are read once and nothing else is launched. The 1/rms of a norm is a factor of each token, applied to
+        its sums; ACT swiglu reads a second matrix N rows further down."""
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        b, k = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_K)
+        y, up = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
+        squares = tl.zeros((BLOCK_B,), tl.float32)
+        rows = n.to(tl.int64)[:, None] * K
+        for first in range(0, K, BLOCK_K):
+            at = first + k
+            of_x = (b < B)[None, :] & (at < K)[:, None]                     # (BLOCK_K, BLOCK_B)
+            x = tl.load(x_ptr + b[None, :] * stride_xb + at[:, None], mask=of_x, other=0.0).to(tl.float32)
+            if norm_ptr is not None:
+                squares += tl.sum(x * x, 0)
+                x *= tl.load(norm_ptr + at, mask=at < K, other=0.0).to(tl.float32)[:, None]
+            if gate_ptr is not None:
+                z = tl.load(gate_ptr + b[None, :] * stride_zb + at[:, None], mask=of_x, other=0.0)
+                x *= 1 / (1 + exp(-z.to(tl.float32)))
+            inside = (n < N)[:, None] & (at < K)[None, :]
+            y += dot(tl.load(w_ptr + rows + at[None, :], mask=inside, other=0.0), x, DTYPE)
+            if ACT == "swiglu":
+                more = tl.load(w_ptr + N.to(tl.int64) * K + rows + at[None, :], mask=inside, other=0.0)
+                up += dot(more, x, DTYPE)
+        if norm_ptr is not None:
+            rms = tl.rsqrt(squares / K + eps)[None, :]
+            y, up = y * rms, up * rms
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            if ACT == "swiglu":
+                up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if ACT == "swiglu":
+            y *= up / (1 + exp(-y))
+        elif ACT == "gelu":                                                 # its tanh form
+            y /= 1 + exp(-1.5957691216057308 * (y + 0.044715 * y * y * y))
+        at = b.to(tl.int64)[None, :] * N + n[:, None]
+        inside = (n < N)[:, None] & (b < B)[None, :]
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def attend_kernel(
