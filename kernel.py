@@ -31,6 +31,9 @@ g = 0 (forget nothing) and g = -inf (forget all) need no special case. Two ways 
                         and that quarter of A is one product, (Q * e^P)(K * e^R)^T. The halves are the same
                         problem with h/2, down to one token, A_ii = q_i . k_i: log2(C) levels.
 
+Below them stand the kernels of a single token, with which a model generates: the same recurrence in one step,
+attention to a long cache, and a Linear with all that surrounds it.
+
 References: Lightning Attention (constant decay a head; arXiv 2401.04658, 2405.17381), Gated Linear Attention
 (decay a channel, in chunks; arXiv 2312.06635, section 4), HypeNet (arXiv 2601.22156, eq. 5, 6, 18, 19).
 All tensors are time-major: (B,T,H,K) is batch, time, heads, key channels. Needs neither Triton nor a GPU.
@@ -51,7 +54,7 @@ except ImportError:
 BACKENDS = ("sequential", "torch", "triton")
 
 
-# ---------------------------------------------------------------------- the one public function
+# ---------------------------------------------------------------------- a sequence: chunked_scan
 def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     """
     S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t (arXiv 2601.22156, eq. 5, 6, 18).
@@ -89,6 +92,7 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     return o.to(v.dtype), state
 
 
+# ---------------------------------------------------------------------- one token: decode, attention, Linear
 def on_gpu(x, *sizes):
     """Whether the kernels for a single token run where x lies, with heads of these sizes."""
     return triton is not None and x.is_cuda and max(sizes, default=1) <= 256
@@ -170,6 +174,7 @@ def _cos_sin(rope, B):
     return (None, None) if rope is None else (x.expand(B, -1, -1, -1).contiguous() for x in rope)
 
 
+# ---------------------------------------------------------------------- what is asked for, what can be done
 def _cannot_compile(error):
     """Whether it is Triton that gave up, on this card or at this size; says so, once for each reason."""
     known = isinstance(error, triton.TritonError) or "PassManager" in str(error)
@@ -597,6 +602,10 @@ if triton:
                 dg = sums(j >= i, q * dq - k * dk, DTYPE, DTYPE == tl.float32) + SdS[None, :]
                 store_tile(dg_ptr + at, rows, H * K, keys, left, K, tl.where(raw == float("-inf"), 0.0, dg))
 
+    # ------------------------------------------------------------------ triton: one token
+    # A token costs what it takes to read the weights, the state and the cache once; what else there is to do
+    # must not take launches of its own. So a norm, a gate, RoPE or a sum is done by the kernel that reads the
+    # tensor next to it, and a layer is five launches: Linear, state, Linear, Linear, Linear.
     @triton.jit
     def load_head(x_ptr, norm_ptr, cos_ptr, sin_ptr, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
         """One head's q or k of one token (D,) in float32, its RMSNorm (norm_ptr: gain) and RoPE done."""
