@@ -21,7 +21,8 @@ one number a row or a channel scaling all of it):
 Only the start states are sequential, one step a chunk. The textbook form of the decay in A is e^(P_i - P_j),
 which makes A one product, (Q * e^P)(K * e^-P)^T. But e^-P overflows, P_i - P_j loses digits, and -inf less
 -inf is NaN. Here nothing is subtracted: exponents are sums of numbers <= 0, every factor lies in [0, 1], and
-g = 0 (forget nothing) and g = -inf (forget all) need no special case. Two ways to build A from such sums:
+g = 0 (forget nothing) and g = -inf (forget all) need no special case (the Triton kernels take two shortcuts,
+where their rounding hides them). Two ways to build A from such sums:
 
   one number a head     The decay does not depend on c: A = (Q K^T) * D, D_ij = e^(g_{j+1} + .. + g_i).
                         Column j of the exponent is the running sum over i of g, the entries up to j set to 0.
