@@ -5,6 +5,7 @@ and tiny, runs of halo.py a few steps long."""
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import functools
 import gzip
@@ -19,6 +20,7 @@ import shlex
 import shutil
 import signal
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -1108,9 +1110,10 @@ def test_sample_continues_as_transformers_does(name, tmp_path, capsys):
 # ---- halo: transfer ----------------------------------------------------------------------------------------
 
 
-def options(recipe, **changes):
-    """The rows of a recipe, as halo.py hands them on."""
-    return argparse.Namespace(**dict(halo.RECIPES[recipe], max_ctx=512, changes={}) | changes)
+def options(recipe="paper", **changes):
+    """The options of a recipe, as halo.py hands them on."""
+    rows = dict(halo.RECIPES[recipe], max_ctx=512, changes={}, device="cpu")
+    return argparse.Namespace(**vars(halo.get_args([])) | rows | changes)
 
 
 @pytest.mark.parametrize("family", [dict(bias=True), GPT2], ids=["rope", "gpt2"])
@@ -1212,9 +1215,9 @@ def test_held_out_text_is_never_trained_on(home, tmp_path):
     corpus = halo.Corpus(Tokenizer.bytes(), [str(home / "text.jsonl")])
     def documents(ids):
         return set(re.findall(r"doc\d+ ", corpus.tokenizer.decode(ids)))
-    train, held_out = documents(corpus.train), documents(corpus.held_out)
+    train, held_out = documents(corpus.sources[0].part(0)[0]), documents(corpus.held_out)
     assert not train & held_out and len(train | held_out) == 400 and 10 <= len(held_out) <= 45
-    windows = corpus.windows(np.random.default_rng(0), 50, 700, held_out=True)
+    windows = corpus.windows(np.random.default_rng(0), 50, 700)
     assert set().union(*map(documents, windows)) <= held_out
     (tmp_path / "text.jsonl.gz").write_bytes(gzip.compress((home / "text.jsonl").read_bytes()))
     assert (halo.Corpus(Tokenizer.bytes(), [str(tmp_path)]).held_out == corpus.held_out).all()
@@ -1240,6 +1243,27 @@ def test_answers_are_those_of_a_full_pass():
     assert pair["val_loss"]["student"] == pytest.approx(other(idx, targets)[1].item(), rel=1e-5)
 
 
+def test_recall_of_answers_of_many_lengths():
+    """Pass keys of different numbers of tokens are scored each by its own, as one by one."""
+    class Pairs:
+        """Bytes, but for even numbers of two digits, which are one id."""
+        def encode_array(self, text):
+            parts = re.findall(r"[0-9][02468]|.", text, re.S)
+            return np.array([ord(part) if len(part) == 1 else 150 + int(part) for part in parts], np.int32)
+    model = tiny(dtype=torch.float32, vocab_size=300, layers="AAAA")
+    def windows(rng, n, length):
+        return rng.integers(100, 120, (n, length))
+    corpus = types.SimpleNamespace(tokenizer=Pairs(), windows=windows)
+    logp, hits = halo.recall(model, corpus, 128, 9)
+    rng, lengths = np.random.default_rng([0, 128]), set()
+    for i, text in enumerate(windows(rng, 9, 128)):
+        ids, n = halo.plant(corpus.tokenizer, text, rng, depth=(i % 5) / 4)
+        one = halo.answers(model, torch.from_numpy(ids)[None], n)
+        assert logp[i].item() == pytest.approx(one[0].mean().item(), rel=1e-4) and hits[i] == one[1].float()
+        lengths.add(n)
+    assert len(lengths) > 1
+
+
 @pytest.mark.parametrize("how, lost, layers", [
     ("score", [5], "LALLLLLA"),         # eq. 8: 10 for layer 1; 0.1 / 1e-6 for layer 7, whose C is the best
     ("guarded", [], "LAALLLLL"),        # denominators of at least C_se: 10 for layer 1, 6.7 for 2, 2 for 7
@@ -1257,12 +1281,355 @@ def test_choose_layers(how, lost, layers):
     assert halo.choose_layers(how, 8, scores, base_C=-1.9) == layers
 
 
+# ---- halo: text in rows ------------------------------------------------------------------------------------
+
+
+def write_documents(path, texts):
+    path.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+
+
+def some_documents(n=400, words=150):
+    rng = random.Random(n)
+    return [f"doc{i} " + "".join(rng.choices("abcdefgh \n", k=rng.randrange(1, 2 * words))) for i in range(n)]
+
+
+def shard(path, documents, magic=20240520, version=1, cut=0):
+    """A shard as FineWeb's: a header of 256 int32, then each document after GPT-2's end id, uint16."""
+    ids = np.concatenate([[50256, *document] for document in documents]).astype(np.uint16)
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, len(ids)
+    path.write_bytes((header.tobytes() + ids.tobytes())[:-cut or None])
+    return ids
+
+
+class Gpt2:
+    """A stand-in for GPT-2's tokenizer: id i stands for chr(97 + i % 26)."""
+    n_vocab, end, bos, spec = 50257, 50256, None, {"type": "stand-in"}
+
+    def encode(self, text):
+        return [15496, 995] if text == "Hello world" else [ord(c) - 97 for c in text]
+
+    def encode_array(self, text):
+        return np.array(self.encode(text), np.int32)
+
+    def decode(self, ids):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+def a_plan(tokens, length, batch, recall=0):
+    return halo.Plan(tokens, length, batch, 1e-3, 1e-3, recall)
+
+
+def rows_of(corpus, stage, plan):
+    """All rows of a stage, (rows, length + 1), the stage counted as done."""
+    make = corpus.rows(stage, plan)
+    rows = np.concatenate([make(step) for step in range(plan.steps)])
+    corpus.advance(plan)
+    return rows
+
+
+def test_an_epoch_is_every_token_once(tmp_path):
+    """Rows of one epoch hold each position of the training text once, but for less than a cell, each row a
+    stretch of it; the next epoch has another order, another seed too."""
+    write_documents(tmp_path / "text.jsonl", some_documents())
+    corpus = halo.Corpus(Tokenizer.bytes(), [str(tmp_path)], cell=64)
+    text = corpus.sources[0].part(0)[0].astype(np.int64)
+    n = (len(text) - 1) // 64                                               # cells
+    seen, orders = np.zeros(len(text), int), []
+    for epoch in range(2):
+        _, cells = corpus.sources[0].order(epoch)
+        assert len(cells) == n and 0 <= cells.min() and cells.max() + 64 < len(text)
+        orders.append(cells.tolist())
+        for c, at in enumerate(cells):
+            row = corpus.sources[0].read(epoch * n + c, 0, 65)
+            assert (row == text[at:at + 65]).all()
+            seen[at:at + 64] += 1
+    assert (seen <= 2).all() and (seen == 2).sum() > len(text) - 3 * 64 and orders[0] != orders[1]
+    rows = rows_of(corpus, "a", a_plan(n // 8 * 8 * 64, 32, 16))
+    assert len({row.tobytes() for row in rows}) == len(rows) == n // 8 * 16
+    other = halo.Corpus(Tokenizer.bytes(), [str(tmp_path)], seed=1, cell=64)
+    assert not (other.rows("a", a_plan(640, 32, 16))(0) == rows[:16]).all()
+
+
+def test_stages_read_disjoint_text(tmp_path):
+    """Stages of different lengths take text in turn: none of it twice until it runs out, none held out."""
+    write_documents(tmp_path / "a.jsonl", [f"{i:08d}" for i in range(9000)])
+    corpus = halo.Corpus(Tokenizer.bytes(), [str(tmp_path)], cell=96)
+    found = []
+    for name, sizes in dict(a=(20000, 48, 4), b=(20000, 96, 5), c=(9600, 32, 3)).items():
+        rows = rows_of(corpus, name, a_plan(*sizes)).astype(np.uint8)
+        found.append(set().union(*(bytes(row).split(b"\0")[1:-1] for row in rows)))
+    assert all(len(stage) > 500 for stage in found)
+    edges = set().union(*[found[i] & found[j] for i in range(3) for j in range(i)])
+    assert len(edges) < 0.05 * sum(map(len, found))     # documents that a cell's edge cuts, at most
+    held_out = set(bytes(corpus.held_out.astype(np.uint8)).split(b"\0"))
+    assert not held_out & set().union(*found) and 400 < len(held_out) < 700
+
+
+def test_weights_are_shares_of_rows(tmp_path):
+    """Sources with weights give their shares of the rows in every block; a batch depends on its step only."""
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        write_documents(tmp_path / name / "x.jsonl", [name * 50 + str(i) for i in range(1000)])
+    data = [f"{tmp_path}/a:0.7,{tmp_path}/b:0.1", f"{tmp_path}/c:0.2"]
+    corpus = halo.Corpus(Tokenizer.bytes(), data, cell=64)
+    first, second = a_plan(64000, 32, 20), a_plan(32000, 64, 10)
+    make = corpus.rows("first", first)
+    again = halo.Corpus(Tokenizer.bytes(), data, cell=64).rows("first", first)
+    assert all((make(step) == again(step)).all() for step in (99, 3, 50))   # any order, any time
+    counts = []
+    for name, p in dict(first=first, second=second).items():
+        letters = [max("abc", key=bytes(row.astype(np.uint8)).decode("latin1").count)
+                   for row in rows_of(corpus, name, p)]
+        counts.append([letters.count(letter) / len(letters) for letter in "abc"])
+    assert counts == [pytest.approx([0.7, 0.1, 0.2], abs=0.003)] * 2
+    for bad in (["x:0.5", "y"], ["x:0"], ["x:many"], ["fineweb", "x"], ["x:inf", "y:1"], ["x:nan"]):
+        with one_line("weight"):
+            halo.data_sources(bad)
+
+
+def test_shards_are_read_as_they_are(tmp_path):
+    """A shard of GPT-2 tokens is mapped, not loaded; one named val is held out and no other, else the
+    beginning of the first, up to the end of a document."""
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 26, rng.integers(1, 90)) for _ in range(300)]
+    val = shard(tmp_path / "x_val_0.bin", documents[:50])
+    train = [shard(tmp_path / f"x_train_{i}.bin", documents[a:a + 100]) for i, a in ((1, 50), (2, 150))]
+    corpus = halo.Corpus(Gpt2(), [str(tmp_path)], cell=40)
+    assert (corpus.held_out == val).all() and corpus.sources[0].tokens == len(val) + sum(map(len, train))
+    for j, ids in enumerate(train, 1):
+        tokens, out = corpus.sources[0].part(j)
+        assert isinstance(tokens, np.memmap) and (tokens == ids).all() and not len(out)
+    n = sum((len(ids) - 1) // 40 for ids in train)
+    cells = [corpus.sources[0].read(c, 0, 40) for c in range(2 * n)]
+    tokens = np.sort(np.concatenate(cells[:n]))
+    assert len(cells) * 40 > 2 * (sum(map(len, train)) - 80) and set(tokens) == {*range(26), 50256}
+    (tmp_path / "x_val_0.bin").unlink()
+    corpus = halo.Corpus(Gpt2(), [str(tmp_path)], cell=40)
+    tokens, out = corpus.sources[0].part(0)
+    assert (np.concatenate((out, tokens)) == train[0]).all() and out[-1] == 50256
+    assert len(out) == pytest.approx(len(train[0]) / 16, abs=90) and (corpus.held_out == out).all()
+
+
+def test_shards_are_encoded_once_for_another_tokenizer(tmp_path, monkeypatch):
+    """Decoded, encoded again, an end id after each document, kept in a cache that a second run reads; an
+    interrupted or failed writing leaves no file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(halo.Tokenizer, "load", lambda name: Gpt2())
+    documents = [[3, 1, 2], [5] * 70, [25], [7] * 100]
+    (tmp_path / "data").mkdir()
+    shard(tmp_path / "data" / "train.bin", documents)
+    shard(tmp_path / "data" / "val.bin", documents[:1] * 3)
+    corpus = halo.Corpus(Tokenizer.bytes(), [str(tmp_path / "data")], cell=16)
+    tokens, _ = corpus.sources[0].part(1)
+    assert isinstance(tokens, np.memmap)
+    assert bytes(tokens).strip(b"\0") == b"\0".join(bytes(97 + i for i in ids) for ids in documents)
+    assert bytes(corpus.held_out.astype(np.uint8)).strip(b"\0") == b"\0".join([b"dbc"] * 3)
+    files = sorted((tmp_path / "cache" / "hypenet").iterdir())
+    assert len(files) == 2
+    monkeypatch.setattr(halo.Tokenizer, "load", lambda name: pytest.fail("encoded twice"))
+    again = halo.Corpus(Tokenizer.bytes(), [str(tmp_path / "data")], cell=16)
+    assert (again.sources[0].part(1)[0] == tokens).all()
+    for file in files:
+        file.unlink()
+
+    def full(self, tokens, tmp):
+        Path(tmp).write_bytes(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(halo.Tokenizer, "load", lambda name: Gpt2())
+    monkeypatch.setattr(halo.Source, "encode", full)
+    with pytest.raises((OSError, ValueError), match="space"):
+        halo.Corpus(Tokenizer.bytes(), [str(tmp_path / "data")], cell=16)
+    assert not list((tmp_path / "cache" / "hypenet").iterdir())
+
+
+@pytest.mark.parametrize("harm", [dict(magic=1), dict(version=9), dict(cut=2), dict(cut=7000)], ids=str)
+def test_damaged_shards_are_one_line(harm, tmp_path):
+    """A shard that is cut short, or no shard at all, is named in one line."""
+    shard(tmp_path / "a.bin", [[1] * 3000], **harm)
+    with one_line("a.bin"):
+        halo.Corpus(Gpt2(), [str(tmp_path)])
+
+
+def test_no_network_is_one_line(monkeypatch, capsys):
+    """FineWeb without a network is one line that names the file, status 2."""
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise ConnectionError("no route\nto host")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(SystemExit) as stop:
+        halo.main(["--data", "fineweb", "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "fineweb_val_000000.bin" in error
+
+
+# ---- halo: training ----------------------------------------------------------------------------------------
+
+
+def take_gradients(module):
+    grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("kind", ["distil", "chunk", "align"])
+def test_gradients_do_not_depend_on_micro(kind, monkeypatch):
+    """Loss and gradients of a batch are the same 1, 3 or all rows at a time, chunk offsets and all, and are
+    those of the sum of the terms."""
+    teacher, rows = tiny(1, torch.float32, layers="AAAA"), some_ids(7, 25)
+    o = options("paper", **dict(pe="chunk", kl="reverse") if kind == "chunk" else {})
+    if kind == "align":
+        def train(run, stage, plan, seed, corpus, module, groups, loss_fn):
+            return made.extend((module, loss_fn))
+        made, corpus = [], types.SimpleNamespace(rows=lambda stage, plan: lambda step: rows.numpy())
+        monkeypatch.setattr(halo, "train", train)
+        config = halo.student_config(teacher.config, "LLLL", o)
+        halo.align(None, teacher, config, corpus, a_plan(700, 24, 7), o)
+        module, loss_fn = made
+    else:
+        module = HypeNet(halo.student_config(teacher.config, "LALL", o))
+        loss_fn = halo.objective(module, teacher, "distil", o, 0.5)
+    module.requires_grad_(True)
+    whole = sum(loss_fn(rows[:, :-1], rows[:, 1:], 3))
+    whole.backward()
+    ref = take_gradients(module)
+    assert len(ref) >= 20
+    for micro in (1, 3, 7, 100):
+        loss = halo.backward(loss_fn, rows, 3, micro)
+        assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+        for name, grad in take_gradients(module).items():
+            assert (grad - ref[name]).norm() <= 1e-5 * max(ref[name].norm(), 1e-3), (micro, name)
+
+
+def test_checkpointed_blocks_have_the_same_gradients():
+    """Blocks that are computed again in the backward pass give the same gradients, run twice, and leave no
+    trace when it is over."""
+    model, rows = tiny(dtype=torch.float32).requires_grad_(), some_ids(3, 20)
+    def loss_fn(idx, targets, step, first=0):
+        yield model(idx, targets)[1]
+    calls = []
+    model.blocks[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    ref = halo.backward(loss_fn, rows, 0, 3), take_gradients(model)
+    assert len(calls) == 1
+    halo.checkpoint_blocks(model)
+    loss, grads = halo.backward(loss_fn, rows, 0, 3), take_gradients(model)
+    assert len(calls) == 3 and loss == ref[0] and all(grads[name].equal(g) for name, g in ref[1].items())
+    halo.checkpoint_blocks(model, on=False)
+    assert not any("forward" in vars(block) for block in model.blocks)
+
+
+def test_out_of_memory_is_halved_then_checkpointed_then_said(capsys):
+    """Where the device runs out of memory a step is repeated with half the rows, at one row with blocks
+    checkpointed, then it ends in one line; gradients are those of one whole pass."""
+    model, rows, tries = tiny(dtype=torch.float32).requires_grad_(), some_ids(6, 20), []
+    def loss_fn(idx, targets, step, first=0):
+        tries.append((len(idx), "forward" in vars(model.blocks[0])))
+        loss = model(idx, targets)[1]
+        if len(idx) > limit:
+            loss.backward()                                                 # some gradients are there already
+            raise torch.OutOfMemoryError("out of memory")
+        yield loss
+    limit = 6
+    ref = halo.backward(loss_fn, rows, 0, 6), take_gradients(model)
+    limit, tries[:] = 2, []
+    loss, micro = halo.fitted("distil", model, 6, lambda n: halo.backward(loss_fn, rows, 0, n))
+    assert [n for n, _ in tries] == [6, 3, 2, 2, 2] and micro == 2
+    assert loss.item() == pytest.approx(ref[0].item(), rel=1e-6)
+    assert all(torch.allclose(g, ref[1][name], atol=1e-6) for name, g in take_gradients(model).items())
+    limit = 0
+    with one_line("distil.length"):
+        halo.fitted("distil", model, 6, lambda n: halo.backward(loss_fn, rows, 0, n))
+    assert tries[-2:] == [(1, False), (1, True)]
+
+
+def test_batches_are_made_ahead_and_errors_come_through():
+    """The next batch is made in a thread while one is in use; what goes wrong there is raised here, at the
+    step that it belongs to."""
+    made, got = [], []
+    def make(step):
+        made.append(step)
+        if step == 4:
+            raise ValueError("--data: gone")
+        return np.full((2, 3), step)
+    with one_line("gone"):
+        for step, rows in zip(range(2, 9), halo.ahead(make, range(2, 9), torch.device("cpu"))):
+            assert (rows == step).all()
+            got.append(step)
+    assert got == [2, 3] and made == [2, 3, 4]
+
+
+# ---- halo: the plan ----------------------------------------------------------------------------------------
+
+
+def test_memory_is_counted_exactly():
+    """Weights, gradients and optimizer state: 16 bytes a trained parameter, 4 a frozen one, 2 on CUDA."""
+    teacher, o = tiny(dtype=torch.float32, layers="AAAA"), options(layers="even")
+    student = HypeNet(halo.student_config(teacher.config, "LLLA", o))
+    twins = HypeNet(halo.student_config(teacher.config, "LLLL", o))
+    mixers = sum(p.numel() for block in twins.blocks for p in block.mixer.parameters())
+    need = halo.needs(teacher, dict.fromkeys(("align", "distil", "finetune")), o)
+    frozen = 4 * sum(p.numel() for p in teacher.parameters())
+    assert need["align"] == pytest.approx((frozen + 16 * mixers) / 1e9)
+    assert need["distil"] == need["finetune"] == pytest.approx((frozen + 16 * student.n_params()) / 1e9)
+
+
+def test_what_cannot_fit_is_refused(monkeypatch, tmp_path):
+    """Weights and optimizer beyond the card, files beyond the disk: one line that names the way out."""
+    teacher, plans = tiny(layers="AAAA"), dict.fromkeys(("align", "distil", "finetune"))
+    o, card = options(layers="even", out=str(tmp_path / "run"), device="cuda"), types.SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    card.total_memory = 1e5
+    with one_line("--recipe article"):
+        halo.needs(teacher, plans, o)
+    with one_line("--groups"):
+        halo.needs(teacher, dict(group=None), o)
+    card.total_memory = 80e9
+    assert set(halo.needs(teacher, plans, o)) == set(plans)
+    monkeypatch.setattr(halo.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
+    with one_line("--out"):
+        halo.needs(teacher, plans, o)
+
+
+def test_plans_of_real_teachers(monkeypatch, tmp_path):
+    """A teacher of the hub, or a folder of much weight, gets the paper's plan and fineweb, any other
+    that of tiny and the standard library; the article's plan is 2.3B tokens, 2M a step."""
+    monkeypatch.setattr(halo, "default_device", lambda name=None: "cuda")
+    def plans(*argv):
+        o = halo.get_args(list(argv))
+        return halo.settle(o)[0], o.data
+    real, data = plans("--teacher", "gpt2-xl")
+    assert data == ["fineweb"] and [(p.steps, p.length, p.batch) for p in real.values()] == [
+        (19531, 512, 32), (20345, 512, 96), (477, 16384, 128)]
+    group = plans("--teacher", "gpt2-xl", "--recipe", "article")[0]["group"]
+    assert group.tokens == 2.3e9 and 2e6 <= group.length * group.batch <= 2.2e6 and group.lr == 1e-5
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
+    assert plans("--teacher", str(tmp_path)) == (plans()[0], None)
+    monkeypatch.setattr(halo, "REAL", 999)
+    assert plans("--teacher", str(tmp_path)) == (real, ["fineweb"])
+
+
+def test_probe_measures_every_stage(tmp_path):
+    """A probe tries each stage, the memory of its optimizer set aside, and changes nothing of the teacher."""
+    write_documents(tmp_path / "text.jsonl", some_documents(words=400))
+    teacher, tokenizer = tiny(dtype=torch.float32, vocab_size=256, layers="AAAA"), Tokenizer.bytes()
+    before = {name: w.clone() for name, w in teacher.state_dict().items()}
+    corpus = halo.Corpus(tokenizer, [str(tmp_path)], cell=64)
+    for recipe, stages in dict(paper=["align", "distil", "finetune"], article=["group"]).items():
+        o = options(recipe, tokenizer=tokenizer)
+        found = halo.Probe(teacher, corpus, {stage: a_plan(640, 64, 5) for stage in stages}, o).found
+        assert list(found) == stages and all(m == 5 and speed > 0 for m, speed, _ in found.values())
+        assert not corpus.taken.any()
+    assert all(w.equal(before[name]) for name, w in teacher.state_dict().items())
+    assert not any("forward" in vars(block) for block in teacher.blocks)
+
+
 # ---- halo: whole runs of a few steps -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A folder with random teachers of 96 tokens, or too few, and a text of 400 short documents."""
+    """A folder with random teachers of 96 tokens, or too few, and two texts of 400 short documents."""
     folder, rng = tmp_path_factory.mktemp("halo"), random.Random(0)
     llama = dict(FAMILIES["llama"], rope_scaling=LLAMA3, tied=False)
     for name, family in dict(teacher={}, gpt2=GPT2, llama=llama, short=dict(max_len=64)).items():
@@ -1270,16 +1637,20 @@ def home(tmp_path_factory):
         model.save_pretrained(folder / name)
         Tokenizer.bytes().save(folder / name)
     words = ["def ", "return ", "x", "self", "import ", "(y)", "\n    ", " == "]
-    texts = [f"doc{n} " + "".join(rng.choices(words, k=150)) for n in range(400)]
-    (folder / "text.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+    for name in ("text.jsonl", "more.jsonl"):
+        write_documents(folder / name, [f"doc{n} " + "".join(rng.choices(words, k=150)) for n in range(400)])
     return folder
+
+
+def data_of(home):
+    return [f"{home}/text.jsonl:0.7", f"{home}/more.jsonl:0.3"]
 
 
 def convert(home, out, *argv, steps=8, teacher="teacher"):
     """Run halo.py, so many steps a stage, each of two sequences of 96 tokens. Returns its report."""
     plan = [f"{stage}.{key}={x}" for stage in ("align", "distil", "finetune", "group")
             for key, x in dict(length=96, batch=2, tokens=192 * steps).items()]
-    halo.main(["--teacher", str(home / teacher), "--data", str(home / "text.jsonl"), "--out", str(out),
+    halo.main(["--teacher", str(home / teacher), "--data", *data_of(home), "--out", str(out),
                "--device", "cpu", "--plan", *plan, "--trials", "5", "--eval-windows", "4",
                "--logit-base", "none", *argv])
     return json.loads((out / "report.json").read_text())
@@ -1292,7 +1663,7 @@ def log_of(out):
 
 def held_out_loss(home, out):
     """The held-out loss of the model in a folder, measured anew."""
-    batches = halo.held_out(halo.Corpus(Tokenizer.load(out), [str(home / "text.jsonl")]), 96, 4)
+    batches = halo.held_out(halo.Corpus(Tokenizer.load(out), data_of(home)), 96, 4)
     return pytest.approx(halo.losses(HypeNet.from_pretrained(out), batches).mean().item(), rel=1e-6)
 
 
@@ -1309,13 +1680,13 @@ def runs(home):
         seen[name] = *before, *after, trained
         return result
     def train(run, stage, plan, seed, corpus, module, groups, loss_fn, plain=halo.train):
-        rows = torch.from_numpy(corpus.mixed(np.random.default_rng(0), 16, 97, 0.5))
+        rows = torch.from_numpy(corpus.rows("test", halo.Plan(1536, 96, 16, 1, 1))(0))
         def work(trained):
             def noting(*batch):
                 trained.update(n for n, p in module.named_parameters() if p.requires_grad)
                 return loss_fn(*batch)
             plain(run, stage, plan, seed, corpus, module, groups, noting)
-        watch(stage, module, work, lambda: loss_fn(rows[:, :-1], rows[:, 1:], plan.steps - 1))
+        watch(stage, module, work, lambda: sum(loss_fn(rows[:, :-1], rows[:, 1:], plan.steps - 1)))
     def whole(run, teacher, *rest, plain=halo.convert):
         return watch("teacher", teacher, lambda _: plain(run, teacher, *rest))
     with pytest.MonkeyPatch.context() as patch:
@@ -1447,6 +1818,30 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
         assert config["logit_base"] == json.loads(min(fits, key=fits.get).replace("None", "null"))
 
 
+@needs_transformers
+@pytest.mark.parametrize("recipe", halo.RECIPES)
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "llama"])
+def test_real_families_go_through(name, recipe, home, tmp_path, capsys):
+    """A random model of transformers with a BPE tokenizer is planned, converted two rows at a time, and its
+    student read again with its tokenizer; each layer is scored without its positions, learned ones too."""
+    theirs, ours = our_tokenizer(name, tmp_path)
+    sizes = dict(n_layer=4, n_positions=128) if name == "gpt2" else dict(
+        num_hidden_layers=4, max_position_embeddings=4096)
+    teacher(name, tmp_path, vocab_size=theirs.get_vocab_size() + 7, **sizes)
+    argv = ["--recipe", recipe, "--max-ctx", "8192", "--micro", "1"]
+    with pytest.raises(FileNotFoundError):                                  # no report: nothing was done
+        convert(home, tmp_path / "no", *argv, "--dry-run", steps=1, teacher=tmp_path)
+    assert not (tmp_path / "no").exists() and "learning rate" in capsys.readouterr().out
+    report = convert(home, tmp_path / "run", *argv, steps=1, teacher=tmp_path)
+    student, tokenizer = HypeNet.from_pretrained(tmp_path / "run"), Tokenizer.load(tmp_path / "run")
+    assert tokenizer.encode("def x") == ours.encode("def x")
+    assert student.config.layers == report["layers"] and "L" in report["layers"]
+    if recipe == "paper":
+        scores = json.loads((tmp_path / "run" / "run.json").read_text())["done"]["scores"][0]
+        assert student.config.attn_pe == 0
+        assert len({s["C_kept"] for s in scores} | {s["C"] for s in scores}) == 8
+
+
 @pytest.mark.parametrize("teacher", ["teacher", "gpt2"])
 def test_groups_go_on(teacher, home, tmp_path):
     """The second group starts from what the first has learned, each of its layers from its own teacher's
@@ -1471,7 +1866,8 @@ def test_pretrain(home, tmp_path, monkeypatch):
     halo.main([*argv, "--out", str(tmp_path / "teacher")])
     losses, rates = zip(*((record["loss"], record["lr"]) for record in log_of(tmp_path / "teacher")))
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-    end, drop = halo.PLANS["pretrain"].lr_end, halo.PLANS["pretrain"].lr - halo.PLANS["pretrain"].lr_end
+    end, drop = halo.PLANS["tiny"]["pretrain"].lr_end, halo.PLANS["tiny"]["pretrain"].lr
+    drop -= end
     cosine = [end + drop * (1 + math.cos(math.pi * step / 25)) / 2 for step in range(25)]
     assert rates == pytest.approx([cosine[0] / 2, *cosine[1:]])             # warm-up: a tenth of the steps
     assert HypeNet.from_pretrained(tmp_path / "teacher").config == small
@@ -1479,6 +1875,12 @@ def test_pretrain(home, tmp_path, monkeypatch):
     halo.main([*argv, "--out", str(tmp_path / "hybrid"), "--layers", "LLAL"])
     config = HypeNet.from_pretrained(tmp_path / "hybrid").config
     assert (config.layers, config.attn_pe, config.linear_gate) == ("LLAL", 0.0, True)
+    monkeypatch.setitem(halo.TEACHERS, "tiny-gpt2", dataclasses.replace(small, **FAMILIES["gpt2"]))
+    halo.main([*argv, "--out", str(tmp_path / "gpt2"), "--teacher", "tiny-gpt2"])
+    argv = ["--layers", "ends", "--fade", "0.5"]
+    convert(home, tmp_path / "gpt2-student", *argv, steps=2, teacher=tmp_path / "gpt2")
+    config = HypeNet.from_pretrained(tmp_path / "gpt2-student").config
+    assert (config.position, config.attn_pe, config.norm) == ("learned", 0.0, "layer")
 
 
 # ---- halo: what bad input gets -----------------------------------------------------------------------------
@@ -1502,6 +1904,8 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--device tpu": "cpu", "--device mps": "mps", "--data {}/no.txt": "no.txt",
     "--data {}/teacher": ".jsonl", "--data {}/bad.jsonl": "bad.jsonl", "--data {}/short.txt": "--data",
     "--data {}/cut.txt.gz": "cut.txt.gz", "--data {}/plain.txt.gz": "plain.txt.gz",
+    "--data stdlib:0.5 stdlib": "weight", "--micro 0": "micro", "--teacher gpt2-xl": "GPU",
+    "--teacher Qwen/Qwen3-1.7B": "GPU", "--teacher no/such": "no/such", "--teacher tiny-gpt2": "--pretrain",
 }
 
 
@@ -1515,6 +1919,8 @@ def test_bad_input_is_one_line(given, runs, home, tmp_path, monkeypatch, capsys)
     (home / "plain.txt.gz").write_text("not compressed\n")
     (home / "cut.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(3000))[:1500])
     monkeypatch.setattr(halo, "train", lambda *_: pytest.fail("training began"))
+    device = halo.default_device
+    monkeypatch.setattr(halo, "default_device", lambda name=None: device(name or "cpu"))
     argv = given.replace("{}", str(home)).split()
     if "--resume" not in given:                                             # else it takes no other flags
         argv = ["--teacher", str(home / "teacher"), "--out", str(tmp_path / "run"), *argv]
