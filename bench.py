@@ -1,0 +1,702 @@
+"""Speed, memory and long contexts, beside what a user would pick instead.
+
+    python bench.py decode     ms a token after contexts of up to a million tokens, and the floor
+    python bench.py prefill    seconds and memory to read such contexts, and the floor
+    python bench.py when       from which context on the hybrid is the better choice, by the rows of decode
+    python bench.py train      a step of every stage at a real size: tokens a second, memory, utilisation
+    python bench.py kernel     the scan of kernel.py, flash-linear-attention (if installed), and attention
+    python bench.py figure     results/decode.png anew, from the rows of decode
+
+Compared are the hybrid of the paper's recipe, its teacher (all attention, the same code) and the hybrid of
+the article's recipe with its window of 2,048 tokens. Weights and the contents of states are random: no time
+depends on them. Tables are printed row by row and kept in results/ with the device they were measured on; a
+run that is cut off keeps its rows, and a row measured again takes the old one's place. Out of memory is a
+result like any other: "memory" in a table, null in a file.
+"""
+import argparse
+import bisect
+import gc
+import glob
+import itertools
+import math
+import os
+import platform
+import re
+import statistics
+import time
+import warnings
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import distributions
+from typing import NamedTuple
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see halo.py
+
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+import halo  # noqa: E402
+from hypenet import (FAMILIES, HypeNet, HypeNetConfig, Parser, State, Tokenizer, command_line,  # noqa: E402
+                     default_device, number, read_json, write_file, write_json)
+from kernel import chunked_scan  # noqa: E402
+
+RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
+
+# ---- models and what they must do --------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    title: str
+    teacher: HypeNetConfig
+    layers: str                      # of the hybrid: letters, or a way to choose them (halo.choose_layers)
+    contexts: tuple = (4096, 32768, 131072, 524288, 1048576)
+    batches: tuple = ()              # (batch, context) that decode measures too; 0: the largest that fits
+    kinds: tuple = ("hybrid", "teacher")
+
+
+ALL = ("hybrid", "teacher", "article")
+QWEN3 = dict(n_kv_head=8, head_dim=128, vocab_size=151936, max_len=40960, rope_theta=1e6, **FAMILIES["qwen3"])
+SIZES = {
+    "2b": Size("HypeNet-2B / Qwen3-1.7B", HypeNetConfig(
+        "A" * 28, n_embd=2048, n_head=16, n_hidden=6144, **QWEN3), "LLAALLALAALLLLLLLLLLLALLLALL",
+        batches=((32, 4096), (0, 65536)), kinds=ALL),
+    "gpt2-xl": Size("GPT-2 XL", HypeNetConfig(
+        "A" * 48, 50257, 1600, 25, 25, 64, 6400, 1024, **FAMILIES["gpt2"]), "even"),
+    "14b": Size("Qwen3-14B", HypeNetConfig(
+        "A" * 40, n_embd=5120, n_head=40, n_hidden=17408, **{**QWEN3, "tied": False}), "even",
+        (32768, 131072, 524288)),
+    "tiny": Size("tiny", halo.TEACHERS["tiny"], "even", (256, 1024), ((4, 256), (0, 1024)), ALL),
+}
+
+
+def recipe(name, **changes):
+    """The options of halo.py under a recipe."""
+    return argparse.Namespace(**{**vars(halo.get_args([])), **halo.RECIPES[name], "changes": {}, **changes})
+
+
+def config_of(size, kind):
+    """The config of a hybrid, the paper's or the article's, or of the teacher. A table of learned positions
+    would limit the latter to its length: it goes without, which saves one addition a token."""
+    s = SIZES[size]
+    if kind == "teacher":
+        return replace(s.teacher, attn_pe=float(s.teacher.position == "rope"))
+    o = recipe("article" if kind == "article" else "paper", max_ctx=2 * s.contexts[-1])
+    layers = halo.choose_layers("ends" if kind == "article" else s.layers, len(s.teacher.layers))
+    return replace(halo.student_config(s.teacher, layers, o), logit_base=500.0 if kind == "hybrid" else None)
+
+
+def dtype_on(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def build(config, device):
+    with torch.device(device):
+        return HypeNet(config).to(dtype_on(device)).requires_grad_(False).eval()
+
+
+def models(o, device):
+    """(size, kind, config, model) of all that --size and --kind ask for; None: the model does not fit."""
+    for size, kind in ((size, kind) for size in o.size for kind in o.kind or SIZES[size].kinds):
+        config = config_of(size, kind)
+        release()
+        yield size, kind, config, attempt(lambda: build(config, device))
+
+
+def weigh(config, batch, context, dtype):
+    """Bytes that one decoded token of each row must move, and bytes that must be held: weights (of a table
+    that is only looked up in, next to nothing moves), S (read and written) and the K/V of the context."""
+    with torch.device("meta"):
+        model = HypeNet(config)
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    looked_up = sum(w.numel() for w in tables if not (config.tied and w is model.wte.weight))
+    S, KV = State(config, batch, context, "meta", dtype).nbytes()
+    weights = model.n_params() * dtype.itemsize
+    return weights - looked_up * dtype.itemsize + 2 * S + KV, weights + S + KV
+
+
+def operations(config, T, part=""):
+    """Of a forward pass over T tokens: those of the Linears with `part` in their names, two for each weight
+    and token, and those of softmax attention, four for each channel, query and key that it sees. Not counted:
+    the head, norms, and the scan, under 2% of the rest."""
+    with torch.device("meta"):
+        blocks = HypeNet(config).blocks
+    weights = sum(m.weight.numel() for name, m in blocks.named_modules()
+                  if isinstance(m, nn.Linear) and part in name)
+    W = min(T, config.window or T)                       # the first W queries see 1, 2, ... W keys
+    pairs = W * (W + 1) // 2 + (T - W) * W
+    return 2 * T * weights, 4 * config.n_head * config.head_dim * pairs * config.layers.count("A")
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+def milliseconds(f, device, warm=2, repeat=20, flush=True):
+    """Median time of f(), in ms. On a GPU what lies in its cache is overwritten before each call (flush), and
+    calls are queued, so that Python's own time hides behind the card's, as it does in training."""
+    for _ in range(warm):
+        f()
+    if device.type != "cuda":
+        return statistics.median(1000 * once(f, device)[0] for _ in range(3))
+    scratch = torch.empty(2 ** 28 if flush else 0, dtype=torch.int8, device=device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeat)]
+    torch.cuda.synchronize(device)
+    for begin, end in events:
+        scratch.zero_()
+        begin.record()
+        f()
+        end.record()
+    torch.cuda.synchronize(device)
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def once(f, device):
+    """Seconds that f() takes, and GB that it allocates at its peak over what was there (None on a CPU)."""
+    gpu = torch.cuda if device.type == "cuda" else None
+    if gpu:
+        gpu.synchronize(device)
+        gpu.reset_peak_memory_stats(device)
+    before, began = gpu and gpu.memory_allocated(device), time.perf_counter()
+    f()
+    if gpu:
+        gpu.synchronize(device)
+    return time.perf_counter() - began, gpu and (gpu.max_memory_allocated(device) - before) / 1e9
+
+
+def copy_rate(device):
+    """Bytes a second, read and written, of a large copy."""
+    a = torch.empty(2 ** (32 if device.type == "cuda" else 26), dtype=torch.int8, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.numel() / (milliseconds(lambda: b.copy_(a), device) / 1000)
+
+
+def matmul_rate(device):
+    """Operations a second of a large product, in the dtype of models."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype_on(device))
+    return 2 * n ** 3 / (milliseconds(lambda: a @ b, device) / 1000)
+
+
+def attention_rate(config, device):
+    """Operations a second of the best single call of causal attention with a model's heads, and its name."""
+    H, D, T, rates = config.n_head, config.head_dim, 16384 if device.type == "cuda" else 512, {}
+    q, k, v = torch.randn(3, 1, H, T, D, device=device, dtype=dtype_on(device))
+    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+        try:
+            with sdpa_kernel(getattr(SDPBackend, name)), warnings.catch_warnings():
+                warnings.simplefilter("ignore")          # they say why a backend declines
+                ms = milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device)
+            rates[name.split("_")[0].lower()] = 4 * H * D * (T * (T + 1) / 2) / (ms / 1000)
+        except RuntimeError:                             # not for this device, dtype or head size
+            pass
+    best = max(rates, key=rates.get)
+    return rates[best], best
+
+
+def attempt(f):
+    """f(), or None where the memory does not suffice."""
+    try:
+        return f()
+    except torch.OutOfMemoryError:
+        pass                                             # what f had made is freed once the handler is left
+    release()
+
+
+def release():
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def machine(device):
+    """What was measured on, and its short name in that of a file: h200, 4090, cpu."""
+    cuda, found = device.type == "cuda", {d.metadata["Name"]: d.version for d in distributions()}
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    kind = re.findall(r"[a-z]*\d+\w*|$", name.lower())[0] or "gpu" if cuda else device.type
+    return dict(device=name, dtype=str(dtype_on(device)).removeprefix("torch."), torch=torch.__version__,
+                python=platform.python_version(), triton=found.get("triton"),
+                fla=found.get("flash-linear-attention")), kind
+
+
+class Table:
+    """A table, printed row by row, and its file results/MODE-DEVICE.json, written anew with each row. Rows of
+    earlier runs on the same machine with the same versions stay, but for those that are measured again.
+    columns: "name:format name:format ...", of which the first `keys` tell one row from another."""
+
+    def __init__(self, o, device, keys, columns, about, **facts):
+        self.columns = [(name, *re.match(r"(<?\d+)(.*)", form).groups()) for name, _, form in
+                        (column.partition(":") for column in columns.split())]
+        self.facts, kind = machine(device)
+        self.path, self.keys = table_path(o.name or f"{o.what}-{kind}"), [c[0] for c in self.columns[:keys]]
+        found = read_table(self.path) if os.path.exists(self.path) else {}
+        self.rows = found["rows"] if all(found.get(k) == v for k, v in self.facts.items()) else []
+        self.facts |= facts
+        os.makedirs(RESULTS, exist_ok=True)
+        print(f"{self.facts['device']}, {self.facts['dtype']}, {about}\n")
+        print("".join(f"{name.replace('_', ' '):{'' if '<' in width else '>'}{width}}"
+                      for name, width, _ in self.columns))
+
+    def add(self, **row):
+        self.rows = [r for r in self.rows if any(r[key] != row[key] for key in self.keys)] + [row]
+        write_json(self.path, dict(**self.facts, rows=self.rows))
+        print("".join(f"{self.cell(name, row.get(name), form):{'' if '<' in width else '>'}{width}}"
+                      for name, width, form in self.columns), flush=True)
+
+    @staticmethod
+    def cell(name, value, form):
+        if value is None:                                # a time is missing for one reason alone
+            return "memory" if name in ("ms", "seconds", "forward", "both") else "-"
+        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else format(value, form)
+
+
+def table_path(name):
+    return os.path.join(RESULTS, f"{name}.json")
+
+
+def read_table(path):
+    """What a Table has written; ValueError for any other file."""
+    content = read_json(os.path.dirname(path), os.path.basename(path), "table of bench.py")
+    if not isinstance(content.get("rows"), list):
+        raise ValueError(f"{path} is no table of bench.py, it has no rows: remove it, or give another --name")
+    return content
+
+
+# ---- decode ------------------------------------------------------------------------------------------------
+
+WARM = 5                                                 # steps; the second one records the graph
+
+
+def bench_decode(o):
+    device = torch.device(o.device)
+    rate = copy_rate(device)
+    table = Table(o, device, 4, "size:<9 kind:<9 batch:6, context:11, ms:10.2f floor_ms:10.2f ratio:7.2f "
+                  "tok_s:9,.0f need_gb:9.2f peak_gb:9.2f", f"""copies {rate / 1e12:.3g} TB/s
+A batch of rows, each with so many tokens of context, gets one more token each. Floor: bytes of weights, S
+(both ways) and K/V over the rate of copies. GB: of weights and state; of all, at the peak.""",
+                  copy_rate=rate)
+    for size, kind, config, model in models(o, device):
+        todo = [(o.batch, n) for n in o.ctx or SIZES[size].contexts]
+        todo += () if o.ctx or kind == "article" else SIZES[size].batches
+        measure = partial(decode_row, model, config, rate, device)
+        for batch, context in todo:
+            release()
+            row = measure(context, batch or largest_batch(config, context, device))
+            while row["ms"] is None and not batch and row["batch"] > 1:        # less room than it looked
+                row = measure(context, row["batch"] * 15 // 16)
+            table.add(size=size, kind=kind, **row)
+        del model, measure
+    draw(table.facts, table.rows, "2b" if "2b" in o.size else o.size[0])
+    return table
+
+
+def decode_row(model, config, rate, device, context, batch):
+    """ms a step and peak memory of a decoder whose state is filled with random numbers."""
+    def work():
+        state = model.init_state(batch, context + WARM + 20)
+        for tensor in (t for layer in state.layers for t in layer.values()):
+            tensor.normal_()
+        state.pos.fill_(context)
+        state.seen = context
+        return milliseconds(model.decoder(state), device, warm=WARM, flush=False)
+    moved, held = weigh(config, batch, context, dtype_on(device))
+    floor, cuda = 1000 * moved / rate, device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    ms = model and attempt(work)
+    return dict(batch=batch, context=context, ms=ms, floor_ms=floor, ratio=ms and ms / floor,
+                tok_s=ms and 1000 * batch / ms, need_gb=held / 1e9,
+                peak_gb=torch.cuda.max_memory_allocated(device) / 1e9 if cuda and ms else None)
+
+
+def largest_batch(config, context, device):
+    """Rows that should fit beside a model, by arithmetic: 3% are left for what a step needs. Of the memory of
+    a CPU, only what is enough to try."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2 ** 26
+    one, two = (weigh(config, batch, context, dtype_on(device))[1] for batch in (1, 2))
+    return max(1, int(0.97 * free / (two - one)))
+
+
+LOOK = dict(hybrid=("#1f4e79", "hybrid"), teacher=("#a63d2f", "all attention"),
+            article=("#5b7f3a", "article's hybrid,\nwindow of 2,048"))
+
+
+def draw(facts, rows, size):
+    """ms a token against context: results/decode.png, of sizes other than 2b decode-SIZE.png."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no figure: pip install matplotlib, then python bench.py figure")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    fig, ax = plt.subplots(figsize=(7.2, 4.4), dpi=150)
+    rows = sorted((r for r in rows if r["size"] == size and r["batch"] == 1), key=lambda r: r["context"])
+    for kind, (color, label) in LOOK.items():
+        mine = [r for r in rows if r["kind"] == kind]
+        fit = [r for r in mine if r["ms"]]
+        if not fit:
+            continue
+        x, look = [r["context"] for r in fit], dict(xytext=(8, 0), va="center", ha="left")
+        ax.plot(x, [r["ms"] for r in fit], color=color, lw=1.8, marker="o", ms=3.5)
+        ax.plot(x, [r["floor_ms"] for r in fit], color=color, lw=0.8, ls=(0, (4, 3)))
+        if len(fit) < len(mine):
+            label += f",\nno memory for {mine[len(fit)]['context']:,}"
+            look = dict(xytext=(4, 6), va="bottom", ha="right")
+        ax.annotate(label, (x[-1], fit[-1]["ms"]), textcoords="offset points", color=color, fontsize=9,
+                    linespacing=1.3, **look)
+    ax.set(xscale="log", yscale="log", xlabel="tokens of context")
+    ax.minorticks_off()
+    contexts, (low, high) = sorted({r["context"] for r in rows}), ax.get_ylim()
+    steps = [y for e in range(-3, 5) for y in (10 ** e, 2 * 10 ** e, 5 * 10 ** e) if low <= y <= high]
+    ax.set_xticks(contexts, [f"{n:,}" for n in contexts], fontsize=8)
+    ax.set_yticks(steps, [f"{y:g}" for y in steps], fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title("Milliseconds a token", loc="left", fontsize=11, pad=20)
+    ax.text(0, 1.025, f"{SIZES[size].title}, batch 1, {facts['dtype']}, {facts['device']}; dashed: time to "
+            "move weights, state and K/V once", transform=ax.transAxes, fontsize=8, color="0.35")
+    fig.tight_layout()
+    path = os.path.join(RESULTS, "decode.png" if size == "2b" else f"decode-{size}.png")
+    write_file(path, partial(fig.savefig, format="png"))
+    plt.close(fig)
+    print(f"\nfigure in {os.path.relpath(path)}")
+
+
+def bench_figure(o):
+    draw(*measured(o)[0][1:], o.size)
+
+
+# ---- when to use it ----------------------------------------------------------------------------------------
+
+
+def measured(o):
+    """[(file, facts, rows)]: what decode has measured of a size at batch 1."""
+    found = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(RESULTS), f"{o.name or 'decode-*'}.json"))):
+        content = read_table(path)
+        rows = [r for r in content["rows"] if (r.get("size"), r.get("batch")) == (o.size, 1)]
+        if {"hybrid", "teacher"} <= {r["kind"] for r in rows}:
+            found.append((path, content, sorted(rows, key=lambda r: r["context"])))
+    if not found:
+        raise ValueError(f"no rows of {o.size}, hybrid and teacher, in results/{o.name or 'decode-*'}.json; "
+                         f"measure them: python bench.py decode --size {o.size}")
+    return found
+
+
+def at(contexts, values, n):
+    """The value at n, straight in log-log between those measured, level before the first; inf next to inf."""
+    i = bisect.bisect(contexts, max(n, contexts[0]))
+    a, x = contexts[i - 1], values[i - 1]
+    if n <= a or x == math.inf:
+        return x
+    return x * (values[i] / x) ** (math.log(n / a) / math.log(contexts[i] / a))
+
+
+def wins_from(contexts, ours, theirs):
+    """The context from which on ours is less than theirs up to the last; None: not even there. Between two
+    that were measured, where the curves, straight in log-log, cross."""
+    lead = [math.log(y / x) for x, y in zip(ours, theirs)]
+    behind = max((i for i, d in enumerate(lead) if d <= 0), default=-1)
+    if behind in (-1, len(lead) - 1):
+        return contexts[0] if behind < 0 else None
+    (a, b), (d, e) = contexts[behind:behind + 2], lead[behind:behind + 2]
+    return b if e == math.inf else a * (b / a) ** (d / (d - e))
+
+
+def bench_when(o):
+    for path, facts, rows in measured(o):
+        found = {(r["kind"], r["context"]): r for r in rows}
+        contexts = [n for kind, n in found if kind == "hybrid" and found["hybrid", n]["ms"]
+                    and ("teacher", n) in found]
+        ms, gb = ({kind: [value(found[kind, n]) for n in contexts] for kind in ("hybrid", "teacher")}
+                  for value in (lambda r: r["ms"] or math.inf, lambda r: r["peak_gb"] or r["need_gb"]))
+        if not contexts or o.ctx > contexts[-1]:
+            raise ValueError(f"--ctx {o.ctx}: the hybrid was measured, and fits, up to a context of "
+                             f"{max(contexts, default=0)} tokens ({os.path.relpath(path)})")
+        print(f"{SIZES[o.size].title}, batch 1, {facts['device']}, {os.path.relpath(path)}\n"
+              f"one token after {o.ctx:,}"
+              + f" (taken for {contexts[0]:,}, the shortest measured)" * (o.ctx < contexts[0]))
+        now = {kind: (at(contexts, ms[kind], o.ctx), at(contexts, gb[kind], o.ctx)) for kind in ms}
+        for kind, (t, m) in now.items():
+            shown = f"{t:.2f} ms" if t < math.inf else "not measured, for lack of memory"
+            print(f"  {kind:8s} {shown}, {m:.3g} GB")
+        for what, curves in dict(time=ms, memory=gb).items():
+            since = wins_from(contexts, curves["hybrid"], curves["teacher"])
+            about = since and f"{float(f'{since:.2g}'):,.0f}"
+            print(f"  in {what} the hybrid wins " + (
+                f"at no context up to {contexts[-1]:,}" if since is None else f"from about {about} tokens on"
+                if since > contexts[0] else f"from {since:,} tokens on, the shortest measured"))
+        print(f"  {verdict(now, o.ms, o.gb)}")
+
+
+def verdict(now, ms=None, gb=None):
+    """now: ms (inf: does not fit) and GB of hybrid and teacher; ms, gb: limits. A sentence."""
+    fit = [kind for kind, (t, m) in now.items() if t < math.inf and t <= (ms or t) and m <= (gb or m)]
+    limits = " and ".join(filter(None, (ms and f"{ms:g} ms", gb and f"{gb:g} GB"))) or "this device"
+    if len(fit) < 2:
+        return (f"use the {fit[0]}: it alone is known to keep within {limits}" if fit else
+                f"use neither: both exceed {limits}; take a smaller model")
+    (t, m), (u, n) = now["hybrid"], now["teacher"]
+    choice = ("the teacher", "either", "the hybrid")[(t < u) + (m < n)]
+    return f"use {choice}: the hybrid takes {t / u:.2f} of the time and {m / n:.2f} of the memory"
+
+
+# ---- prefill -----------------------------------------------------------------------------------------------
+
+
+def bench_prefill(o):
+    device = torch.device(o.device)
+    linear, rates = matmul_rate(device), {s: attention_rate(SIZES[s].teacher, device) for s in o.size}
+    shown = ", ".join(f"{rate:.3g} ({size}, {best})" for size, (rate, best) in rates.items())
+    table = Table(o, device, 3, "size:<9 kind:<9 context:11, seconds:10.3f floor_s:10.3f ratio:7.2f "
+                  "tok_s:11,.0f extra_gb:10.2f", f"""operations a second: {linear:.3g}; attention {shown}
+So many tokens of context are read. Floor: operations of Linears and of attention over these rates. Extra GB:
+at the peak, over weights and state.""", matmul_rate=linear, attention_rate=rates)
+    for size, kind, config, model in models(o, device):
+        contexts = [n for n in o.ctx or SIZES[size].contexts if kind != "teacher" or n <= o.teacher_max]
+        for warm, context in enumerate([min(32768, max(contexts, default=1)), *contexts]):
+            release()
+            runs = [model and attempt(lambda: prefill(model, context, o.segment, device))
+                    for _ in range(2 if warm and context <= 131072 else 1)]
+            seconds, extra = min(filter(None, runs), key=lambda run: run[0], default=(None, None))
+            work = operations(config, context)
+            floor = work[0] / linear + work[1] / rates[size][0]
+            if warm:
+                table.add(size=size, kind=kind, context=context, seconds=seconds, floor_s=floor, extra_gb=extra,
+                          ratio=seconds and seconds / floor, tok_s=seconds and context / seconds)
+        del model
+    return table
+
+
+def prefill(model, context, segment, device):
+    """Seconds, and GB over weights and state (None on a CPU), of reading random ids."""
+    prompt = torch.randint(model.config.vocab_size, (context,), device=device)
+    state, options = model.init_state(1, context), dict(segment=segment) if segment else {}
+    return once(lambda: model.prefill(prompt, state, **options), device)
+
+
+# ---- train -------------------------------------------------------------------------------------------------
+
+PEAKS = dict(h100=989e12, h200=989e12, a100=312e12)      # dense bf16 operations a second, by the maker
+
+
+class Trial(halo.Probe):
+    """Stands in for a Run of halo.py: takes two steps of every stage on random ids and reports the second. A
+    step of more than o.seconds is cut to fewer sequences, of which each costs the same."""
+
+    def __init__(self, teacher, corpus, plans, o):
+        self.o, self.vocab_size = o, teacher.config.vocab_size
+        super().__init__(teacher, corpus, plans, o)
+
+    def measure(self, stage, plan, module, params, loss_fn, micro):
+        device, self.n_vocab = params[0].device, self.vocab_size
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        super().measure(stage, plan, module, params, loss_fn, micro)           # finds what fits at once
+        micro, speed = min(self.found[stage][0], plan.batch), self.found[stage][1]
+        batch = min(plan.batch, micro * max(1, int(self.o.seconds * speed / (micro * plan.length))))
+        rows = torch.randint(self.n_vocab, (batch, plan.length + 1), device=device)
+        opt = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+        def step(micro):                                                       # as in halo.train
+            _, micro = halo.fitted(stage, module, micro, partial(halo.backward, loss_fn, rows, 0))
+            nn.utils.clip_grad_norm_(params, 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            return micro
+        micro = step(micro)
+        seconds, _ = once(lambda: step(micro), device)
+        blocks = getattr(module, "blocks", [])
+        self.o.report(stage, plan, batch, seconds, at_once=micro, peak_gb=halo.peak_gb(device.type),
+                      checkpoint=bool(blocks) and "forward" in vars(blocks[0]))
+
+
+def train_operations(stage, teacher, student, T):
+    """Operations a token of a stage's models, in sequences of T: 2 a weight for the teacher, 6 for what is
+    trained (4 where its input needs no gradient), with heads and attention, without recomputation."""
+    def forward(config, head=True):
+        return sum(operations(config, T)) / T + 2 * head * config.n_embd * config.vocab_size
+    if stage == "align":
+        twins = replace(student, layers="L" * len(student.layers))
+        of_twins = 3 * operations(twins, T, "mixer")[0] - operations(twins, T, "qkvz")[0]
+        return forward(teacher, head=False) + of_twins / T
+    return 3 * forward(student) + (forward(teacher) if stage == "distil" else 0)
+
+
+def bench_train(o):
+    device, tokenizer = torch.device(o.device), Tokenizer.bytes()
+    peak = o.peak or PEAKS.get(machine(device)[1])
+    table = Table(o, device, 2, "size:<9 stage:<9 length:8, plan_batch:11 batch:7, at_once:8 checkpoint:11 "
+                  "seconds:9.2f tok_s:9,.0f used:7.1% peak_gb:8.1f tokens:14, hours:8.2f",
+                  f"""peak {f"{peak:.3g}" if peak else "unknown (--peak)"} operations a second
+A step of each stage of halo.py under the paper's plan, all of its batch or the first so many sequences, so
+many at once. Used: share of the peak. Hours: for all tokens of the plan.""", peak=peak)
+    for size in o.size:
+        plans = {name: plan for name, plan in halo.PLANS["tiny" if size == "tiny" else "real"].items()
+                 if name in ("align", "distil", "finetune")}
+        teacher, student = SIZES[size].teacher, config_of(size, "hybrid")
+
+        def report(stage, plan, batch, seconds, **row):
+            speed = batch * plan.length / seconds
+            each = train_operations(stage, teacher, student, plan.length)
+            table.add(size=size, stage=stage, length=plan.length, plan_batch=plan.batch, batch=batch,
+                      seconds=seconds, tok_s=speed, operations=each, used=peak and each * speed / peak,
+                      tokens=plan.total, hours=plan.total / speed / 3600, **row)
+        options = recipe("paper", layers=student.layers, device=o.device, tokenizer=tokenizer,
+                         seconds=o.seconds, report=report)
+        corpus = halo.Corpus(tokenizer, None, 0, max(plan.length for plan in plans.values()))
+        try:
+            Trial(build(teacher, device), corpus, plans, options)
+        except (torch.OutOfMemoryError, ValueError) as e:                      # the latter: halo.fitted's
+            print(f"{size:9s}memory: {' '.join(str(e).split())}", flush=True)
+        corpus.close()
+        release()
+    return table
+
+
+# ---- kernel ------------------------------------------------------------------------------------------------
+
+SCANS = [(8, 4096, 16, 128, 128), (1, 131072, 16, 128, 128), (8, 1024, 25, 32, 64), (4, 16384, 8, 64, 64)]
+CPU_SCANS = [(1, 4096, 4, 64, 64)]
+DECAYS = ("constant", "head", "channel")
+
+
+def scan_inputs(shape, decay, device):
+    """q, k, v, log decays as a trained gate gives them (mean retention 0.85), and the upstream gradient, all
+    bf16 but a constant decay."""
+    B, T, H, K, V = shape
+    rng = torch.Generator(device).manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(size, device=device, generator=rng)
+    q, k, v, do = (normal(B, T, H, n).bfloat16() for n in (K, K, V, V))
+    if decay == "constant":
+        return q, k, v, -torch.exp2(-8 * torch.arange(1, H + 1, device=device) / H), do
+    g = F.logsigmoid(normal(B, T, H, K) if decay == "channel" else normal(B, T, H)).bfloat16() / 2
+    return q, k, v, g, do
+
+
+def ours(q, k, v, g, backend=None):
+    return chunked_scan(q, k, v, g, scale=q.shape[-1] ** -0.5, backend=backend)[0]
+
+
+def sdpa(q, k, v, g):                                    # keys as wide as values, as attention has them
+    q, k, v = (F.pad(x, (0, v.shape[-1] - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def rivals(decay):
+    """Functions (q, k, v, log_decay) -> o: ours, and what else there is."""
+    found = dict(ours=ours)
+    try:
+        from fla.ops.gla import chunk_gla
+        from fla.ops.simple_gla import chunk_simple_gla
+        found["fla"] = {"channel": lambda q, k, v, g: chunk_gla(q, k, v, g)[0],
+                        "head": lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g)[0],
+                        "constant": lambda q, k, v, g: chunk_simple_gla(q, k, v, g_gamma=g)[0]}[decay]
+    except ImportError:
+        pass
+    return dict(found, sdpa=sdpa) if decay == "constant" else found
+
+
+def gradients(f, tensors, do):
+    """f(*tensors), then its gradient in each of them but a constant decay."""
+    leaves = [x.detach().requires_grad_(x.dim() > 1) for x in tensors]
+    out = f(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, [x for x in leaves if x.requires_grad], do)]
+
+
+def scan_row(f, tensors, do, refs, device):
+    """Times in ms, GB, and RMSE(out - ref) / RMSE(ref) of o and each gradient on the heads of refs."""
+    def forward():
+        with torch.no_grad():
+            f(*tensors)
+    both, began = partial(gradients, f, tensors, do), time.time()
+    out = attempt(both)
+    first = time.time() - began
+    errors = {name: ((x[:1, :, :r.size(2)].double() - r).norm() / r.norm()).item()
+              for name, x, r in zip(("o", "dq", "dk", "dv", "dlog_decay"), out or (), refs)}
+    del out
+    return dict(first_call_s=first, forward=attempt(lambda: milliseconds(forward, device)),
+                both=attempt(lambda: milliseconds(both, device)),
+                gb=(attempt(lambda: once(both, device)) or (0, None))[1], **errors)
+
+
+def bench_kernel(o):
+    device = torch.device(o.device)
+    rate = copy_rate(device)
+    table = Table(o, device, 3, "shape:<24 decay:<10 by:<5 forward:9.3f both:9.3f floor:8.3f of_floor:9.0% "
+                  "gb:7.2f o:9.1e dq:9.1e dk:9.1e dv:9.1e dlog_decay:11.1e", f"""copies {rate / 1e12:.3g} TB/s
+ms of a scan in bf16, its shape B, T, H, K, V: forward, and with the backward pass (both). Floor: the bytes of
+a forward pass over the rate of copies. o, dq, ...: relative errors, against fp64.""", copy_rate=rate)
+    for shape, decay in itertools.product(SCANS if device.type == "cuda" else CPU_SCANS, DECAYS):
+        *tensors, do = scan_inputs(shape, decay, device)
+        sliced = [(x[:1, :, :2] if x.dim() > 1 else x[:2]).double() for x in (*tensors, do)]       # two heads
+        refs = gradients(partial(ours, backend="torch"), sliced[:4], sliced[4])
+        floor = 1000 * sum(x.numel() * x.element_size() for x in (*tensors, do) if x.dim() > 1) / rate
+        for name, f in rivals(decay).items():
+            row = scan_row(f, tensors, do, refs if name != "sdpa" else (), device)
+            table.add(shape=list(shape), decay=decay, by=name, **row, floor=floor,
+                      of_floor=row["forward"] and floor / row["forward"])
+    return table
+
+
+# ---- command line ------------------------------------------------------------------------------------------
+
+MODES = dict(decode=bench_decode, prefill=bench_prefill, when=bench_when, train=bench_train,
+             kernel=bench_kernel, figure=bench_figure)
+ON_GPU = dict(decode=["2b", "gpt2-xl", "14b"], prefill=["2b"], train=["2b", "gpt2-xl"])
+
+
+def get_args(argv):
+    p = Parser(prog="bench.py", description=__doc__.split("\n\n")[0],
+               epilog="sizes: " + "; ".join(f"{name}, {s.title}" for name, s in SIZES.items()))
+    modes = p.add_subparsers(dest="what", required=True)
+    tokens, positive = number(int, 1), number(float, 1e-9)
+    for name, line in re.findall(r"python bench\.py (\w+) +(.*)", __doc__):
+        add = modes.add_parser(name, help=line, description=line, epilog=p.epilog).add_argument
+        add("--name", help="name of the file in results/, without .json")
+        if name in ("when", "figure"):
+            add("--size", default="2b", choices=SIZES)
+        else:
+            add("--device", help=f"cuda or cpu; default: {default_device()} here")
+        if name in ON_GPU:
+            add("--size", nargs="+", choices=SIZES, help=f"default: {' '.join(ON_GPU[name])}; on a CPU tiny")
+        if name in ("decode", "prefill"):
+            add("--kind", nargs="+", choices=ALL, default=None if name == "decode" else ["hybrid", "teacher"])
+            add("--ctx", nargs="+", type=tokens, metavar="N", help="tokens of context; default: by size")
+        if name == "decode":
+            add("--batch", type=tokens, default=1, help="rows decoded at once")
+        if name == "prefill":
+            add("--segment", type=tokens, help="tokens read at a time; default: the model's own")
+            add("--teacher-max", type=tokens, default=131072, metavar="N", help="longest of the teacher")
+        if name == "when":
+            add("--ctx", type=tokens, required=True, metavar="N", help="tokens of context")
+            add("--ms", type=positive, help="limit of a token's time")
+            add("--gb", type=positive, help="limit of memory")
+        if name == "train":
+            add("--peak", type=positive, help="operations a second that the device could do")
+            add("--seconds", type=positive, default=10.0, help="cut a step that takes longer")
+    o = p.parse_args(argv)
+    if "device" in o:
+        o.device = default_device(o.device)
+        if o.what in ON_GPU:
+            o.size = o.size or (ON_GPU[o.what] if o.device.startswith("cuda") else ["tiny"])
+    return o
+
+
+def run_main(argv):
+    o = get_args(argv)
+    table = MODES[o.what](o)
+    if table:
+        print(f"\nwritten to {os.path.relpath(table.path)}")
+
+
+def main(argv=None):
+    command_line("bench.py", run_main, argv)
+
+
+if __name__ == "__main__":
+    main()
