@@ -45,7 +45,8 @@ def get_args(argv):
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--logit-base", type=number(float, 1), help="a of s_t = log(t + a) / log(a), which scales "
                                                                "the queries; default: the model's own")
-    p.add_argument("--segment", type=number(int, 1), default=1024, help="tokens read at a time")
+    p.add_argument("--segment", type=number(int, 1), help="tokens read at a time; default: 8192 on a GPU, "
+                                                          "else 1024")
     p.add_argument("--teacher", action="store_true", help="run the model's all-attention teacher instead")
     p.add_argument("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
     o = p.parse_args(argv)
