@@ -56,6 +56,7 @@ import re
 import sys
 import unicodedata
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -167,15 +168,25 @@ FAMILIES = {
 
 def rope_frequencies(config, dim, device=None):
     """Angle a token of each pair of channels, (dim / 2,) fp32: theta^(-2i / dim) (RoPE section 3.2), the long
-    wavelengths slowed where rope_scaling is Llama 3's. Made anew at each call, so that no cast touches it."""
-    freq = config.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    if config.rope_scaling:
-        s = config.rope_scaling
+    wavelengths slowed where rope_scaling is Llama 3's. No weight, no buffer, so that no cast touches it."""
+    return frequencies(config.rope_theta, dim, tuple((config.rope_scaling or {}).items()), device)
+
+
+@lru_cache(64)
+def frequencies(theta, dim, scaling, device):
+    freq = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    if s := dict(scaling):
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns when pretrained
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)                     # 1: as it was, 0: fully slowed
         freq = keep * freq + (1 - keep) * freq / s["factor"]
     return freq
+
+
+@lru_cache(64)
+def constant_log_decay(H, device):
+    """Log of gamma_h = exp(-2^(-8h/H)), h = 1..H (paper eq. 19), whether or not H is a power of two."""
+    return -torch.exp2(-8.0 * torch.arange(1, H + 1, device=device) / H)
 
 
 def rotate(x, cos_sin):
@@ -191,6 +202,7 @@ class Where(NamedTuple):
     start: int                       # tokens the longest row already holds, on the host; 0 without a state
     attn_rope: tuple | None          # cos and sin for attention layers, None: no rotation
     linear_rope: tuple | None        # the same for linear layers
+    s_t: torch.Tensor | None         # (B or 1, T), scales queries of attention layers (paper eq. 11)
 
 
 def locate(config, pos, start=0):
@@ -203,7 +215,8 @@ def locate(config, pos, start=0):
         attn_rope = cos_sin(pos % c.chunk if c.chunk else pos, c.head_dim, c.attn_pe)
     if c.linear_rope:
         linear_rope = cos_sin(pos, c.key_dim)
-    return Where(pos, start, attn_rope, linear_rope)
+    s_t = torch.log(pos + c.logit_base) / math.log(c.logit_base) if c.logit_base else None
+    return Where(pos, start, attn_rope, linear_rope, s_t)
 
 
 # ---- small parts -------------------------------------------------------------------------------------------
@@ -297,9 +310,8 @@ class Attention(nn.Module):
         if hasattr(self, "chunk_embd"):
             e = self.chunk_embd(where.pos // c.chunk).unflatten(-1, (c.n_head, c.head_dim))
             q, k = q + e, k + e[:, :, ::c.n_head // c.n_kv_head]    # grouped k: the group's first head
-        if c.logit_base is not None:                                # paper eq. 11
-            s_t = torch.log(where.pos + c.logit_base) / math.log(c.logit_base)
-            q = q * s_t[..., None, None]
+        if where.s_t is not None:
+            q = q * where.s_t[..., None, None]
         q, k = q.to(v.dtype), k.to(v.dtype)                         # autocast leaves norms in fp32
         if cache is None:
             o = self.whole(q, k, v)
@@ -348,7 +360,7 @@ class Attention(nn.Module):
         """One token a row, each row at its own position: it attends to its own keys and no others."""
         keys, values, pos = cache["k"], cache["v"], where.pos[:, 0]                 # pos (B,)
         if kernel.on_gpu(q, q.size(-1)):
-            return kernel.attend_cache(q, k, v, keys, values, pos)
+            return kernel.attend_cache(q, k, v, keys, values, where.pos)
         row, slot = torch.arange(len(pos), device=q.device), pos % keys.size(1)
         keys[row, slot], values[row, slot] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
         used = min(where.start + 1, keys.size(1))                   # where.start: the longest row
@@ -362,13 +374,11 @@ class Attention(nn.Module):
 
     def step(self, q, k, v, where, cache):
         """decode of what qkvz gives, (B,H*D) and (B,G*D): norms, RoPE and s_t are the kernel's part."""
-        c, pos, s_t = self.config, where.pos[:, 0], None
+        c = self.config
         q, k, v = (t.view(len(t), 1, -1, c.head_dim) for t in (q, k, v))
         norms = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
-        if c.logit_base is not None:
-            s_t = torch.log(pos + c.logit_base) / math.log(c.logit_base)
-        o = kernel.attend_cache(q, k, v, cache["k"], cache["v"], pos, s_t, norms, c.norm_eps, where.attn_rope)
-        return o.flatten(1)
+        return kernel.attend_cache(q, k, v, cache["k"], cache["v"], where.pos, where.s_t, norms, c.norm_eps,
+                                   where.attn_rope).flatten(1)
 
 
 # ---- linear-attention layer (paper eq. 18) -----------------------------------------------------------------
@@ -397,8 +407,8 @@ class LinearAttention(nn.Module):
         H = self.config.n_head
         if self.config.decay == "none":
             return torch.zeros(H, device=x.device)
-        if self.config.decay == "constant":                        # paper eq. 19, whether or not H is 2^n
-            return -torch.exp2(-8.0 * torch.arange(1, H + 1, device=x.device) / H)
+        if self.config.decay == "constant":
+            return constant_log_decay(H, x.device)
         g = F.logsigmoid(self.forget(x).float())
         return g if self.config.decay == "head" else g.unflatten(-1, (H, -1))
 

@@ -128,8 +128,8 @@ def decode(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0, ro
 def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0, rope=None):
     """
     One token of attention: k, v (B,1,G,D) go into their slot, pos % S, of the cache keys, values (B,S,G,D),
-    of equal strides, and q (B,1,H,D) attends to the min(pos + 1, S) that are in it; pos (B,) int64 is the
-    token's position. s (B,) multiplies the queries; norms, eps, rope: as in decode. Returns o (B,1,H,D).
+    of equal strides, and q (B,1,H,D) attends to the min(pos + 1, S) that are in it; pos (B,1) int64 is the
+    token's position. s (B,1) multiplies the queries; norms, eps, rope: as in decode. Returns o (B,1,H,D).
 
     The cache is read once, with all of the card however few the heads are: it is dealt out in shares, whose
     softmaxes are merged by their denominators. How full it is only the device knows, so that a CUDA graph can
