@@ -32,13 +32,14 @@ from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see halo.py
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import halo  # noqa: E402
-from hypenet import (FAMILIES, HypeNet, HypeNetConfig, Parser, State, Tokenizer, command_line,  # noqa: E402
+from hypenet import (FAMILIES, HypeNet, HypeNetConfig, Parser, State, command_line,  # noqa: E402
                      default_device, number, read_json, write_file, write_json)
 from kernel import chunked_scan  # noqa: E402
 
@@ -67,7 +68,7 @@ SIZES = {
     "14b": Size("Qwen3-14B", HypeNetConfig(
         "A" * 40, n_embd=5120, n_head=40, n_hidden=17408, **{**QWEN3, "tied": False}), "even",
         (32768, 131072, 524288)),
-    "tiny": Size("tiny", halo.TEACHERS["tiny"], "even", (256, 1024), ((4, 256), (0, 1024)), ALL),
+    "tiny": Size("the tiny teacher", halo.TEACHERS["tiny"], "even", (256, 1024), ((4, 256), (0, 1024)), ALL),
 }
 
 
@@ -98,10 +99,11 @@ def build(config, device):
 
 def models(o, device):
     """(size, kind, config, model) of all that --size and --kind ask for; None: the model does not fit."""
-    for size, kind in ((size, kind) for size in o.size for kind in o.kind or SIZES[size].kinds):
-        config = config_of(size, kind)
-        release()
-        yield size, kind, config, attempt(lambda: build(config, device))
+    for size in o.size:
+        for kind in o.kind or SIZES[size].kinds:
+            config = config_of(size, kind)
+            release()
+            yield size, kind, config, attempt(partial(build, config, device))
 
 
 def weigh(config, batch, context, dtype):
@@ -231,7 +233,8 @@ class Table:
         self.columns = [(name, *re.match(r"(<?\d+)(.*)", form).groups()) for name, _, form in
                         (column.partition(":") for column in columns.split())]
         self.facts, kind = machine(device)
-        self.path, self.keys = table_path(o.name or f"{o.what}-{kind}"), [c[0] for c in self.columns[:keys]]
+        self.path = os.path.join(RESULTS, f"{o.name or f'{o.what}-{kind}'}.json")
+        self.keys = [name for name, *_ in self.columns[:keys]]
         found = read_table(self.path) if os.path.exists(self.path) else {}
         self.rows = found["rows"] if all(found.get(k) == v for k, v in self.facts.items()) else []
         self.facts |= facts
@@ -251,10 +254,6 @@ class Table:
         if value is None:                                # a time is missing for one reason alone
             return "memory" if name in ("ms", "seconds", "forward", "both") else "-"
         return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else format(value, form)
-
-
-def table_path(name):
-    return os.path.join(RESULTS, f"{name}.json")
 
 
 def read_table(path):
@@ -448,24 +447,26 @@ def verdict(now, ms=None, gb=None):
 
 def bench_prefill(o):
     device = torch.device(o.device)
-    linear, rates = matmul_rate(device), {s: attention_rate(SIZES[s].teacher, device) for s in o.size}
+    linear, rates = matmul_rate(device), {n: attention_rate(SIZES[n].teacher, device) for n in o.size}
     shown = ", ".join(f"{rate:.3g} ({size}, {best})" for size, (rate, best) in rates.items())
     table = Table(o, device, 3, "size:<9 kind:<9 context:11, seconds:10.3f floor_s:10.3f ratio:7.2f "
-                  "tok_s:11,.0f extra_gb:10.2f", f"""operations a second: {linear:.3g}; attention {shown}
-So many tokens of context are read. Floor: operations of Linears and of attention over these rates. Extra GB:
-at the peak, over weights and state.""", matmul_rate=linear, attention_rate=rates)
+                  "tok_s:11,.0f extra_gb:10.2f", f"""operations a second: {linear:.3g}, attention {shown}
+So many tokens of context are read. Floor: operations of Linears and of attention over these rates, those of a
+large product and of the best call of attention. Extra GB: at the peak, over weights and state.""",
+                  matmul_rate=linear, attention_rate=rates)
     for size, kind, config, model in models(o, device):
         contexts = [n for n in o.ctx or SIZES[size].contexts if kind != "teacher" or n <= o.teacher_max]
-        for warm, context in enumerate([min(32768, max(contexts, default=1)), *contexts]):
+        if model and contexts:                           # compiles what there is to
+            attempt(partial(prefill, model, min(32768, max(contexts)), o.segment, device))
+        for context in contexts:
             release()
-            runs = [model and attempt(lambda: prefill(model, context, o.segment, device))
-                    for _ in range(2 if warm and context <= 131072 else 1)]
+            runs = [model and attempt(partial(prefill, model, context, o.segment, device))
+                    for _ in range(2 if context <= 131072 else 1)]
             seconds, extra = min(filter(None, runs), key=lambda run: run[0], default=(None, None))
-            work = operations(config, context)
-            floor = work[0] / linear + work[1] / rates[size][0]
-            if warm:
-                table.add(size=size, kind=kind, context=context, seconds=seconds, floor_s=floor, extra_gb=extra,
-                          ratio=seconds and seconds / floor, tok_s=seconds and context / seconds)
+            of_linears, of_attention = operations(config, context)
+            floor = of_linears / linear + of_attention / rates[size][0]
+            table.add(size=size, kind=kind, context=context, seconds=seconds, floor_s=floor, extra_gb=extra,
+                      ratio=seconds and seconds / floor, tok_s=seconds and context / seconds)
         del model
     return table
 
@@ -482,20 +483,29 @@ def prefill(model, context, segment, device):
 PEAKS = dict(h100=989e12, h200=989e12, a100=312e12)      # dense bf16 operations a second, by the maker
 
 
+class RandomText:
+    """Stands in for the Corpus and the tokenizer of halo.py."""
+
+    def __init__(self, n_vocab):
+        self.n_vocab = n_vocab
+
+    def rows(self, stage, plan):
+        rng, shape = np.random.default_rng(0), (plan.batch, plan.length + 1)
+        return lambda step: rng.integers(self.n_vocab, size=shape)
+
+
 class Trial(halo.Probe):
     """Stands in for a Run of halo.py: takes two steps of every stage on random ids and reports the second. A
     step of more than o.seconds is cut to fewer sequences, of which each costs the same."""
 
-    def __init__(self, teacher, corpus, plans, o):
-        self.o, self.vocab_size = o, teacher.config.vocab_size
-        super().__init__(teacher, corpus, plans, o)
+    def __init__(self, teacher, plans, o):
+        self.o = o
+        super().__init__(teacher, o.tokenizer, plans, o)
 
     def measure(self, stage, plan, module, params, loss_fn, micro):
-        device, self.n_vocab = params[0].device, self.vocab_size
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         super().measure(stage, plan, module, params, loss_fn, micro)           # finds what fits at once
-        micro, speed = min(self.found[stage][0], plan.batch), self.found[stage][1]
+        device, (micro, speed, _) = params[0].device, self.found[stage]
+        micro = min(micro, plan.batch)
         batch = min(plan.batch, micro * max(1, int(self.o.seconds * speed / (micro * plan.length))))
         rows = torch.randint(self.n_vocab, (batch, plan.length + 1), device=device)
         opt = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -507,7 +517,7 @@ class Trial(halo.Probe):
             opt.zero_grad(set_to_none=True)
             return micro
         micro = step(micro)
-        seconds, _ = once(lambda: step(micro), device)
+        seconds, _ = once(lambda: step(micro), device)                         # and its peak memory
         blocks = getattr(module, "blocks", [])
         self.o.report(stage, plan, batch, seconds, at_once=micro, peak_gb=halo.peak_gb(device.type),
                       checkpoint=bool(blocks) and "forward" in vars(blocks[0]))
@@ -526,7 +536,7 @@ def train_operations(stage, teacher, student, T):
 
 
 def bench_train(o):
-    device, tokenizer = torch.device(o.device), Tokenizer.bytes()
+    device = torch.device(o.device)
     peak = o.peak or PEAKS.get(machine(device)[1])
     table = Table(o, device, 2, "size:<9 stage:<9 length:8, plan_batch:11 batch:7, at_once:8 checkpoint:11 "
                   "seconds:9.2f tok_s:9,.0f used:7.1% peak_gb:8.1f tokens:14, hours:8.2f",
@@ -544,14 +554,12 @@ many at once. Used: share of the peak. Hours: for all tokens of the plan.""", pe
             table.add(size=size, stage=stage, length=plan.length, plan_batch=plan.batch, batch=batch,
                       seconds=seconds, tok_s=speed, operations=each, used=peak and each * speed / peak,
                       tokens=plan.total, hours=plan.total / speed / 3600, **row)
-        options = recipe("paper", layers=student.layers, device=o.device, tokenizer=tokenizer,
-                         seconds=o.seconds, report=report)
-        corpus = halo.Corpus(tokenizer, None, 0, max(plan.length for plan in plans.values()))
+        options = recipe("paper", layers=student.layers, device=o.device, report=report, seconds=o.seconds,
+                         tokenizer=RandomText(teacher.vocab_size))
         try:
-            Trial(build(teacher, device), corpus, plans, options)
-        except (torch.OutOfMemoryError, ValueError) as e:                      # the latter: halo.fitted's
+            Trial(build(teacher, device), plans, options)
+        except (torch.OutOfMemoryError, ValueError) as e:                      # the latter: halo's
             print(f"{size:9s}memory: {' '.join(str(e).split())}", flush=True)
-        corpus.close()
         release()
     return table
 
@@ -652,7 +660,7 @@ ON_GPU = dict(decode=["2b", "gpt2-xl", "14b"], prefill=["2b"], train=["2b", "gpt
 
 def get_args(argv):
     p = Parser(prog="bench.py", description=__doc__.split("\n\n")[0],
-               epilog="sizes: " + "; ".join(f"{name}, {s.title}" for name, s in SIZES.items()))
+               epilog="Sizes: " + ", ".join(f"{name} ({s.title})" for name, s in SIZES.items()) + ".")
     modes = p.add_subparsers(dest="what", required=True)
     tokens, positive = number(int, 1), number(float, 1e-9)
     for name, line in re.findall(r"python bench\.py (\w+) +(.*)", __doc__):
@@ -661,7 +669,7 @@ def get_args(argv):
         if name in ("when", "figure"):
             add("--size", default="2b", choices=SIZES)
         else:
-            add("--device", help=f"cuda or cpu; default: {default_device()} here")
+            add("--device", help="cuda or cpu; default: cuda where there is one")
         if name in ON_GPU:
             add("--size", nargs="+", choices=SIZES, help=f"default: {' '.join(ON_GPU[name])}; on a CPU tiny")
         if name in ("decode", "prefill"):
@@ -681,7 +689,9 @@ def get_args(argv):
             add("--seconds", type=positive, default=10.0, help="cut a step that takes longer")
     o = p.parse_args(argv)
     if "device" in o:
-        o.device = default_device(o.device)
+        o.device = default_device(o.device or (None if torch.cuda.is_available() else "cpu"))
+        if torch.device(o.device).type not in ("cuda", "cpu"):
+            raise ValueError(f"--device {o.device}: only cuda and cpu are timed rightly")
         if o.what in ON_GPU:
             o.size = o.size or (ON_GPU[o.what] if o.device.startswith("cuda") else ["tiny"])
     return o
