@@ -43,6 +43,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
+from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls another busy program
 
@@ -118,9 +119,10 @@ REAL = 100e6                                 # bytes of weights from which on a 
 
 # ---- text: documents ---------------------------------------------------------------------------------------
 
-FINEWEB = "kjj0/fineweb10B-gpt2"        # of the hub: shards of 100M GPT-2 tokens, the first of them held out
-SHARDS = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, 104))]
-MAGIC, GPT2_END, HELD_OUT = 20240520, 50256, 2 ** 23    # of a source at most so many tokens are measured on
+FINEWEB, SHARD = "kjj0/fineweb10B-gpt2", 10 ** 8     # of the hub: shards of so many GPT-2 tokens
+SHARDS = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, 103))]
+MAGIC, GPT2_END = 20240520, 50256
+HELD_OUT = 2 ** 22                                   # tokens of a source that are measured on, at most
 
 
 def stdlib_documents():
@@ -183,25 +185,23 @@ def data_sources(data):
     return [([path], share) for (path, _), share in zip(found, weights / weights.sum())]
 
 
+@lru_cache(None)
 def read_shard(path):
     """Tokens (n,) of a shard of FineWeb's or llm.c's, a memory map: 256 int32 (magic, version 1, n), then
     uint16 ids of GPT-2, its end id before each document. ValueError if the file is anything else."""
+    least = 0
     if path in SHARDS:
         from huggingface_hub import hf_hub_download
         try:
-            path = hf_hub_download(FINEWEB, path, repo_type="dataset")
+            path, least = hf_hub_download(FINEWEB, path, repo_type="dataset"), SHARD
         except Exception as e:                                      # the hub's, the network's, the disk's
             raise ValueError(f"--data fineweb: cannot fetch {path} of {FINEWEB} ({str(e)[:200]}); see to "
                              "the network and the disk, or give --data of your own") from None
     header, size = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
-    if len(header) < 256 or header[:2] != [MAGIC, 1] or size != 1024 + 2 * header[2]:
+    if len(header) < 256 or header[:2] != [MAGIC, 1] or size != 1024 + 2 * header[2] or header[2] < least:
         raise ValueError(f"{path} is no whole shard of tokens (256 int32, {MAGIC}, 1, n ...; n uint16); "
                          "remove it or fetch it again")
     return np.memmap(path, "<u2", "r", offset=1024)
-
-
-def is_val(path):
-    return "val" in os.path.basename(path)
 
 
 # ---- text: rows of tokens ----------------------------------------------------------------------------------
@@ -209,31 +209,40 @@ def is_val(path):
 
 class Source:
     """Documents in a row, the end id after each. All text is one part of it, in memory, in an order that the
-    seed draws; each shard of tokens is one, memory-mapped, made when needed or, by a thread, one ahead. A
-    part is ids to train on (n,) and ids held out: of text one group in 16, the same ones on every machine; of
-    shards the one with "val" in its name, else the first 16th of each.
+    seed draws; each shard of tokens is one, memory-mapped. held_out (n,) is one group of text in 16, the same
+    ones on every machine, and what shards with "val" in their names begin with.
 
-    It is read in cells of so many ids, those of a part in an order that each epoch draws anew: no id twice an
-    epoch, all but less than a cell of a part. A cell is found by its number; a run need remember no more."""
+    It is read in cells of so many ids: those of one part in an order that each epoch draws anew, then those
+    of the next. No id comes twice an epoch, and a cell is found by its number: a run remembers no more."""
 
     def __init__(self, paths, tokenizer, seed, cell, digest):
-        self.tokenizer, self.seed, self.cell, self.stop = tokenizer, seed, cell, False
-        self.order, self.pool = lru_cache(8)(self.order), ThreadPoolExecutor(1)
-        self.made, self.begins = {}, [0]                            # begins: the first cell of each part
+        self.tokenizer, self.seed, self.cell, self.gpt2 = tokenizer, seed, cell, None
+        self.order = lru_cache(8)(self.order)
         files, sides = [p for path in paths for p in data_files(path)], ([], [])
-        shards = sorted((p for p in files if p.endswith(".bin")), key=lambda p: not is_val(p))
-        sizes = [10 ** 8 if p in SHARDS else len(read_shard(p)) for p in shards]        # damage shows now
-        digest.update("".join(f"{os.path.basename(p)} {n}" for p, n in zip(shards, sizes)).encode())
+        shards = [p for p in files if p.endswith(".bin")]
         for group, text in itertools.chain(stdlib_documents() if "stdlib" in paths else [],
                                            file_documents([p for p in files if p not in shards])):
             digest.update(text.encode("utf-8", "replace"))
             name = hashlib.sha256(b"hypenet" + group.encode("utf-8", "replace")).hexdigest()
             sides[int(name, 16) % 16 == 0].append(self.document(text))
-        self.documents, self.any_val = sum(map(len, sides)), any(map(is_val, shards))
+        self.documents = sum(map(len, sides))
         random.Random(seed).shuffle(sides[0])
-        text = [np.concatenate([*side, self.document("")[:0]]) for side in sides]
-        self.parts = [lambda: text] * bool(self.documents) + [partial(self.shard, p) for p in shards]
-        self.tokens = sum(map(len, text)) + sum(sizes)
+        train, held_out = (np.concatenate([*side, self.document("")[:0]]) for side in sides)
+        self.parts, self.sizes = [train], [len(train)]              # text, then the names of shards
+        if shards and (tokenizer.n_vocab != GPT2_END + 1 or tokenizer.encode("Hello world") != [15496, 995]):
+            self.gpt2 = Tokenizer.load("gpt2")
+        for path in shards:
+            n, name = SHARD if path in SHARDS else len(read_shard(path)), os.path.basename(path)
+            digest.update(f"{name} {n}".encode())
+            if "val" in name:
+                held_out = np.concatenate((held_out, self.encode(read_shard(path)[:HELD_OUT])))
+            else:
+                self.parts.append(path)
+                self.sizes.append(n)
+        self.held_out = held_out[:HELD_OUT].astype(np.int32)
+        self.begins = np.cumsum([0] + [max(0, n - 1) // cell for n in self.sizes]).tolist()   # in cells
+        if not self.begins[-1]:
+            raise ValueError(f"--data {' '.join(paths)}: too few tokens to train on in sequences of {cell:,}")
 
     def document(self, text):
         """Its ids, with what begins and ends a document, in as few bytes as they need."""
@@ -241,76 +250,51 @@ class Source:
         ids = np.concatenate(([] if t.bos is None else [t.bos], t.encode_array(text), [t.end]))
         return ids.astype(np.min_scalar_type(t.n_vocab - 1))
 
-    def shard(self, path):
-        """The part of a shard; if the tokenizer isn't GPT-2's, encoded anew, once, into a cached file."""
-        t, val = self.tokenizer, is_val(path)
-        tokens = read_shard(path)[:HELD_OUT if val else None]
-        if t.n_vocab != GPT2_END + 1 or t.encode("Hello world") != [15496, 995]:
-            key = hashlib.sha256(json.dumps(t.spec).encode() + tokens[:2 ** 20].tobytes()).hexdigest()[:16]
-            cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-            file = os.path.join(cache, "hypenet", f"{key}-{len(tokens)}-{os.path.basename(path)}")
-            if not os.path.exists(file):
-                tqdm.write(f"encoding {os.path.basename(path)} for this tokenizer, kept in {file}")
-                os.makedirs(os.path.dirname(file), exist_ok=True)
-                write_file(file, partial(self.encode, tokens))
-            tokens = np.memmap(file, self.document("").dtype, "r")
-        cut = len(tokens) if val else 0 if self.any_val else len(tokens) // 16
-        if 0 < cut < len(tokens):                                   # on to the end of the document
-            cut += int(np.argmax(tokens[cut:] == t.end)) + 1
-        return tokens[cut:], tokens[:cut]
-
-    def encode(self, tokens, tmp):
-        gpt2 = Tokenizer.load("gpt2")
-        with open(tmp, "wb") as f:
-            for ids in np.split(tokens, np.flatnonzero(tokens == GPT2_END)):
-                f.write(self.document(gpt2.decode(ids[ids != GPT2_END].tolist())).tobytes())
-                if self.stop:
-                    raise ValueError("stopped while encoding")
-
-    def part(self, j):
-        for i in (j, j + 1):
-            if i not in self.made and i < len(self.parts):
-                self.made[i] = self.pool.submit(self.parts[i])
-        return self.made[j].result()
+    def encode(self, tokens):
+        """Ids of a shard as ids of the tokenizer: the same if it is GPT-2's, else by way of their text."""
+        if self.gpt2 is None:
+            return tokens
+        documents = np.split(tokens, np.flatnonzero(tokens == GPT2_END))
+        texts = (self.gpt2.decode(ids[ids != GPT2_END].tolist()) for ids in documents if len(ids))
+        return np.concatenate([self.document(text) for text in texts])
 
     def order(self, k):
-        """The k-th part, over all epochs: its ids to train on, and where its cells begin, in their order."""
-        tokens, rng = self.part(k % len(self.parts))[0], np.random.default_rng([self.seed, k])
-        n = max(0, len(tokens) - 1)                                 # the last row ends in a target
-        return tokens, rng.integers(n % self.cell + 1) + self.cell * rng.permutation(n // self.cell)
+        """Where the cells of the k-th part, over all epochs, begin, in the order in which they are read."""
+        n, rng = self.sizes[k % len(self.parts)] - 1, np.random.default_rng([self.seed, k])
+        return rng.integers(n % self.cell + 1) + self.cell * rng.permutation(n // self.cell)
 
     def read(self, c, start, n):
-        """Ids (n,) int64 from number `start` on in cell c."""
-        while self.begins[-1] <= c:
-            if len(self.begins) > len(self.parts) and not self.begins[-1]:
-                raise ValueError(f"--data: too few tokens to train on in sequences of {self.cell:,}")
-            self.begins.append(self.begins[-1] + len(self.order(len(self.begins) - 1)[1]))
-        k = bisect.bisect(self.begins, c) - 1
-        tokens, cells = self.order(k)
-        return tokens[cells[c - self.begins[k]] + start:][:n].astype(np.int64)
+        """Ids (n,) int64 from place `start` on in cell c, counted over all epochs. A row of a shard that is
+        encoded anew begins where it would, and is as much text as gives n ids."""
+        epoch, c = divmod(c, self.begins[-1])
+        j = bisect.bisect(self.begins, c) - 1                       # the part
+        at = self.order(epoch * len(self.parts) + j)[c - self.begins[j]] + start
+        ids = (read_shard(self.parts[j]) if j else self.parts[0])[at:at + n]
+        if j and self.gpt2:
+            tokens, ids, size = read_shard(self.parts[j]), [], n
+            while len(ids) < n:                                     # at the end of a shard on from its start
+                size += n // 4 + 1
+                ids = self.encode(tokens.take(np.arange(at, at + size), mode="wrap"))[:n]
+        return ids.astype(np.int64)
 
 
 class Corpus:
     """Text to train on, and held_out (n,) int32, documents in a row. data: what --data lists, None for the
     standard library. Sources with weights are mixed, in shares of rows. cell: text is shuffled in stretches
-    of so many tokens, at least a sequence of any stage."""
+    of so many tokens, at least a sequence of any stage. ValueError if there is too little of it."""
 
     def __init__(self, tokenizer, data=None, seed=0, cell=1024):
         self.tokenizer, self.seed, self.cell, digest = tokenizer, seed, cell, hashlib.sha256()
         self.paths, shares = zip(*data_sources(data or ["stdlib"]))
         self.shares, self.taken = np.array(shares), np.zeros(len(shares), int)          # cells, by stages
         self.sources = [Source(paths, tokenizer, seed, cell, digest) for paths in self.paths]
-        tokens = sum(s.tokens for s in self.sources)
+        tokens = sum(sum(source.sizes) + len(source.held_out) for source in self.sources)
         if not data and tokens < 2e6:
             raise ValueError(f"only {tokens:,} tokens of source in Python's standard library (stripped?); "
                              "give text of your own with --data")
-        self.held_out = np.concatenate([s.part(0)[1][:HELD_OUT] for s in self.sources]).astype(np.int32)
+        self.held_out = np.concatenate([source.held_out for source in self.sources])
         self.facts = dict(name=" ".join(data or ["stdlib"]), python=platform.python_version(), tokens=tokens,
                           documents=sum(s.documents for s in self.sources), sha256=digest.hexdigest())
-
-    def close(self):
-        for source in self.sources:
-            source.stop = True
 
     def split(self, rows):
         """How many of the first so many rows of a stage each source gives: (sources,)."""
@@ -331,14 +315,15 @@ class Corpus:
 
         @lru_cache(2)
         def block(b):                                               # (rows, 3): source, cell, start in it
-            spans = zip(self.split(b * size), self.split(min(total, (b + 1) * size)), taken)
-            rows = [(s, at + i // in_cell, i % in_cell * plan.length)
-                    for s, (first, end, at) in enumerate(spans) for i in range(first, end)]
-            return np.random.default_rng([*key, b, 2]).permutation(rows)
+            rows, firsts, ends = [], self.split(b * size), self.split(min(total, (b + 1) * size))
+            for source, (first, end) in enumerate(zip(firsts, ends)):
+                i = np.arange(first, end)
+                cells, starts = taken[source] + i // in_cell, i % in_cell * plan.length
+                rows.append(np.stack((np.full(len(i), source), cells, starts), 1))
+            return np.random.default_rng([*key, b, 2]).permutation(np.concatenate(rows))
 
         def batch(step):
-            numbers = range(step * plan.batch, (step + 1) * plan.batch)
-            where = (block(r // size)[r % size] for r in numbers)
+            where = [block(i // size)[i % size] for i in range(step * plan.batch, (step + 1) * plan.batch)]
             rows = np.stack([self.sources[s].read(c, start, plan.length + 1) for s, c, start in where])
             rng = np.random.default_rng([*key, step])
             for row in rows[:round(plan.recall * plan.batch)]:
@@ -350,7 +335,7 @@ class Corpus:
         """(batch, length) int64: stretches of held-out text from random places."""
         if len(self.held_out) < length:
             raise ValueError(f"the held-out text has {len(self.held_out):,} tokens, too few for a sequence "
-                             f"of {length:,}; give more --data (1/16 is held out)")
+                             f"of {length:,}; give more --data (1/16 of text, shards with val in the name)")
         starts = rng.integers(0, len(self.held_out) - length + 1, batch)
         return np.stack([self.held_out[s:s + length] for s in starts]).astype(np.int64)
 
@@ -1066,12 +1051,18 @@ def print_report(r):
 
 class Probe:
     """Stands in for a Run to try the stages on the device: found[stage] = sequences at once that fit, tokens
-    a second, peak memory in GB, of forward and backward passes of true shape on random ids."""
+    a second, peak memory in GB, of forward and backward passes of true shape on random ids. ValueError if
+    they do not fit."""
 
     def __init__(self, teacher, corpus, plans, o):
         self.options, self.tokens, self.found, self.n_vocab = vars(o), 0, {}, o.tokenizer.n_vocab
         even = argparse.Namespace(**{**vars(o), "layers": "even" if o.layers in SCORED else o.layers})
-        (convert_progressive if "group" in plans else convert_staged)(self, teacher, corpus, plans, even)
+        try:
+            (convert_progressive if "group" in plans else convert_staged)(self, teacher, corpus, plans, even)
+        except torch.OutOfMemoryError:
+            fits = "more --groups" if "group" in plans else "--recipe article, which trains groups of layers,"
+            raise ValueError(f"weights, gradients and optimizer state exceed the memory of {o.device}; give "
+                             f"{fits} or a smaller --teacher") from None
 
     def once(self, name, work):
         """Nothing is measured or written."""
@@ -1085,60 +1076,45 @@ class Probe:
         speed = min(micro, plan.batch) * plan.length / (time.time() - began)
         for p in params:
             p.grad = None
-        self.found[stage.rstrip("0123456789")] = micro, speed, peak_gb(aside.device.type)
+        self.found[stage.rstrip("0123456789")] = min(micro, plan.batch), speed, peak_gb(aside.device.type)
 
 
-def needs(teacher, plans, o):
-    """GB of weights, gradients and optimizer state by stage, counted on models without storage. ValueError if
-    they exceed the card, or the files of the run the disk."""
-    L, cuda = len(teacher.config.layers), o.device.startswith("cuda")
-    layers = choose_layers("even" if o.layers in SCORED else o.layers, L)
-    with torch.device("meta"):
-        twins, student = (HypeNet(student_config(teacher.config, kinds, o)) for kinds in ("L" * L, layers))
-
-    def mixers(model, which):
-        return sum(p.numel() for i in which for p in model.blocks[i].mixer.parameters())
-    whole, size, groups = student.n_params(), 2 if cuda else 4, groups_of(layers, o)
-    trained = dict(align=mixers(twins, range(L)), distil=whole, finetune=whole,
-                   group=max(mixers(student, group) for group in groups))
-    frozen = teacher.n_params() + whole - trained["group"] if "group" in plans else teacher.n_params()
-    memory = {stage: (size * frozen + 16 * trained[stage]) / 1e9 for stage in plans}
-    room = torch.cuda.get_device_properties(o.device).total_memory / 1e9 if cuda else math.inf
-    for stage, gb in memory.items():
-        if gb > room:
-            fits = "more --groups" if stage == "group" else "--recipe article, which trains groups of layers,"
-            raise ValueError(f"{stage}: weights, gradients and optimizer state are {gb:.0f} GB, {o.device} "
-                             f"has {room:.0f}; give {fits} or a smaller --teacher")
-    models = 1 + len(groups) * ("group" in plans)                  # checkpoints: one, and the next beside it
-    disk = (28 * max(trained[stage] for stage in plans) + 4 * models * whole) / 1e9
-    parent = os.path.abspath(o.out or "out")
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
-    if not o.resume and disk > (free := shutil.disk_usage(parent).free / 1e9):
-        raise ValueError(f"checkpoints and student need {disk:.0f} GB of disk, {parent} has {free:.0f}; let "
+def check_disk(folder, teacher, plans, o):
+    """ValueError if the disk has no room for what a run writes: a checkpoint with its optimizer state, the
+    next one beside it, the student and, of a progressive run, a model a group."""
+    groups = len(groups_of(choose_layers(o.layers, len(teacher.config.layers)), o)) if "group" in plans else 0
+    need = (28 / max(1, groups) + 4 * (1 + groups)) * teacher.n_params() / 1e9
+    parent = next(p for p in (Path(folder).absolute() / "x").parents if p.exists())
+    if need > (free := shutil.disk_usage(parent).free / 1e9):
+        raise ValueError(f"checkpoints and student need {need:.0f} GB of disk, {parent} has {free:.0f}; let "
                          "--out name a folder on a larger one")
-    return memory
 
 
-def print_plan(folder, config, corpus, plans, o, memory, found):
-    """The plan, with what `needs` and a Probe found."""
+def print_plan(folder, config, corpus, plans, o, found):
+    """The stages of a run and, where a Probe has tried them, what they cost."""
     print(f"teacher {o.teacher}: {len(config.layers)} layers, trained at {config.max_len} tokens | "
           f"recipe {o.recipe} | device {o.device} | run {folder}")
-    total, hours = sum(plan.total for plan in plans.values()), 0
+    total = sum(plan.total for plan in plans.values())
     for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
-        times = f"{share * total / source.tokens:.2f} times, each in an order of its own"
-        print(f"text {' '.join(paths)}: {source.tokens:,} tokens, read {times}")
-    print(f"{'stage':10s}{'tokens':>14s}{'steps':>8s}{'length':>8s}{'batch':>7s}{'at once':>9s}{'GB':>7s}"
-          f"{'peak GB':>9s}{'tok/s':>9s}{'hours':>8s}   learning rate")
+        n, read = sum(source.sizes), share * total
+        print(f"text {' '.join(paths)}: {n:,} tokens to train on, of which this run reads {read:,.0f}"
+              + f" ({read / n:.1f} rounds, each in a new order)" * bool(read > n)
+              + f"; {len(source.held_out):,} held out")
+    print(f"{'stage':10s}{'tokens':>14s}{'steps':>8s}{'length':>8s}{'batch':>7s}   {'learning rate':16s}"
+          + f"{'at once':>9s}{'peak GB':>9s}{'tok/s':>9s}{'hours':>8s}" * bool(found))
+    hours = 0
     for name, plan in plans.items():
-        micro, speed, peak = found.get(name, (o.micro or plan.batch, math.inf, 0))
-        hours += plan.total / speed / 3600
-        print(f"{name:10s}{plan.total:14,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}"
-              f"{min(micro, plan.batch):9,}{memory.get(name, 0):7.2f}" + (f"{peak:9.1f}{speed:9,.0f}"
-              f"{plan.total / speed / 3600:8.2f}" if found else f"{'-':>9s}{'-':>9s}{'-':>8s}")
-              + f"   {plan.lr:.0e} -> {plan.lr_end:.0e}")
-    print("at once: sequences a pass; GB: weights, gradients, optimizer state"
-          + f"; {hours:.1f} hours in all, measuring aside" * bool(found) + "\n", flush=True)
+        row = f"{name:10s}{plan.total:14,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}"
+        row += f"   {plan.lr:.0e} -> {plan.lr_end:.0e}  "
+        if found:
+            at_once, speed, peak = found[name]
+            hours += plan.total / speed / 3600
+            row += f"{at_once:9,}{peak:9.1f}{speed:9,.0f}{plan.total / speed / 3600:8.2f}"
+        print(row)
+    if found:
+        print(f"{hours:.1f} hours in all, measuring aside. at once: how many sequences of a batch fit the "
+              "memory together; more are taken one after the other, with the same result")
+    print(flush=True)
 
 
 # ---- command line ------------------------------------------------------------------------------------------
@@ -1162,7 +1138,7 @@ def get_args(argv):
         help="text to train on: stdlib (source of Python's standard library), fineweb (fetched as needed), "
              ".txt, .jsonl (field text), .gz of either, .bin (llm.c's shards of GPT-2 tokens; val in the "
              "name: held out), folders of these. Weights are shares of sequences: web/:0.7 code/:0.1 "
-             "books/:0.2. Shards encoded for another tokenizer are kept in $XDG_CACHE_HOME/hypenet")
+             "books/:0.2")
     add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
     add("--micro", type=number(int, 1), help="sequences a pass at most; default: as many as fit")
     add("--dry-run", action="store_true", help="print the plan, with memory and hours, and end")
@@ -1396,25 +1372,25 @@ def run_main(argv):
         o = resumed(o, argv)
     options = dict(vars(o))
     plans, o.changes = settle(o)
+    folder, found = o.resume or new_folder(o), {}
     if o.pretrain:
-        o.tokenizer, config, longest, memory = Tokenizer.bytes(), TEACHERS[o.teacher], 256, {}
+        o.tokenizer, config, longest = Tokenizer.bytes(), TEACHERS[o.teacher], 256
         check_length("pretrain", plans["pretrain"], math.inf, o)
     else:
         teacher = load_teacher(plans, o)
-        config, longest, memory = teacher.config, 64 * o.length, needs(teacher, plans, o)
-    folder, found, run = o.resume or new_folder(o), {}, None
+        config, longest = teacher.config, 64 * o.length
+        if not o.resume:
+            check_disk(folder, teacher, plans, o)
     corpus = Corpus(o.tokenizer, o.data, o.seed, max(plan.length for plan in plans.values()))
+    corpus.windows(np.random.default_rng(0), 1, longest)  # or an error, now
+    keep_memory()
+    if o.device.startswith("cuda") and not o.resume and not o.pretrain:
+        found = Probe(teacher, corpus, plans, o).found
+    print_plan(folder, config, corpus, plans, o, found)
+    if o.dry_run:
+        return
+    run = Run(folder, options)
     try:
-        corpus.windows(np.random.default_rng(0), 1, longest)
-        for source in corpus.sources:
-            source.read(0, 0, 1)
-        keep_memory()
-        if memory and o.device.startswith("cuda") and not o.resume:
-            found = Probe(teacher, corpus, plans, o).found
-        print_plan(folder, config, corpus, plans, o, memory, found)
-        if o.dry_run:
-            return
-        run = Run(folder, options)
         if run.once("text", lambda: corpus.facts) != corpus.facts:
             raise ValueError(f"--resume {o.resume}: the text has changed since it began; start a new run")
         if o.pretrain:
@@ -1424,9 +1400,7 @@ def run_main(argv):
             print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, "
                   f"log.jsonl\n\npython sample.py --model {run.folder} --ctx 65536")
     finally:
-        corpus.close()
-        if run:
-            run.close()
+        run.close()
 
 
 def main(argv=None):
