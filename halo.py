@@ -23,8 +23,6 @@ the student: config.json, model.safetensors, tokenizer.json.
 """
 import argparse
 import bisect
-import ctypes
-import glob
 import gzip
 import hashlib
 import itertools
@@ -33,7 +31,6 @@ import math
 import os
 import platform
 import random
-import re
 import shutil
 import signal
 import sys
@@ -92,6 +89,12 @@ class Plan:
     @property
     def total(self):
         return self.steps * self.length * self.batch
+
+    def rate(self, step):
+        """The learning rate of a step; the warm-up takes a tenth of the steps at most."""
+        warm = min(1.0, (step + 1) / min(self.warmup, max(1, self.steps // 10)))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return warm * (self.lr_end + (self.lr - self.lr_end) * cosine)
 
 
 # Of teachers from the hub the paper's (its Table 5), and for groups the article's 2.3B tokens, 2M a step. Of
@@ -366,20 +369,18 @@ def plant(tokenizer, text, rng, depth=None, ask=1):
 
 def student_config(teacher, layers, o):
     """The config of a student with these layers, o being the options of a recipe."""
-    on = o.extras == "on"
+    on, half = o.extras == "on", o.state == "half"
     chunk = min(2048, teacher.max_len // 4) if o.pe == "chunk" else None
-    half = o.state == "half"
-    for name, fits in dict(key_dim=lambda n: n <= teacher.head_dim,
-                           linear_kv_head=lambda n: n and n % teacher.n_kv_head == 0).items():
-        if name in o.changes and not fits(o.changes[name]):
-            raise ValueError(f"--set {name}={o.changes[name]}: key_dim is at most {teacher.head_dim}, the "
-                             f"teacher's, linear_kv_head a multiple of its {teacher.n_kv_head} K/V heads")
     config = dict(layers=layers, chunk=chunk, n_chunks=math.ceil(o.max_ctx / chunk) if chunk else 0,
                   attn_pe=0.0 if o.pe == "hype" else 1.0, attn_gate=on, window=o.window or None,
                   decay=o.decay, key_dim=teacher.head_dim // 2 if half else teacher.head_dim,
                   linear_rope=o.pe != "chunk", linear_qk_norm=on and not half, linear_norm=on,
                   linear_gate=on, linear_kv_head=teacher.n_head)
-    return replace(teacher, **{**config, **o.changes})
+    student = replace(teacher, **{**config, **o.changes})
+    if student.key_dim > teacher.head_dim or student.linear_kv_head % teacher.n_kv_head:
+        raise ValueError(f"--set: key_dim is at most {teacher.head_dim}, the teacher's head_dim, and "
+                         f"linear_kv_head a multiple of its n_kv_head, {teacher.n_kv_head}")
+    return student
 
 
 @torch.no_grad()
@@ -484,11 +485,12 @@ def make_twins(teacher, config, corpus, plan, o):
     """A linear twin of every attention layer, and what its output squared would be on average in the teacher;
     both from one batch of text, of at most 2^14 tokens."""
     rows = corpus.rows("transfer", replace(plan, batch=min(plan.batch, max(1, 2 ** 14 // plan.length))))(0)
-    given = teacher_layers(teacher, config, torch.from_numpy(rows[:, :-1]).to(o.device))
+    idx, twins, squares = torch.from_numpy(rows[:, :-1]).to(o.device), nn.ModuleList(), []
     with bf16():
-        twins, squares = zip(*((linear_twin(attn, config, x, where, o.retention), y.float().square().mean())
-                               for attn, x, where, y in given))
-    return nn.ModuleList(twins), squares
+        for attn, x, where, y in teacher_layers(teacher, config, idx):
+            twins.append(linear_twin(attn, config, x, where, o.retention))
+            squares.append(y.float().square().mean())
+    return twins, squares
 
 
 def assemble(teacher, config, mixers):
@@ -633,13 +635,13 @@ class Run:
     what is done; a stop (Ctrl-C, SIGTERM) waits for the training step to end, then saves."""
 
     def __init__(self, folder, options):
-        self.folder, self.options, self.done, self.began = folder, options, {}, time.time()
+        self.folder, self.options, self.done = folder, options, {}
         self.stop, self.tokens = False, 0                 # tokens: of all stages so far
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(self.path("run.json")):
             with open(self.path("run.json"), encoding="utf-8") as f:
                 self.done = json.load(f)["done"]
-        self.before = self.done.get("seconds", 0.0)
+        self.began = time.time() - self.done.get("seconds", 0.0)
         self.save()
         self.handlers = {sig: signal.signal(sig, self.on_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
 
@@ -657,7 +659,7 @@ class Run:
         return os.path.join(self.folder, *names)
 
     def seconds(self):
-        return self.before + time.time() - self.began
+        return time.time() - self.began
 
     def save(self):
         self.done["seconds"] = self.seconds()
@@ -799,9 +801,6 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn):
                dynamic_ncols=True, disable=first == plan.steps)
     saved_at, pause, tick = time.time(), 120.0, time.time()
     for step, rows in zip(bar, ahead(corpus.rows(stage, plan), range(first, plan.steps), device)):
-        warm = min(1.0, (step + 1) / min(plan.warmup, max(1, plan.steps // 10)))
-        cosine = 0.5 * (1 + math.cos(math.pi * step / plan.steps))
-        lr = warm * (plan.lr_end + (plan.lr - plan.lr_end) * cosine)
         loss, micro = fitted(stage, module, micro, partial(backward, loss_fn, rows, step))
         norm = max(nn.utils.clip_grad_norm_(g, 1.0) for g in groups)
         value = loss.item()
@@ -810,8 +809,7 @@ def train(run, stage, plan, seed, corpus, module, groups, loss_fn):
             flag = f"--plan {stage.rstrip('0123456789')}.lr={plan.lr / 3:.0e}"
             raise ValueError(f"{stage}: loss {value:.3g}, gradient norm {float(norm):.3g} at step "
                              f"{step + 1}, {good}; start anew with {flag}")
-        for group in opt.param_groups:
-            group["lr"] = lr
+        opt.param_groups[0]["lr"] = lr = plan.rate(step)
         opt.step()
         opt.zero_grad(set_to_none=True)
         mean = value if mean is None else 0.95 * mean + 0.05 * value
@@ -865,7 +863,7 @@ def swap_scores(teacher, twins, config, corpus, o):
         return {f"R{kind}": R.mean().item(), f"R{kind}_se": R.std().item() / len(R) ** 0.5,
                 f"C{kind}": C.mean().item(), f"C{kind}_se": C.std().item() / len(C) ** 0.5}
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
-        block = teacher.blocks[i]
+        block, layers = teacher.blocks[i], "A" * i + "L" + "A" * (len(twins) - 1 - i)
         attn = block.mixer
 
         def kept(x, where, cache=None):
@@ -874,18 +872,17 @@ def swap_scores(teacher, twins, config, corpus, o):
             return x + block.mlp(block.norm2(x))
         try:
             block.mixer = twin
-            teacher.config = replace(config, layers="A" * i + "L" + "A" * (len(twins) - 1 - i), attn_pe=1.0,
-                                     chunk=None, n_chunks=0, window=None, attn_gate=False)
+            teacher.config = replace(config, layers=layers, attn_pe=1.0, chunk=None, n_chunks=0, window=None,
+                                     attn_gate=False)
             scores.append(both())
-        finally:
             block.mixer, teacher.config = attn, own
-        if o.layers == "swap":
-            try:
+            if o.layers == "swap":
                 if o.pe == "hype":
                     block.forward = kept
                 scores[i].update(both("_kept"))
-            finally:
-                vars(block).pop("forward", None)
+        finally:
+            block.mixer, teacher.config = attn, own
+            vars(block).pop("forward", None)
     return scores, -losses(teacher, batches).mean().item()
 
 
@@ -955,12 +952,15 @@ def convert_staged(run, teacher, corpus, plans, o):
 
 def print_scores(scores, layers, base):
     kinds = {"": "linear", "_kept": "kept"} if "R_kept" in scores[0] else {"": "linear"}
-    print("\nlayer" + "".join(f"{f'recall if {k} (log p)':>27s}{f'held-out loss if {k}':>25s}"
-                             for k in kinds.values()) + f"{'score':>10s}")
+    header = "layer"
+    for name in kinds.values():
+        header += f"{f'recall if {name} (log p)':>27s}{f'held-out loss if {name}':>25s}"
+    print(f"\n{header}{'score':>10s}")
     for i, s in enumerate(scores):
-        print(f"{i:3d} {layers[i]}" + "".join(
-            f"{s['R' + k]:17.3f} +- {s['R' + k + '_se']:6.3f}{-s['C' + k]:15.4f} +- {s['C' + k + '_se']:.4f}"
-            for k in kinds) + f"{s['score']:10.3f}" + ("  (swap costs over 1 nat)" if s["must"] else ""))
+        row = f"{i:3d} {layers[i]}"
+        for k in kinds:
+            row += f"{s[f'R{k}']:17.3f} +- {s[f'R{k}_se']:6.3f}{-s[f'C{k}']:15.4f} +- {s[f'C{k}_se']:.4f}"
+        print(f"{row}{s['score']:10.3f}" + "  (swap costs over 1 nat)" * s["must"])
     print(f"teacher's held-out loss {-base:.4f}; layers: {layers}\n")
 
 
@@ -1190,13 +1190,14 @@ def settle(o):
     shipped = os.path.join(HERE, "assets", f"{o.teacher}-teacher")
     o.path = shipped if o.teacher in TEACHERS and os.path.isdir(shipped) else o.teacher
     local = os.path.isdir(o.path)
-    weights = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(o.path), "*.safetensors"))))
-    real = o.teacher not in TEACHERS and (not local or weights > REAL)
+    heavy = sum(file.stat().st_size for file in Path(o.path).glob("*.safetensors")) > REAL
+    real = o.teacher not in TEACHERS and (not local or heavy)
     o.data = o.data or (["fineweb"] if real else None)
     plans = {stage: replace(plan, tokens=plan.tokens * o.budget)
              for stage, plan in PLANS["real" if real else "tiny"].items()}
     for item in o.plan:
-        stage, field, value = re.fullmatch(r"(?s)([^.=]*)\.?([^=]*)=?(.*)", item).groups()
+        key, _, value = item.partition("=")
+        stage, _, field = key.partition(".")
         if stage not in plans or field not in vars(plans[stage]):
             raise ValueError(f"--plan {item}: STAGE is one of {', '.join(plans)}; FIELD one of "
                              + ", ".join(vars(plans["align"])))
@@ -1205,10 +1206,9 @@ def settle(o):
             plans[stage] = replace(plans[stage], **{field: kind(float(value))})
         except (ValueError, OverflowError):
             raise ValueError(f"--plan {item}: {value!r} is no number") from None
-    names = [f.name for f in fields(HypeNetConfig)]
-    changes, known = {}, [n for n in names[names.index("attn_pe"):] if n != "logit_base"]
-    for item in o.set:
-        key, _, value = item.partition("=")
+    changes, names = {}, [f.name for f in fields(HypeNetConfig)]
+    known = [n for n in names[names.index("attn_pe"):] if n != "logit_base"]
+    for key, _, value in (item.partition("=") for item in o.set):
         try:
             changes[key] = json.loads(value)
         except ValueError:
@@ -1244,16 +1244,6 @@ def settle(o):
             raise ValueError(message)
     stages = ["pretrain"] if o.pretrain else ["align", "distil", "finetune"] if staged else ["group"]
     return {stage: plans[stage] for stage in stages}, changes
-
-
-def keep_memory():
-    """Let glibc keep what it has freed: tensors of a few MB cost more in page faults than in arithmetic."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")                   # elsewhere there is none
-        for option, value in ((-3, 2 ** 30), (-1, 2 ** 31 - 1), (-2, 2 ** 27)):
-            libc.mallopt(option, value)                   # mmap threshold, trim threshold, top pad
-    except (OSError, AttributeError):
-        pass
 
 
 def new_folder(o):
@@ -1314,11 +1304,10 @@ def peak_gb(device):
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     try:
-        import resource                                   # not on Windows
+        from resource import RUSAGE_SELF, getrusage       # not on Windows
     except ImportError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def check_length(stage, plan, limit, o):
@@ -1383,7 +1372,6 @@ def run_main(argv):
             check_disk(folder, teacher, plans, o)
     corpus = Corpus(o.tokenizer, o.data, o.seed, max(plan.length for plan in plans.values()))
     corpus.windows(np.random.default_rng(0), 1, longest)  # or an error, now
-    keep_memory()
     if o.device.startswith("cuda") and not o.resume and not o.pretrain:
         found = Probe(teacher, corpus, plans, o).found
     print_plan(folder, config, corpus, plans, o, found)
