@@ -160,20 +160,21 @@ def file_documents(files, piece=65536):
 
 
 def data_files(path):
-    """The files of text or tokens that a path of --data stands for."""
+    """The files of text or tokens that a path of --data stands for; ValueError if there are none."""
     if path in ("stdlib", "fineweb"):
         return SHARDS if path == "fineweb" else []
     if not os.path.exists(path):
         raise ValueError(f"--data {path}: not found; give files, folders, stdlib or fineweb")
     kinds = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".bin")
-    inside = sorted(os.path.join(d, n) for d, _, names in os.walk(path) for n in names) or [path]
+    inside = sorted(str(p) for p in Path(path).rglob("*") if p.is_file()) or [path]
     if not (found := [p for p in inside if p.endswith(kinds)]):
         raise ValueError(f"--data {path}: no file there ends in {', '.join(kinds)}")
     return found
 
 
 def data_sources(data):
-    """[(paths, share of the rows)] of --data: each path with a weight is a source, those without are one."""
+    """[(paths, share of the rows)] of --data: each path with a weight is a source, those without are one.
+    ValueError if only some have a weight, or one is not above 0."""
     names = [n for item in data for n in ([item] if os.path.exists(item) else item.split(","))]
     found = [(n, "") if os.path.exists(n) or ":" not in n else n.rsplit(":", 1) for n in names]
     if not any(w for _, w in found) and ("fineweb" not in names or len(names) == 1):
@@ -368,7 +369,8 @@ def plant(tokenizer, text, rng, depth=None, ask=1):
 
 
 def student_config(teacher, layers, o):
-    """The config of a student with these layers, o being the options of a recipe."""
+    """The config of a student with these layers, o being the options of a recipe; ValueError if what --set
+    changes cannot be."""
     on, half = o.extras == "on", o.state == "half"
     chunk = min(2048, teacher.max_len // 4) if o.pe == "chunk" else None
     config = dict(layers=layers, chunk=chunk, n_chunks=math.ceil(o.max_ctx / chunk) if chunk else 0,
@@ -758,10 +760,11 @@ def fitted(stage, module, micro, work):
                    + ", blocks checkpointed" * (bool(blocks) and "forward" in vars(blocks[0])))
 
 
-def train(run, stage, plan, seed, corpus, module, groups, loss_fn):
+def train(run, stage, plan, corpus, module, groups, loss_fn):
     """The one training loop (AdamW 0.9/0.95, no weight decay: paper appendix B). groups: lists of parameters,
     each clipped to a gradient norm of 1 alone; all else in module is frozen, and on CUDA bf16. loss_fn: see
-    backward. A stage that was stopped goes on; one that is finished is only loaded."""
+    backward. A stage that was stopped goes on; one that is finished is only loaded. ValueError if the loss is
+    not finite, the checkpoint is damaged, or memory or disk run out."""
     params, device = [p for g in groups for p in g], groups[0][0].device
     trained = set(map(id, params))
     for p in module.parameters():
@@ -844,7 +847,7 @@ def align(run, teacher, config, corpus, plan, o):
     def loss_fn(idx, targets, step, first=0):
         for twin, square, (_, x, where, y) in zip(twins, squares, teacher_layers(teacher, config, idx)):
             yield (twin(x, where).float() - y.float()).square().mean() / square
-    train(run, "align", plan, o.seed, corpus, twins, [list(t.parameters()) for t in twins], loss_fn)
+    train(run, "align", plan, corpus, twins, [list(t.parameters()) for t in twins], loss_fn)
     return twins
 
 
@@ -898,7 +901,8 @@ def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0):
         score_i = (R_i if it stays - R_i if it is linear) + (the same of C)
 
     A layer that stays loses its RoPE (HyPE), so the choice is between two losses. One that looks a fixed step
-    back needs positions, and is better off linear, with RoPE, however much recall hangs on it."""
+    back needs positions, and is better off linear, with RoPE, however much recall hangs on it. ValueError if
+    how is none of these."""
     if how not in (*SCORED, "even", "ends") and (set(how) - set("AL") or not how):
         raise ValueError(f"--layers {how}: give {', '.join(SCORED)}, even, ends, or a letter A or L a layer")
     if set(how) <= set("AL"):
@@ -943,9 +947,9 @@ def convert_staged(run, teacher, corpus, plans, o):
     def fading(idx, targets, step, first=0):                       # RoPE (or wpe) leaves attention slowly
         student.config.attn_pe = max(0.0, 1 - step / fade)
         yield from distil(idx, targets, step, first)
-    train(run, "distil", plans["distil"], o.seed, corpus, student, everything, fading if fade else distil)
+    train(run, "distil", plans["distil"], corpus, student, everything, fading if fade else distil)
     student.config.attn_pe = config.attn_pe
-    train(run, "finetune", plans["finetune"], o.seed, corpus, student, everything,
+    train(run, "finetune", plans["finetune"], corpus, student, everything,
           objective(student, teacher, "finetune", o, alpha=1.0))
     return student
 
@@ -987,8 +991,7 @@ def convert_progressive(run, teacher, corpus, plans, o):
         student, stage = assemble(student, replace(config, layers=now), mixers), f"group{g}"
         params = [p for i in group for p in student.blocks[i].mixer.parameters()]
         params += [p for name, p in student.named_parameters() if "chunk_embd" in name]
-        train(run, stage, plan, o.seed, corpus, student, [params],
-              objective(student, teacher, stage, o, o.alpha))
+        train(run, stage, plan, corpus, student, [params], objective(student, teacher, stage, o, o.alpha))
 
         def usable():
             student.save_pretrained(run.path(stage))
@@ -1100,16 +1103,16 @@ def print_plan(folder, config, corpus, plans, o, found):
         print(f"text {' '.join(paths)}: {n:,} tokens to train on, of which this run reads {read:,.0f}"
               + f" ({read / n:.1f} rounds, each in a new order)" * bool(read > n)
               + f"; {len(source.held_out):,} held out")
-    print(f"{'stage':10s}{'tokens':>14s}{'steps':>8s}{'length':>8s}{'batch':>7s}   {'learning rate':16s}"
-          + f"{'at once':>9s}{'peak GB':>9s}{'tok/s':>9s}{'hours':>8s}" * bool(found))
+    measured = f"   {'at once':>7s}{'peak GB':>9s}{'tok/s':>9s}{'hours':>8s}" if found else ""
+    print(f"{'stage':10s}{'tokens':>14s}{'steps':>8s}{'length':>8s}{'batch':>7s}   learning rate{measured}")
     hours = 0
     for name, plan in plans.items():
         row = f"{name:10s}{plan.total:14,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}"
-        row += f"   {plan.lr:.0e} -> {plan.lr_end:.0e}  "
+        row += f"   {plan.lr:.0e}->{plan.lr_end:.0e}"
         if found:
             at_once, speed, peak = found[name]
             hours += plan.total / speed / 3600
-            row += f"{at_once:9,}{peak:9.1f}{speed:9,.0f}{plan.total / speed / 3600:8.2f}"
+            row += f"{at_once:11,}{peak:9.1f}{speed:9,.0f}{plan.total / speed / 3600:8.2f}"
         print(row)
     if found:
         print(f"{hours:.1f} hours in all, measuring aside. at once: how many sequences of a batch fit the "
@@ -1131,19 +1134,22 @@ def get_args(argv):
              "such as Qwen/Qwen3-1.7B, or a folder of a GPT-2, Qwen3, Llama 3 or of --pretrain. Those of the "
              f"hub, and folders of over {REAL / 1e6:.0f} MB of weights, get the paper's plan and fineweb and "
              "want a GPU; others get the plan of tiny and stdlib")
-    add("--recipe", default="paper", choices=RECIPES, help="the paper's (default), the article's")
+    add("--recipe", default="paper", choices=RECIPES, help="the paper's (default) or the article's")
     add("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
-    add("--resume", metavar="RUN", help="go on with this folder's run, under its options but for --device")
+    add("--resume", metavar="RUN",
+        help="go on with the run in this folder; of its options only --device can change")
     add("--data", **many, metavar="PATH[:WEIGHT]",
         help="text to train on: stdlib (source of Python's standard library), fineweb (fetched as needed), "
              ".txt, .jsonl (field text), .gz of either, .bin (llm.c's shards of GPT-2 tokens; val in the "
              "name: held out), folders of these. Weights are shares of sequences: web/:0.7 code/:0.1 "
              "books/:0.2")
     add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
-    add("--micro", type=number(int, 1), help="sequences a pass at most; default: as many as fit")
-    add("--dry-run", action="store_true", help="print the plan, with memory and hours, and end")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
-    add("--budget", type=number(float, 1e-6), default=1.0, help="multiply the tokens of every stage by this")
+    add("--micro", type=number(int, 1), metavar="N",
+        help="sequences of a batch that go through the models at once, at most; default: as many as fit")
+    add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and hours, and end")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of every random choice")
+    add("--budget", type=number(float, 1e-6), default=1.0, metavar="X",
+        help="multiply the tokens of every stage by this")
     add("--plan", **many, default=[], metavar="STAGE.FIELD=X",
         help="change entries of the plan, such as distil.tokens=4e6 or align.lr=1e-3")
     add("--pretrain", action="store_true",
@@ -1154,27 +1160,29 @@ def get_args(argv):
                          "at the noise), even, ends (first, last quarter), or letters such as LLALLLAL")
     add("--decay", choices=("constant", "none", "head", "channel"),
         help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
-    add("--state", choices=("full", "half"), help="width of a key in linear layers")
+    add("--state", choices=("full", "half"), help="width of a key in linear layers: the teacher's, or half")
     add("--pe", choices=("hype", "chunk", "rope"),
         help="hype: RoPE in linear layers, none in attention; chunk: the article's; rope: both")
-    add("--extras", choices=("on", "off"), help="QK-norm, output norm and gates")
-    add("--training", choices=("staged", "progressive"), help="stages, or groups of layers")
+    add("--extras", choices=("on", "off"), help="QK-norm, output norm and output gates")
+    add("--training", choices=("staged", "progressive"),
+        help="align, select, distil, finetune; or layers converted in groups, one after the other")
     add("--kl", choices=("forward", "reverse"), help="KL(teacher, student), KL(student, teacher)")
-    add("--alpha", type=number(float, 0, 1), help="share of cross-entropy in the loss, 0 to 1")
-    add("--window", type=number(int, 0), help="attention reaches this many tokens back, 0: all")
-    add("--logit-base", help="a of s_t (eq. 11): fit, none, or a number above 1")
+    add("--alpha", type=number(float, 0, 1), metavar="X", help="share of cross-entropy in the loss, 0 to 1")
+    add("--window", type=number(int, 0), metavar="N", help="attention reaches this many tokens back, 0: all")
+    add("--logit-base", metavar="A", help="a of s_t (eq. 11): fit, none, or a number above 1")
     add = p.add_argument_group("finer choices").add_argument
-    add("--groups", type=number(int, 0), default=0,
-        help="into which a progressive run parts linear layers; default ceil(n / 6), at least 2")
-    add("--retention", type=number(float, 0.001, 0.999), default=0.7,
+    add("--groups", type=number(int, 0), default=0, metavar="N",
+        help="groups of linear layers in a progressive run; default: one for 6 layers, at least 2")
+    add("--retention", type=number(float, 0.001, 0.999), default=0.7, metavar="X",
         help="share of the state that a new forget gate keeps at each token")
-    add("--fade", type=number(float, 0, 1), default=0.0,
+    add("--fade", type=number(float, 0, 1), default=0.0, metavar="X",
         help="share of stage 2 over which RoPE (or GPT-2's wpe) leaves attention; 0: at once")
-    add("--max-ctx", type=number(int, 1), default=65536 + 1024,
+    add("--max-ctx", type=number(int, 1), default=65536 + 1024, metavar="N",
         help="positions that a chunk HyPE model knows, context and answer together")
-    add("--trials", type=number(int, 1), default=20,
-        help="pass keys asked at each length; a quarter of them at 64 times the length")
-    add("--eval-windows", type=number(int, 2), default=256, help="held-out sequences for the losses")
+    add("--trials", type=number(int, 1), default=20, metavar="N",
+        help="pass keys asked for at each length; a quarter of them at 64 times the length; default 20")
+    add("--eval-windows", type=number(int, 2), default=256, metavar="N",
+        help="held-out sequences that losses are measured on; default 256")
     add("--set", **many, default=[], metavar="FIELD=X",
         help="set fields of the student's HypeNetConfig, such as linear_rope=false")
     return p.parse_args(argv)
@@ -1217,32 +1225,36 @@ def settle(o):
         base = o.logit_base in ("fit", "none") or 1 < float(o.logit_base) < math.inf
     except ValueError:
         base = False
+    plans_fit = all(min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0 and 0 <= p.recall <= 1
+                    and all(map(math.isfinite, vars(p).values())) for p in plans.values())
     scored, staged, stray = o.layers in SCORED, o.training == "staged", sorted(changes.keys() - known)
-    for wrong, message in (
-            (stray, f"--set {' '.join(stray)}: fields are {', '.join(known)}"),
-            (not all(min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0 and 0 <= p.recall <= 1
-                     and all(map(math.isfinite, vars(p).values())) for p in plans.values()),
-             "--plan: tokens, length, batch, lr and warmup must be positive, recall between 0 and 1"),
-            (not base, f"--logit-base {o.logit_base}: give fit, none or a number above 1"),
-            (o.fade and not (o.pe == "hype" and staged), "--fade goes with --pe hype, staged"),
-            (o.groups and staged, "--groups goes with --training progressive"),
-            (not staged and scored and not o.pretrain,
-             f"--training progressive with --layers {o.layers}: no stage 1 to score by; use ends or even"),
-            (not staged and o.pe == "hype" and not o.pretrain,
-             "--training progressive with --pe hype: its attention layers do not train; use chunk or rope"),
-            (o.pretrain and o.hybrid and scored,
-             f"--pretrain with --layers {o.layers}: no teacher to score; use ends, even or letters"),
-            (o.pretrain and o.set and not o.hybrid, "--pretrain --set goes with --layers: a hybrid"),
-            (o.pretrain and o.teacher not in TEACHERS,
-             f"--pretrain --teacher {o.teacher}: known sizes are {', '.join(TEACHERS)}"),
-            (not o.pretrain and not local and o.teacher in TEACHERS,
-             f"--teacher {o.teacher} is not shipped: --pretrain --teacher {o.teacher} --out FOLDER makes it"),
-            (real and o.device == "cpu" and not asked and not o.dry_run,
-             f"--teacher {o.teacher} is no folder of a small model, and wants a GPU; --teacher tiny runs on "
-             "a CPU, --device cpu tries it all the same")):
+
+    def refuse(wrong, message):
         if wrong:
             raise ValueError(message)
-    stages = ["pretrain"] if o.pretrain else ["align", "distil", "finetune"] if staged else ["group"]
+    refuse(stray, f"--set {' '.join(stray)}: fields are {', '.join(known)}")
+    refuse(not plans_fit,
+           "--plan: tokens, length, batch, lr and warmup must be positive, recall between 0 and 1")
+    refuse(not base, f"--logit-base {o.logit_base}: give fit, none or a number above 1")
+    refuse(o.fade and not (o.pe == "hype" and staged), "--fade goes with --pe hype, --training staged")
+    refuse(o.groups and staged, "--groups goes with --training progressive")
+    if o.pretrain:
+        refuse(o.teacher not in TEACHERS,
+               f"--pretrain --teacher {o.teacher}: known sizes are {', '.join(TEACHERS)}")
+        refuse(o.hybrid and scored,
+               f"--pretrain with --layers {o.layers}: no teacher to score; use ends, even or letters")
+        refuse(o.set and not o.hybrid, "--pretrain --set goes with --layers: a hybrid")
+        return {"pretrain": plans["pretrain"]}, changes
+    refuse(not staged and scored,
+           f"--training progressive with --layers {o.layers}: no stage 1 to score by; use ends or even")
+    refuse(not staged and o.pe == "hype",
+           "--training progressive with --pe hype: its attention layers do not train; use chunk or rope")
+    refuse(o.teacher in TEACHERS and not local,
+           f"--teacher {o.teacher} is not shipped: --pretrain --teacher {o.teacher} --out FOLDER makes it")
+    refuse(real and o.device == "cpu" and not asked and not o.dry_run,
+           f"--teacher {o.teacher} is no folder of a small model, and wants a GPU; --teacher tiny runs on a "
+           "CPU, --device cpu tries it all the same")
+    stages = ("align", "distil", "finetune") if staged else ("group",)
     return {stage: plans[stage] for stage in stages}, changes
 
 
@@ -1287,7 +1299,7 @@ def pretrain(run, corpus, plans, o):
         config = student_config(config, choose_layers(o.layers, len(config.layers)), o)
     torch.manual_seed(o.seed)
     model = HypeNet(config).to(o.device)
-    train(run, "pretrain", plans["pretrain"], o.seed, corpus, model, [list(model.parameters())],
+    train(run, "pretrain", plans["pretrain"], corpus, model, [list(model.parameters())],
           objective(model, None, "pretrain", o, alpha=1.0))
     model.eval().save_pretrained(run.folder, torch.bfloat16)
     o.tokenizer.save(run.folder)

@@ -1475,7 +1475,7 @@ def test_gradients_do_not_depend_on_micro(kind, monkeypatch):
     teacher, rows = tiny(1, torch.float32, layers="AAAA"), some_ids(7, 25)
     o = options("paper", **dict(pe="chunk", kl="reverse") if kind == "chunk" else {})
     if kind == "align":
-        def train(run, stage, plan, seed, corpus, module, groups, loss_fn):
+        def train(run, stage, plan, corpus, module, groups, loss_fn):
             return made.extend((module, loss_fn))
         made, corpus = [], types.SimpleNamespace(rows=lambda stage, plan: lambda step: rows.numpy())
         monkeypatch.setattr(halo, "train", train)
@@ -1663,13 +1663,13 @@ def runs(home):
         before, result, after = now(), work(trained), now()
         seen[name] = *before, *after, trained
         return result
-    def train(run, stage, plan, seed, corpus, module, groups, loss_fn, plain=halo.train):
+    def train(run, stage, plan, corpus, module, groups, loss_fn, plain=halo.train):
         rows = torch.from_numpy(corpus.rows("test", halo.Plan(1536, 96, 16, 1, 1))(0))
         def work(trained):
             def noting(*batch):
                 trained.update(n for n, p in module.named_parameters() if p.requires_grad)
                 return loss_fn(*batch)
-            plain(run, stage, plan, seed, corpus, module, groups, noting)
+            plain(run, stage, plan, corpus, module, groups, noting)
         watch(stage, module, work, lambda: sum(loss_fn(rows[:, :-1], rows[:, 1:], plan.steps - 1)))
     def whole(run, teacher, *rest, plain=halo.convert):
         return watch("teacher", teacher, lambda _: plain(run, teacher, *rest))
