@@ -175,7 +175,9 @@ def data_files(path):
 def data_sources(data):
     """[(paths, share of the rows)] of --data: each path with a weight is a source, those without are one.
     ValueError if only some have a weight, or one is not above 0."""
-    names = [n for item in data for n in ([item] if os.path.exists(item) else item.split(","))]
+    names = []
+    for item in data:
+        names += [item] if os.path.exists(item) else item.split(",")
     found = [(n, "") if os.path.exists(n) or ":" not in n else n.rsplit(":", 1) for n in names]
     if not any(w for _, w in found) and ("fineweb" not in names or len(names) == 1):
         return [(names, 1.0)]
@@ -222,10 +224,11 @@ class Source:
     def __init__(self, paths, tokenizer, seed, cell, digest):
         self.tokenizer, self.seed, self.cell, self.gpt2 = tokenizer, seed, cell, None
         self.order = lru_cache(8)(self.order)
-        files, sides = [p for path in paths for p in data_files(path)], ([], [])
+        files = [p for path in paths for p in data_files(path)]
         shards = [p for p in files if p.endswith(".bin")]
-        for group, text in itertools.chain(stdlib_documents() if "stdlib" in paths else [],
-                                           file_documents([p for p in files if p not in shards])):
+        stdlib = stdlib_documents() if "stdlib" in paths else []
+        sides = [], []                                              # documents to train on, held out
+        for group, text in itertools.chain(stdlib, file_documents([p for p in files if p not in shards])):
             digest.update(text.encode("utf-8", "replace"))
             name = hashlib.sha256(b"hypenet" + group.encode("utf-8", "replace")).hexdigest()
             sides[int(name, 16) % 16 == 0].append(self.document(text))
@@ -308,7 +311,8 @@ class Corpus:
 
     def advance(self, plan):
         """Count the cells of a stage as taken: the next stage begins behind them."""
-        self.taken = self.taken - -self.split(plan.steps * plan.batch) // (self.cell // plan.length)
+        rows_in_cell = self.cell // plan.length
+        self.taken = self.taken + np.ceil(self.split(plan.steps * plan.batch) / rows_in_cell).astype(int)
 
     def rows(self, stage, plan):
         """The training sequences of a stage, a function: step -> (batch, length + 1) int64, a share
@@ -360,9 +364,11 @@ def plant(tokenizer, text, rng, depth=None, ask=1):
         raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
                          f"{len(text) - room} tokens; use a longer length, or recall=0")
     cuts = sorted(rng.integers(0, room + 1, len(pieces))) if depth is None else [int(depth * room), room]
-    edges = [0, *map(int, cuts), room]
-    parts = [part for i, piece in enumerate(pieces) for part in (text[edges[i]:edges[i + 1]], piece)]
-    return np.concatenate(parts + [text[edges[-2]:room]]), len(answer)
+    parts, at = [], 0
+    for cut, piece in zip(cuts, pieces):
+        parts += [text[at:cut], piece]
+        at = cut
+    return np.concatenate([*parts, text[at:room]]), len(answer)
 
 
 # ---- transfer: a student out of a teacher's weights --------------------------------------------------------
@@ -577,8 +583,11 @@ def recall(model, corpus, length, trials, seed=0):
     """Ask for pass keys hidden at five depths, in turn, of held-out text. At one context length: the mean
     log-probability of an answer's tokens, and whether it was answered in full, (trials,) each."""
     rng, logp, hits = np.random.default_rng([seed, length]), torch.zeros(trials), torch.zeros(trials)
-    texts = enumerate(corpus.windows(rng, trials, length))
-    rows, n_answer = zip(*(plant(corpus.tokenizer, text, rng, depth=(i % 5) / 4) for i, text in texts))
+    rows, n_answer = [], []
+    for i, text in enumerate(corpus.windows(rng, trials, length)):
+        ids, n = plant(corpus.tokenizer, text, rng, depth=(i % 5) / 4)
+        rows.append(ids)
+        n_answer.append(n)
     prompts = torch.from_numpy(np.stack(rows)).to(model.wte.weight.device)
     for n in set(n_answer):                                # five digits are more tokens or fewer
         those = torch.tensor([i for i, m in enumerate(n_answer) if m == n])
