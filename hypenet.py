@@ -169,21 +169,26 @@ FAMILIES = {
 def rope_frequencies(config, dim, device=None):
     """Angle a token of each pair of channels, (dim / 2,) fp32: theta^(-2i / dim) (RoPE section 3.2), the long
     wavelengths slowed where rope_scaling is Llama 3's. No weight, no buffer, so that no cast touches it."""
-    return frequencies(config.rope_theta, dim, tuple((config.rope_scaling or {}).items()), device)
+    s = config.rope_scaling
+    scaling = s and (s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"],
+                     s["factor"])
+    return frequencies(config.rope_theta, dim, scaling, device)
 
 
-@lru_cache(64)
+@lru_cache(None)                     # made once, at an address that stays, also under inference_mode
+@torch.inference_mode(False)
 def frequencies(theta, dim, scaling, device):
     freq = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    if s := dict(scaling):
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns when pretrained
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
+    if scaling:
+        pretrained, low, high, factor = scaling
+        turns = pretrained * freq / (2 * math.pi)                             # full turns when pretrained
         keep = ((turns - low) / (high - low)).clamp(0, 1)                     # 1: as it was, 0: fully slowed
-        freq = keep * freq + (1 - keep) * freq / s["factor"]
+        freq = keep * freq + (1 - keep) * freq / factor
     return freq
 
 
-@lru_cache(64)
+@lru_cache(None)
+@torch.inference_mode(False)
 def constant_log_decay(H, device):
     """Log of gamma_h = exp(-2^(-8h/H)), h = 1..H (paper eq. 19), whether or not H is a power of two."""
     return -torch.exp2(-8.0 * torch.arange(1, H + 1, device=device) / H)
@@ -359,7 +364,7 @@ class Attention(nn.Module):
     def decode(self, q, k, v, where, cache):
         """One token a row, each row at its own position: it attends to its own keys and no others."""
         keys, values, pos = cache["k"], cache["v"], where.pos[:, 0]                 # pos (B,)
-        if kernel.on_gpu(q, q.size(-1)):
+        if kernel.has_kernels(q, q.size(-1)):
             return kernel.attend_cache(q, k, v, keys, values, where.pos)
         row, slot = torch.arange(len(pos), device=q.device), pos % keys.size(1)
         keys[row, slot], values[row, slot] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
@@ -469,8 +474,8 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def step(self, x, where, cache):
-        """The same for one token a row, x (B,C), on a GPU, in five launches (attention: seven): each Linear
-        comes with the norm and gate before it and the activation and sum after it."""
+        """The same for one token a row, x (B,C), on a GPU, in five launches (attention: seven; LayerNorm: two
+        more): each Linear comes with the norm and gate before it, the activation and sum after it."""
         m = self.mixer
         q, k, v, z = linear(m.qkvz, x, self.norm1).split(m.sizes, dim=-1)
         o = m.step(q, k, v, where, cache)
@@ -557,7 +562,7 @@ class HypeNet(nn.Module):
     def can_step(self, idx):
         """Whether Block.step knows all that this model has, and the device."""
         c = self.config
-        return (kernel.on_gpu(idx, c.head_dim, c.key_dim) and len(idx) <= 16 and not c.chunk
+        return (kernel.has_kernels(idx, c.head_dim, c.key_dim) and len(idx) <= 16 and not c.chunk
                 and ("L" not in c.layers or c.decay in ("constant", "none")))
 
     def check_room(self, state, n):
@@ -635,7 +640,8 @@ class HypeNet(nn.Module):
 
     def decoder(self, state, logits=None, pick=None, rng=None, graph=None):
         """A Decoder that goes on from a state. logits (B,vocab_size), of the last token each row has read,
-        give the first ids (None: id 0); pick(logits) -> ids (B,), greedy by default, draws from rng."""
+        give the first ids (None: id 0); pick(logits) -> ids (B,), greedy by default, draws from rng and must
+        not wait for the device."""
         return Decoder(self, state, logits, pick or sample, rng, graph)
 
     @torch.no_grad()
@@ -723,7 +729,7 @@ class Decoder:
         self.model, self.state, self.pick, self.rng = model, state, pick, rng
         self.idx = torch.zeros_like(state.pos) if logits is None else pick(logits)
         self.graph, self.calls = None, 0
-        self.record = kernel.on_gpu(self.idx, model.config.head_dim) and graph is not False
+        self.record = kernel.has_kernels(self.idx, model.config.head_dim) and graph is not False
 
     def step(self):
         logits = self.model.head(self.model.hidden(self.idx[:, None], self.state))
@@ -736,11 +742,12 @@ class Decoder:
         if not self.record or self.calls == 1:               # the first call also compiles what there is to
             self.step()
         elif self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.idx.device)
             if self.rng is not None:
-                self.graph.register_generator_state(self.rng)
-            with torch.cuda.graph(self.graph):               # records, runs nothing; counts state.seen up
+                graph.register_generator_state(self.rng)
+            with torch.cuda.graph(graph, stream=stream):     # records, runs nothing; counts state.seen up
                 self.step()
+            self.graph = graph
             self.graph.replay()
         else:
             self.model.check_room(self.state, 1)

@@ -21,8 +21,8 @@ one number a row or a channel scaling all of it):
 Only the start states are sequential, one step a chunk. The textbook form of the decay in A is e^(P_i - P_j),
 which makes A one product, (Q * e^P)(K * e^-P)^T. But e^-P overflows, P_i - P_j loses digits, and -inf less
 -inf is NaN. Here nothing is subtracted: exponents are sums of numbers <= 0, every factor lies in [0, 1], and
-g = 0 (forget nothing) and g = -inf (forget all) need no special case (the Triton kernels take two shortcuts,
-where their rounding hides them). Two ways to build A from such sums:
+g = 0 (forget nothing) and g = -inf (forget all) need no special case (the Triton kernels take two shortcuts
+that their rounding hides: head_decay in bf16, level_factors at its smallest blocks). Two ways to build A:
 
   one number a head     The decay does not depend on c: A = (Q K^T) * D, D_ij = e^(g_{j+1} + .. + g_i).
                         Column j of the exponent is the running sum over i of g, the entries up to j set to 0.
@@ -70,12 +70,12 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     Returns    o (B,T,H,V) in v's dtype, and S after the last token (B,H,K,V) in float32, or in float64 if
                any input is.
 
-    Computed in the state's dtype whatever autocast says, but for bf16 inputs to the Triton kernels, which are
-    multiplied as bf16 and summed in float32. Differentiable in all five tensors, also through the state
+    Computed in the state's dtype whatever autocast says, but for the Triton kernels, which multiply in bf16
+    where v is bf16 and sum in float32. Differentiable in all five tensors, also through the state
     returned; the gradient of a log_decay of -inf is 0. Passing the state on splits a sequence anywhere.
     Raises ValueError for shapes, dtypes or a backend that do not fit.
     """
-    backend, chosen = _check(q, k, v, log_decay, state, backend), backend is None
+    backend, chosen = _check(q, k, v, log_decay, state, scale, backend), backend is None
     B, T, H, K = q.shape
     tensors = [x for x in (q, k, v, log_decay, state) if x is not None]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
@@ -84,7 +84,7 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
         if backend == "triton":
             g = log_decay if log_decay.dim() == 4 else log_decay[..., None].expand(B, T, H, 1)
             try:
-                return _TritonScan.apply(q, k, v, g, state, float(scale))
+                return _TritonScan.apply(q.to(v.dtype), k.to(v.dtype), v, g, state, float(scale))
             except Exception as e:
                 if not chosen or not _cannot_compile(e):
                     raise
@@ -94,8 +94,8 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
 
 
 # ---------------------------------------------------------------------- one token: decode, attention, Linear
-def on_gpu(x, *sizes):
-    """Whether the kernels for a single token run where x lies, with heads of these sizes."""
+def has_kernels(x, *sizes):
+    """Whether the kernels of a single token run where x lies, with heads of these sizes."""
     return triton is not None and x.is_cuda and max(sizes, default=1) <= 256
 
 
@@ -105,21 +105,26 @@ def decode(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0, ro
     G < H; log_decay (H,), (B,1,H) or (B,1,H,K); state (B,H,K,V) float32, contiguous, read and overwritten
     once. Returns o (B,1,H,V) in v's dtype. backend None: "triton" on a GPU, else "torch". Triton's also does
     what comes before: RMSNorm of q and k with gains `norms` (K,), and RoPE by rope = cos, sin (B,1,1,K/2).
-    For inference: no gradient flows. ValueError for T > 1.
+    For inference: no gradient flows. ValueError for T > 1 or a state that does not fit.
     """
     (B, T, H, K), (_, _, G, V) = q.shape, v.shape
-    if T != 1 or state.shape != (B, H, K, V) or not state.is_contiguous():
+    if T != 1 or H % G or state.shape != (B, H, K, V) or not state.is_contiguous():
         raise ValueError(f"decode: given T = {T}, a state {tuple(state.shape)} of strides {state.stride()}; "
                          f"allowed T = 1, {(B, H, K, V)}, contiguous")
     g = log_decay if log_decay.dim() == 4 else log_decay[..., None].expand(B, 1, H, 1)
-    if backend == "torch" or backend is None and not on_gpu(q, K):
-        k, v = (x.repeat_interleave(H // G, dim=2)[:, 0] for x in (k, v))
-        state.mul_(g[:, 0, :, :, None].exp()).add_(k[..., None] * v[:, :, None, :])
-        return (scale * (q[:, 0, :, None, :].to(state.dtype) @ state)).transpose(1, 2).to(v.dtype)
+    if backend is None:
+        backend = "triton" if has_kernels(q, K) and state.dtype == torch.float32 else "torch"
+    if backend == "torch":
+        assert norms == (None, None) and rope is None, "norms and RoPE are the Triton kernel's alone"
+        q, g = q[:, 0].to(state.dtype), g[:, 0].to(state.dtype)
+        k, new = (x[:, 0].to(state.dtype).repeat_interleave(H // G, dim=1) for x in (k, v))
+        state.mul_(g.exp()[..., None]).add_(k[..., None] * new[:, :, None, :])
+        return (scale * (q[:, :, None, :] @ state)).transpose(1, 2).to(v.dtype)
+    assert q.stride(3) == k.stride(3) == v.stride(3) == 1, "the last stride of q, k, v must be 1"
     o, BLOCK_V = v.new_empty(B, 1, H, V), min(32, _block(V))
     with torch.cuda.device_of(q):
         decode_kernel[(B * H, _ceil(V, BLOCK_V))](
-            q, k, v, g, state, o, *norms, *_cos_sin(rope, B), H, H // G, scale, eps,
+            q, k, v, g, state, o, *norms, *_cos_sin(rope), H, H // G, scale, eps,
             *(n for x in (q, k, v, g) for n in x.stride()[::2]), g.stride(3) if g.shape[-1] > 1 else 0,
             K=K, V=V, BLOCK_K=_block(K), BLOCK_V=BLOCK_V)
     return o
@@ -136,14 +141,16 @@ def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0
     hold the call.
     """
     (B, _, H, D), (_, S, G, _) = q.shape, keys.shape
-    R, BLOCK_S, BLOCK_D = H // G, 64, _block(D)
-    n_splits = min(_ceil(S, BLOCK_S), _ceil(4 * _card(q.device)[1], B * G))
+    assert keys.stride() == values.stride() and {x.stride(3) for x in (q, k, v, keys)} == {1}
+    R, BLOCK_D = H // G, _block(D)
+    BLOCK_S = 64 if BLOCK_D * keys.element_size() <= 256 else 32       # two tiles of 16 KB, three in flight
+    n_splits = min(_ceil(S, BLOCK_S), _ceil(4 * _card(q.device)[1], B * G), 128)    # four a multiprocessor
     o, q_out = q.new_empty(2, B, 1, H, D)
     part = o.new_empty(B, H, n_splits, D, dtype=torch.float32)
     lse = o.new_empty(B, H, n_splits, dtype=torch.float32)
     with torch.cuda.device_of(q):
         cache_kernel[(B, H + G)](
-            q, k, v, keys, values, q_out, pos, s, *norms, *_cos_sin(rope, B), H, G, S, eps,
+            q, k, v, keys, values, q_out, pos, s, *norms, *_cos_sin(rope), H, G, S, eps,
             *(n for x in (q, k, v) for n in x.stride()[::2]), *keys.stride()[:3], D=D, BLOCK_D=BLOCK_D)
         attend_kernel[(B * G, n_splits)](
             q_out, keys, values, pos, part, lse, G, S, n_splits, D ** -0.5, *keys.stride()[:3], R=R, D=D,
@@ -160,19 +167,22 @@ def linear(x, weight, bias=None, norm=None, eps=0.0, gate=None, act=None, residu
     few tokens a layer costs what it takes to read it.
     """
     (B, K), N = x.shape, weight.shape[0] // (2 if act == "swiglu" else 1)
-    BLOCK_N = 16 if N <= 6144 else 32 if N <= 16384 else 64
+    assert B <= 16 and x.stride(1) == 1 and (residual is None or residual.is_contiguous())
+    BLOCK_N = 16 if N <= 6144 else 32 if N <= 16384 or not _card(x.device)[0] else 64   # all of the card busy
+    if weight.element_size() > 2:
+        BLOCK_N = min(BLOCK_N, 32)
     y = x.new_empty(B, N)
     with torch.cuda.device_of(x):
         linear_kernel[(_ceil(N, BLOCK_N),)](
             x, weight, bias, norm, gate, residual, y, B, N, eps, x.stride(0),
             0 if gate is None else gate.stride(0), K=K, ACT=act or "", DTYPE=_dtype(weight), BLOCK_B=16,
-            BLOCK_N=BLOCK_N, BLOCK_K=128, num_stages=4)
+            BLOCK_N=BLOCK_N, BLOCK_K=128, num_stages=4 if _card(x.device)[0] else 2)
     return y
 
 
-def _cos_sin(rope, B):
-    """cos and sin, (B, half) each, from one row for all or one each; None, None without RoPE."""
-    return (None, None) if rope is None else (x.expand(B, -1, -1, -1).contiguous() for x in rope)
+def _cos_sin(rope):
+    """cos and sin (B,1,1,half), or None, None without RoPE."""
+    return (None, None) if rope is None else (x.contiguous() for x in rope)
 
 
 # ---------------------------------------------------------------------- what is asked for, what can be done
@@ -185,7 +195,7 @@ def _cannot_compile(error):
     return False
 
 
-def _check(q, k, v, log_decay, state, backend):
+def _check(q, k, v, log_decay, state, scale, backend):
     """The backend to use, or a ValueError of one line."""
     if q.dim() != 4 or k.shape != q.shape or q.shape[1] < 1:
         raise ValueError(f"q, k: given {tuple(q.shape)}, {tuple(k.shape)}, allowed equal (B,T,H,K), T >= 1")
@@ -197,6 +207,8 @@ def _check(q, k, v, log_decay, state, backend):
         raise ValueError(f"log_decay: given {tuple(log_decay.shape)}, allowed {allowed}")
     if state is not None and state.shape != (B, H, K, v.shape[-1]):
         raise ValueError(f"state: given {tuple(state.shape)}, allowed {(B, H, K, v.shape[-1])}")
+    if scale == 0:
+        raise ValueError("scale: given 0, allowed any other number")
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend: given {backend!r}, allowed None, {', '.join(map(repr, BACKENDS))}")
     tensors = [x for x in (q, k, v, log_decay, state) if x is not None]
@@ -301,20 +313,21 @@ def _within_channels(q, k, v, g):
 #     dV   = (K * e^R) dS_C + A^T dO                    dS_0 = e^(P_C) * dS_C + (Q * e^P)^T dO
 #     dq_i = e^P_i * (S_0 dO_i)  +  sum_j dA_ij k_j e^G_ij
 #     dk_j = e^R_j * (dS_C v_j)  +  sum_i dA_ij q_i e^G_ij
-# The first line is the scan again, from the last chunk to the first: q and k have changed places, dO is what
+# dV and dS_0 are the scan again, from the last chunk to the first: q and k have changed places, dO is what
 # is written, dS the state, A is transposed. In the other two the state is transposed: dO reads S^T, which V
 # writes to with K; V reads dS^T, which dO writes to with Q. So one kernel, scan_kernel, does it all:
 #     o   scan of q, k, v    from S_0                   dv  scan of k, q, dO   from dS_T, last chunk first
 #     dq  scan of dO, v, k   from S_0^T                 dk  scan of v, dO, q   from dS_T^T, last chunk first
-# A program holds BLOCK_V columns of one head's state in registers and walks over the chunks. Memory sees what
-# a scan reads and writes, once; nothing of the forward pass is kept but its inputs.
+# A program holds BLOCK_V columns of one head's state in registers and walks over the chunks. Each block of
+# columns reads q and k once; nothing of the forward pass is kept but its inputs, and the backward pass holds
+# one state a chunk only where log_decay wants a gradient.
 #
 # One decay a head: e^P, e^R and A = (Q K^T) * D are made on the way (SIDE "head"), in all four scans alike.
 # One a channel: making A takes longer than the scan, and a program that also holds the state can keep too few
-# warps busy with it (measured: 1.3 ms in one kernel against 0.5 in two, at 8 x 4,096 tokens, 16 heads of
-# 128). But only the state is sequential. prepare_kernel makes Q * e^P, K * e^R and A of all chunks side by
-# side, the scans have bare matrix products left (SIDE "key": a state's decays lie along its rows, "value":
-# along its columns, where it is transposed), and finish_kernel adds what of dq and dk lies within a chunk.
+# warps busy with it. But only the state is sequential. prepare_kernel makes Q * e^P, K * e^R and A of all
+# chunks side by side, the scans have bare matrix products left (SIDE "key": a state's decays lie along its
+# rows, "value": along its columns, where it is transposed), and finish_kernel adds what of dq and dk lies
+# within a chunk.
 #
 # Long sequences, few heads: the card would stand idle. So the chunks are dealt out to segments that run at
 # once. A first pass over k and v alone gives what each segment adds to the state and its decay; a program
@@ -338,8 +351,9 @@ def _within_channels(q, k, v, g):
 # with g, exact where g is bf16 (else g goes in two parts). Of the levels that make A, those of larger halves
 # are as at the top; rows of a right half need one factor and rows of a left half the other, so one e^sum
 # serves both. The smallest blocks are done at once, about their middle: e^(g_m + .. + g_i) on one side, its
-# inverse on the other. That cannot overflow if no sum there passes 80, so a single g counts for no less than
-# -80 / 8 = -10 in bf16 and -80 / 4 = -20 in float32; e^-10 and e^-20 are below the rounding of either.
+# inverse on the other. There a single g counts for no less than -7 in bf16 and -17 in float32, whose e^g is
+# below the rounding of either; their sums, at most 8 of the one and 4 of the other, keep e^sum within e^68,
+# which leaves room for inputs and gradients from 1e-8 to 1e8.
 if triton:
     @triton.jit
     def load_tile(ptr, rows, stride, cols, n_rows, N_COLS: tl.constexpr):
@@ -370,17 +384,17 @@ if triton:
         return out
 
     @triton.jit
-    def level_factors(g, level: tl.constexpr, FIRST: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr):
+    def level_factors(g, level: tl.constexpr, LEAF: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr):
         """What one level of A needs: factors (C,N) for the token that reads and the one that is read, and the
-        pairs (C,C) of them. Level 0: blocks of 2 FIRST tokens about their middle; then halves of 2 FIRST,
-        4 FIRST, .. tokens."""
+        pairs (C,C) of them. Level 0: blocks of 2 LEAF tokens about their middle; then halves of 2 LEAF,
+        4 LEAF, .. tokens."""
         t = tl.arange(0, g.shape[0])
         i, j = t[:, None], t[None, :]
-        HALF: tl.constexpr = FIRST << level
+        HALF: tl.constexpr = LEAF << level
         right = i // HALF % 2 == 1
         own = (i // HALF == j // HALF) & ((j <= i) == right)                # from the middle to i, or i to it
         if level == 0:
-            near = sums(own, tl.maximum(g, -80.0 / FIRST), DTYPE, EXACT)
+            near = sums(own, tl.maximum(g, -7.0 if LEAF == 8 else -17.0), DTYPE, EXACT)
             near = tl.where(right, near, -near)
             return exp(near), exp(-near), (i // (2 * HALF) == j // (2 * HALF)) & (i >= j)
         else:
@@ -414,7 +428,7 @@ if triton:
         q_ptr, k_ptr, g_ptr, q_out_ptr, k_out_ptr, A_ptr, total_ptr, T, H, n_chunks,
         stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh,
         K: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr, BLOCK_T: tl.constexpr,
-        BLOCK_K: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
+        BLOCK_K: tl.constexpr, LEAF: tl.constexpr, LEVELS: tl.constexpr,
     ):
         """Of one chunk: Q * e^P, K * e^R, A, and the sum of g."""
         bh, chunk = (tl.program_id(0) // n_chunks).to(tl.int64), tl.program_id(0) % n_chunks
@@ -432,7 +446,7 @@ if triton:
             k = load_tile(k_ptr, rows, stride_kt, keys, left, K)
             g = tl.maximum(load_tile(g_ptr, rows, stride_gt, keys, left, K).to(tl.float32), -1e4)
             for level in tl.static_range(LEVELS):
-                up, down, pair = level_factors(g, level, FIRST, DTYPE, EXACT)
+                up, down, pair = level_factors(g, level, LEAF, DTYPE, EXACT)
                 A += tl.where(pair, dot(q * up, tl.trans(k * down), DTYPE), 0.0)
             q_out = q * exp(sums(j <= i, g, DTYPE, EXACT))
             k_out = k * exp(sums(j > i, g, DTYPE, EXACT))
@@ -520,9 +534,9 @@ if triton:
                                       stride_wt, vals, left, V)             # k
                         X = tl.trans(A) * dot(v, tl.trans(w), DTYPE)
                         X = sums(rows[None, :] >= rows[:, None], X, DTYPE, DTYPE == tl.float32)     # i >= t
-                        X = tl.sum(tl.where(rows[None, :] < rows[:, None], X, 0.0), 1)              # j < t
                         Y, Z = scale * exp(write) * tl.sum(v * dot(k, S_0, DTYPE), 1), tl.sum(w * o, 1)
-                        dg = X + tl.cumsum(Y, 0, reverse=True) + tl.cumsum(Z, 0) - Z + tl.sum(W, 0)
+                        X = tl.where(rows[None, :] < rows[:, None], X + Z[None, :], 0.0)            # j < t
+                        dg = tl.sum(X, 1) + tl.cumsum(Y, 0, reverse=True) + tl.sum(W, 0)
                         g = tl.load(g_ptr + (first + rows) * stride_gt, mask=rows < left, other=0.0)
                         part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)    # one a block
                         tl.store(dg_ptr + part + at + rows * H, tl.where(g == float("-inf"), 0.0, dg),
@@ -562,7 +576,7 @@ if triton:
         stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
         stride_gb, stride_gt, stride_gh, stride_db, stride_dt, stride_dh,
         K: tl.constexpr, V: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr, BLOCK_T: tl.constexpr,
-        BLOCK_K: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr,
+        BLOCK_K: tl.constexpr, LEAF: tl.constexpr, LEVELS: tl.constexpr,
     ):
         """Of one chunk: dq and dk out of S_0 dO_i and dS_C v_j (dq_in, dk_in), and dg."""
         bh, chunk = (tl.program_id(0) // n_chunks).to(tl.int64), tl.program_id(0) % n_chunks
@@ -593,7 +607,7 @@ if triton:
                 W = tl.load(W_ptr + (bh * n_chunks + chunk) * K + keys, mask=keys < K, other=0.0)
                 SdS = W + tl.sum(k * dk, 0)                                 # so far k * dk is Z
             for level in tl.static_range(LEVELS):
-                up, down, pair = level_factors(g, level, FIRST, DTYPE, EXACT)
+                up, down, pair = level_factors(g, level, LEAF, DTYPE, EXACT)
                 dA_l = tl.where(pair, dA, 0.0)
                 dq += up * dot(dA_l, k * down, DTYPE)
                 dk += down * dot(tl.trans(dA_l), q * up, DTYPE)
@@ -606,7 +620,7 @@ if triton:
     # ------------------------------------------------------------------ triton: one token
     # A token costs what it takes to read the weights, the state and the cache once; what else there is to do
     # must not take launches of its own. So a norm, a gate, RoPE or a sum is done by the kernel that reads the
-    # tensor next to it, and a layer is five launches: Linear, state, Linear, Linear, Linear.
+    # tensor next to it, and a layer is five launches (attention seven): Linear, state and three Linears.
     @triton.jit
     def load_head(x_ptr, norm_ptr, cos_ptr, sin_ptr, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
         """One head's q or k of one token (D,) in float32, its RMSNorm (norm_ptr: gain) and RoPE done."""
@@ -708,7 +722,7 @@ if triton:
             inside = (n < N)[:, None] & (at < K)[None, :]
             y += dot(tl.load(w_ptr + rows + at[None, :], mask=inside, other=0.0), x, DTYPE)
             if ACT == "swiglu":
-                more = tl.load(w_ptr + N.to(tl.int64) * K + rows + at[None, :], mask=inside, other=0.0)
+                more = tl.load(w_ptr + tl.cast(N, tl.int64) * K + rows + at[None, :], mask=inside, other=0.0)
                 up += dot(more, x, DTYPE)
         if norm_ptr is not None:
             rms = tl.rsqrt(squares / K + eps)[None, :]
@@ -791,6 +805,7 @@ class _TritonScan(torch.autograd.Function):
         return _scan(q, k, v, g, A, side, state, _segments(k, v, g, side), scale)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal):
         try:
             return _TritonScan._backward(ctx, do, dfinal)
@@ -817,7 +832,7 @@ class _TritonScan(torch.autograd.Function):
         past, coming = _segments(ks, v, gs, side), _segments(qs, do, gs, side, reverse=True)
         if ctx.needs_input_grad[3]:
             s = _layout(v, k, side)
-            marks = ks.new_empty(*state.shape[:2], s["n_chunks"], *state.shape[:1:-1])
+            marks = ks.new_empty(*state.shape[:2], s["n_chunks"], *state.shape[:1:-1], dtype=_stored(ks))
             dg = (g.new_empty(s["n_blocks"], *g.shape, dtype=torch.float32) if side == "head" else
                   g.new_empty(*state.shape[:2], s["n_chunks"], k.shape[-1], dtype=torch.float32))
         dq, _ = _scan(do, v, ks, gs, None, transposed, state.mT, past, scale, marks=marks, dtype=dtype)
@@ -867,9 +882,8 @@ def _prepare(q, k, g):
     """Q * e^P, K * e^R, the sum of g of each chunk (B,N,H,K), and A (B,H,N,C,C)."""
     (B, T, H, K), s = q.shape, _layout(q, k, "key")
     N, C = s["n_chunks"], s["BLOCK_T"]
-    dtype = torch.bfloat16 if _dtype(q) == tl.bfloat16 else torch.float32
-    qs, ks = q.new_empty(2, B, T, H, K, dtype=dtype)
-    A, total = q.new_empty(B, H, N, C, C, dtype=dtype), q.new_empty(B, H, N, K, dtype=torch.float32)
+    qs, ks = q.new_empty(2, B, T, H, K, dtype=_stored(q))
+    A, total = q.new_empty(B, H, N, C, C, dtype=_stored(q)), q.new_empty(B, H, N, K, dtype=torch.float32)
     prepare_kernel[(B * H * N,)](q, k, g, qs, ks, A, total, T, H, N, *_strides(q, k, g), K=K,
                                  **_within_chunk(q, g, s), num_warps=1, num_stages=2)
     return qs, ks, total.transpose(1, 2), A
@@ -895,13 +909,18 @@ def _dtype(x):
     return tl.bfloat16 if x.dtype == torch.bfloat16 and not _interpreted() else tl.float32
 
 
+def _stored(x):
+    """What is kept between two kernels: in the dtype that is multiplied."""
+    return torch.bfloat16 if _dtype(x) == tl.bfloat16 else torch.float32
+
+
 def _within_chunk(q, g, s):
     """Constants of prepare_kernel and finish_kernel. Narrow blocks of channels: many small programs keep more
     loads and products in flight than a few large ones."""
     half = _dtype(q) == tl.bfloat16
     first = 8 if half else 4
     return dict(DTYPE=_dtype(q), EXACT=not half or g.dtype == torch.bfloat16, BLOCK_T=s["BLOCK_T"],
-                BLOCK_K=min(32, s["BLOCK_K"]), FIRST=first, LEVELS=(s["BLOCK_T"] // first).bit_length() - 1)
+                BLOCK_K=min(32, s["BLOCK_K"]), LEAF=first, LEVELS=(s["BLOCK_T"] // first).bit_length() - 1)
 
 
 def _layout(k, v, side):
