@@ -353,7 +353,7 @@ def _within_channels(q, k, v, g):
 # serves both. The smallest blocks are done at once, about their middle: e^(g_m + .. + g_i) on one side, its
 # inverse on the other. There a single g counts for no less than -7 in bf16 and -17 in float32, whose e^g is
 # below the rounding of either; their sums, at most 8 of the one and 4 of the other, keep e^sum within e^68,
-# which leaves room for inputs and gradients from 1e-8 to 1e8.
+# which leaves room for gradients of 1e-8 and for products of an input and a gradient up to 1e8.
 if triton:
     @triton.jit
     def load_tile(ptr, rows, stride, cols, n_rows, N_COLS: tl.constexpr):

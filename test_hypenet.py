@@ -31,6 +31,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"    # read when triton is first imported
 
+import bench  # noqa: E402
 import halo  # noqa: E402
 import hypenet  # noqa: E402
 import kernel  # noqa: E402
@@ -112,6 +113,38 @@ def test_triton_equals_sequential(shape, n, K, V):
     outs, refs = scan(tensors, "triton"), scan(tensors, "sequential", dtype=torch.float64)
     assert_equal(outs[:5] + outs[6:], refs[:5] + refs[6:], 1e-6)
     assert rmse(outs[5], refs[5]) <= (2e-5 if shape == "head" else 2e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("size", [1e4, 1e-8], ids=str)
+def test_large_and_small_numbers_stay_finite(size, backend):
+    """Strong decays a channel, with keys and gradients of 1e4 or gradients of 1e-8, lose no digits."""
+    rng, n = torch.Generator().manual_seed(0), 40
+    q, k, v, up = (torch.randn(1, n, 1, 16, generator=rng).to(DEVICE) for _ in range(4))
+    g = -25.0 * (torch.rand(1, n, 1, 16, generator=rng) < 0.5).float().to(DEVICE)
+    if size > 1:
+        k, up = k * size, up * size
+    else:
+        up = up * size
+    grads = []
+    for dtype, how in ((torch.float32, backend), (torch.float64, "sequential")):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v, g)]
+        o = kernel.chunked_scan(*leaves, backend=how)[0]
+        grads.append([o, *torch.autograd.grad(o, leaves, up.to(dtype))])
+    for out, ref in zip(*grads):
+        assert rmse(out, ref) <= 2e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mixed_and_half_dtypes(shape):
+    """q and k are taken in v's dtype; float16 runs in float32, whose states may pass 65,504."""
+    q, k, v, log_decay, state = inputs(shape, 70, 1, 2, dtype=torch.float32)
+    outs = scan([q, k.half(), v, log_decay, state], "triton")
+    assert_equal(outs, scan([q, k.half().float(), v, log_decay, state], "triton"), 1e-3)
+    tensors = [(q / 1000).half(), k.half(), v.half(), log_decay, 1e5 * state.abs()]
+    outs, refs = scan(tensors, "triton"), scan(tensors, "sequential", dtype=torch.float64)
+    assert max(rmse(outs[i], refs[i]) for i in (0, 1, 4, 5)) <= 2e-3        # dq and dk are too large for it
 
 
 @needs_triton
@@ -270,14 +303,14 @@ def test_backend_is_chosen_by_device(monkeypatch):
     (dict(q=(2, 0, 3, 8), k=(2, 0, 3, 8)), "T >= 1"), (dict(v=(2, 6, 3, 4)), "v: given"),
     (dict(log_decay=(4,)), "log_decay: given"), (dict(log_decay=(2, 5, 3, 4)), "log_decay: given"),
     (dict(state=(2, 3, 4, 8)), "state: given"), (dict(backend="cuda"), "backend: given 'cuda'"),
-    (dict(dtype=torch.int64), "dtypes: given")], ids=str)
+    (dict(dtype=torch.int64), "dtypes: given"), (dict(scale=0), "scale: given 0")], ids=str)
 def test_bad_scan_input_is_one_line(changes, message):
     """Bad shapes, dtypes and backends raise one line that says what was given and what is allowed."""
     sizes = dict(q=(2, 5, 3, 8), k=(2, 5, 3, 8), v=(2, 5, 3, 4), log_decay=(3,), state=(2, 3, 8, 4))
     args = {name: torch.zeros(changes.get(name, size), dtype=changes.get("dtype"))
             for name, size in sizes.items()}
     with one_line(message, "allowed"):
-        kernel.chunked_scan(**args, backend=changes.get("backend"))
+        kernel.chunked_scan(**args, scale=changes.get("scale", 1.0), backend=changes.get("backend"))
 
 
 def test_triton_is_not_needed(monkeypatch):
@@ -524,6 +557,87 @@ def test_state_size():
     for window, tokens, kv in ((None, 99, 99), (None, 9999, 9999), (50, 30, 30), (50, 9999, 50)):
         model = tiny(dtype=torch.bfloat16, layers="LLAL", window=window)
         assert model.init_state(2, tokens).nbytes() == (S, 2 * 2 * kv * 2 * 8 * 2)
+
+
+# ---- generation on a GPU -----------------------------------------------------------------------------------
+
+STEPS = [name for name, c in VARIANTS.items()
+         if not c.get("chunk") and c.get("decay", "constant") == "constant"]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", STEPS if GPU else [
+    "teacher llama3", "hype no decay", "hype gpt2", "hype half keys", "all linear", "window"])
+def test_fused_step_is_the_plain_one(name, monkeypatch):
+    """Rows of different lengths, decoded by Block.step and its kernels: the logits, S, K/V and positions are
+    those of the plain layers."""
+    model, rng = tiny(dtype=torch.float32, **VARIANTS[name]).to(DEVICE), torch.Generator().manual_seed(3)
+    prompts, found = [[1, 2, 3, 4, 5], [7, 8], [9] * 20], []
+    new = torch.randint(61, (2, 3, 1), generator=rng).to(DEVICE)
+    for fused in (False, True):
+        state, logits = model.init_state(3, 40), []
+        for b, prompt in enumerate(prompts):
+            model.prefill(prompt, state.row(b))
+        state.seen = 20
+        with monkeypatch.context() as m:
+            m.setattr(kernel, "has_kernels", lambda x, *sizes, fused=fused: fused)
+            for idx in new:
+                logits.append(model.head(model.hidden(idx, state)))
+        held = [t for layer in state.layers for t in layer.values()]
+        found.append([torch.cat(logits, 1), state.pos, *held])
+    for out, ref in zip(*found):
+        assert rmse(out, ref) <= 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("B, H, G, D, S, splits", [
+    (1, 4, 2, 32, 300, 5), (3, 6, 6, 24, 1000, 16), (2, 8, 2, 64, 64, 1)])
+def test_attention_to_a_cache(B, H, G, D, S, splits, monkeypatch):
+    """However it is shared out, attention of one token is softmax over the min(pos + 1, S) keys of its row,
+    its own k and v in slot pos % S."""
+    monkeypatch.setattr(kernel, "_card", lambda device: (False, splits * B * G // 4 or 1))
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, keys, values = (torch.randn(*size, generator=rng).to(DEVICE) for size in (
+        (B, 1, H, D), (B, 1, G, D), (B, 1, G, D), (B, S, G, D), (B, S, G, D)))
+    pos = torch.tensor([0, S + 5, S - 2][:B])[:, None].to(DEVICE)
+    o = kernel.attend_cache(q, k, v, keys, values, pos)
+    for b, n in enumerate(pos[:, 0].tolist()):
+        assert keys[b, n % S].equal(k[b, 0]) and values[b, n % S].equal(v[b, 0])
+        own = (x[b, :n + 1].repeat_interleave(H // G, 1).transpose(0, 1).double() for x in (keys, values))
+        ref = torch.nn.functional.scaled_dot_product_attention(q[b].transpose(0, 1).double(), *own)
+        assert rmse(o[b].transpose(0, 1), ref) <= 1e-5
+
+
+def test_decoder_is_the_plain_loop():
+    """A Decoder reads the ids drawn last and draws the next, one more token in the state at each call."""
+    model, prompt = tiny(dtype=torch.float32), some_ids(9, seed=5).tolist()
+    state = model.init_state(1, 20)
+    decoder = model.decoder(state, model.prefill(prompt, state)[:, -1])
+    ids = prompt + [decoder.idx.item()]
+    for n in range(10, 20):
+        ids.append(decoder().item())
+        assert state.pos.tolist() == [n] and state.seen == n
+        assert ids[-1] == model(torch.tensor([ids[:-1]]))[0][0, -1].argmax()
+    decoder()
+    with one_line("21 tokens", "20"):
+        decoder()
+
+
+@pytest.mark.skipif(not GPU, reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("prompts", [
+    [list(range(50))], [[1], list(range(60)), [3] * 7, [5] * 33]], ids=["1", "4"])
+@pytest.mark.parametrize("name", [*STEPS, "article"])
+def test_graph_is_the_plain_path(name, prompts, monkeypatch):
+    """Two hundred greedy tokens in float32: the CUDA graph draws what the layers do without any of it."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    changes = dict(VARIANTS[name], max_len=400) | ({"n_chunks": 50} if "chunk" in VARIANTS[name] else {})
+    model = tiny(dtype=torch.float32, **changes).to("cuda")
+    graph = model.generate(prompts, 200)
+    with monkeypatch.context() as m:
+        m.setattr(kernel, "has_kernels", lambda x, *sizes: False)
+        assert model.generate(prompts, 200) == graph
+    assert model.generate(prompts, 50, temperature=1.0, seed=3) == model.generate(
+        prompts, 50, temperature=1.0, seed=3, graph=False)
 
 
 # ---- the model: files, bad input, the tokenizer ------------------------------------------------------------
@@ -1994,6 +2108,206 @@ def test_sample_errors_are_one_line(given, word, capsys):
     assert stop.value.code == 2 and line.count("\n") == 1 and word in line and line.startswith("sample.py: ")
 
 
+# ---- bench.py ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A results/ of one's own."""
+    monkeypatch.setattr(bench, "RESULTS", str(tmp_path))
+    return tmp_path
+
+
+def bench_rows(folder, name):
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bench_floors_by_hand(tied):
+    """Bytes of a decoded token and operations of a forward pass, counted by hand on two layers."""
+    c = HypeNetConfig("AL", vocab_size=50, n_embd=8, n_head=2, n_kv_head=1, head_dim=4, n_hidden=16,
+                      tied=tied)
+    attention = 8 * (8 + 4 + 4) + 8 * 8                  # q, k, v, out
+    linear = 8 * (4 * 8) + 8 * 8                         # q, k, v (a head a query head), gate, out
+    mlp = 8 * 32 + 16 * 8
+    norms = 5 * 8 + 2 * 4 + 2 * 4 + 8                    # of blocks and model, QK-norms, output norm
+    read = attention + linear + 2 * mlp + norms + 50 * 8           # the head; an embedding of its own: a row
+    S, KV = 3 * 2 * 4 * 4 * 4, 3 * 100 * 2 * 4 * 2       # three rows of 100 tokens, S fp32, K/V bf16
+    moved, held = bench.weigh(c, 3, 100, torch.bfloat16)
+    assert moved == 2 * read + 2 * S + KV
+    assert held == 2 * (read + (not tied) * 50 * 8) + S + KV
+    assert bench.operations(c, 10) == (2 * 10 * (attention + linear + 2 * mlp), 4 * 2 * 4 * 55)
+    assert bench.operations(c, 10, "mixer")[0] == 2 * 10 * (attention + linear)
+    windowed = HypeNetConfig("AA", n_head=2, head_dim=4, n_kv_head=1, window=3)
+    assert bench.operations(windowed, 10)[1] == 2 * 4 * 2 * 4 * (1 + 2 + 8 * 3)
+    ops, head = bench.operations(c, 10), 2 * 8 * 50
+    assert bench.train_operations("finetune", c, c, 10) == 3 * (sum(ops) / 10 + head)
+    assert bench.train_operations("distil", c, c, 10) == 4 * (sum(ops) / 10 + head)
+    twins = 2 * 2 * (3 * linear - 8 * 32)                # both layers; inputs need no gradient
+    assert bench.train_operations("align", c, c, 10) == sum(ops) / 10 + twins
+
+
+def test_bench_shapes_are_the_published_ones():
+    """Parameters of the sizes that the tables name, in millions; layers that stay attention."""
+    with torch.device("meta"):
+        params = {(size, kind): bench.HypeNet(bench.config_of(size, kind)).n_params() / 1e6
+                  for size, kind in (("2b", "hybrid"), ("2b", "teacher"), ("gpt2-xl", "teacher"),
+                                     ("14b", "teacher"))}
+    assert {name: round(n) for name, n in params.items()} == {
+        ("2b", "hybrid"): 1926, ("2b", "teacher"): 1721, ("gpt2-xl", "teacher"): 1558,
+        ("14b", "teacher"): 14768}
+    for size, n in (("2b", 7), ("gpt2-xl", 12), ("14b", 10), ("tiny", 2)):
+        assert bench.config_of(size, "hybrid").layers.count("A") == n
+    assert bench.config_of("2b", "article").window == 2048
+
+
+def test_bench_decode_and_figure(results, monkeypatch, capsys):
+    """Every model and context gets its row, with times, floors and tokens a second that fit together; a second
+    run replaces its own rows only; out of memory is a row too; the figure shows what the file holds."""
+    bench.main("decode --device cpu".split())
+    rows = bench_rows(results, "decode-cpu")
+    assert {(r["kind"], r["context"]) for r in rows if r["batch"] == 1} == {
+        (kind, n) for kind in bench.ALL for n in (256, 1024)}
+    assert {r["kind"] for r in rows if r["batch"] > 4} == {"hybrid", "teacher"}     # the largest that fits
+    for r in rows:
+        assert r["floor_ms"] > 0 and r["need_gb"] > 0 and r["peak_gb"] is None
+        assert r["ratio"] == pytest.approx(r["ms"] / r["floor_ms"])
+        assert r["tok_s"] == pytest.approx(1000 * r["batch"] / r["ms"])
+
+    class Full:
+        def init_state(self, *_):
+            raise torch.OutOfMemoryError
+    monkeypatch.setattr(bench, "build", lambda *_: Full())
+    bench.main("decode --device cpu --kind teacher --ctx 1024 2048".split())
+    after = bench_rows(results, "decode-cpu")
+    assert len(after) == len(rows) + 1 and after[-1]["ms"] is after[-2]["ms"] is None
+    assert all(r in after for r in rows if (r["kind"], r["context"], r["batch"]) != ("teacher", 1024, 1))
+    assert capsys.readouterr().out.count("memory    ") == 2
+    if pytest.importorskip("matplotlib", reason="matplotlib is not installed"):
+        picture = results / "decode-tiny.png"
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        picture.unlink()
+        bench.main("figure --size tiny".split())
+        assert picture.stat().st_size > 10_000
+
+
+def test_bench_without_matplotlib(results, monkeypatch, capsys):
+    """A figure that cannot be drawn is one line, the rows are written all the same."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bench.main("decode --device cpu --kind hybrid --ctx 64 --name x".split())
+    assert "pip install matplotlib" in capsys.readouterr().out and bench_rows(results, "x")[0]["ms"] > 0
+
+
+def test_bench_prefill(results):
+    """Seconds of hybrid and teacher, the latter to --teacher-max; the floor is operations over rates."""
+    bench.main("prefill --device cpu --ctx 100 300 --teacher-max 200".split())
+    content = json.loads((results / "prefill-cpu.json").read_text(encoding="utf-8"))
+    assert [(r["kind"], r["context"]) for r in content["rows"]] == [
+        ("hybrid", 100), ("hybrid", 300), ("teacher", 100)]
+    for r in content["rows"]:
+        linear, attention = bench.operations(bench.config_of("tiny", r["kind"]), r["context"])
+        floor = linear / content["matmul_rate"] + attention / content["attention_rate"]["tiny"][0]
+        assert r["floor_s"] == pytest.approx(floor) and r["seconds"] > 0 and r["ratio"] > 0
+
+
+def test_bench_train(results, monkeypatch):
+    """A row a stage, of true length, with utilisation of the peak that is given and the plan's hours."""
+    plans = {name: halo.replace(halo.PLANS["tiny"][name], length=n, batch=4) for name, n in
+             (("align", 16), ("distil", 32), ("finetune", 48))}
+    monkeypatch.setitem(halo.PLANS, "tiny", plans)
+    bench.main("train --device cpu --peak 1e12 --seconds 1e-3".split())
+    rows = bench_rows(results, "train-cpu")
+    assert [(r["stage"], r["length"], r["plan_batch"]) for r in rows] == [
+        ("align", 16, 4), ("distil", 32, 4), ("finetune", 48, 4)]
+    for r in rows:
+        assert r["tok_s"] == pytest.approx(r["batch"] * r["length"] / r["seconds"]) and r["batch"] <= 4
+        assert r["hours"] == pytest.approx(r["tokens"] / r["tok_s"] / 3600) and r["peak_gb"] > 0
+        assert r["used"] == pytest.approx(r["operations"] * r["tok_s"] / 1e12) and 0 < r["used"] < 1
+
+
+def test_bench_kernel(results, monkeypatch):
+    """Rows of every kind of decay, errors small; attention beside the constant one."""
+    monkeypatch.setattr(bench, "CPU_SCANS", [(1, 128, 4, 16, 16)])
+    bench.main("kernel --device cpu".split())
+    rows = bench_rows(results, "kernel-cpu")
+    assert {(r["decay"], r["by"]) for r in rows} >= {
+        ("constant", "ours"), ("constant", "sdpa"), ("head", "ours"), ("channel", "ours")}
+    for r in rows:
+        assert 0 < r["forward"] and 0 < r["both"]
+        assert r["by"] != "ours" or max(r[x] for x in ("o", "dq", "dk", "dv")) < 5e-3
+
+
+def test_bench_when(results, capsys):
+    """The hybrid wins from where the curves cross, straight in log-log; limits are kept; past what was
+    measured, and without rows, one line and status 2."""
+    def row(kind, context, ms, gb):
+        return dict(size="2b", kind=kind, batch=1, context=context, ms=ms, peak_gb=ms and gb, need_gb=gb)
+    rows = [row("hybrid", 1000, 2.0, 4), row("hybrid", 100000, 2.0, 4), row("hybrid", 200000, 3.0, 5),
+            row("teacher", 1000, 1.0, 2), row("teacher", 100000, 4.0, 32), row("teacher", 200000, None, 64)]
+    bench.write_json(str(results / "decode-x.json"), dict(device="X", rows=rows))
+
+    def when(*given):
+        bench.main(["when", *given])
+        return capsys.readouterr().out
+    out = when("--ctx", "10000")                         # ms 2 and 2 there, GB 4 and 8
+    assert "hybrid   2.00 ms, 4 GB" in out and "teacher  2.00 ms, 8 GB" in out
+    assert "in time the hybrid wins from about 10,000 tokens" in out
+    assert "in memory the hybrid wins from about 3,200 tokens" in out      # 1000 * 100^(1/4)
+    assert "use the teacher: the hybrid takes 2.00 of the time and 2.00 of the memory" in when("--ctx", "50")
+    assert "use the hybrid: the hybrid takes 0.50 of the time and 0.12" in when("--ctx", "100000")
+    assert "use the hybrid: it alone" in when("--ctx", "150000")
+    assert "lack of memory" in when("--ctx", "150000")
+    assert "use the hybrid: it alone is known to keep within 3 ms" in when("--ctx", "100000", "--ms", "3")
+    assert "use the teacher: it alone" in when("--ctx", "1000", "--gb", "3")
+    assert "use neither: both exceed 0.1 ms and 1 GB" in when("--ctx", "1000", "--ms", "0.1", "--gb", "1")
+    assert "from 1,000 tokens on, the shortest measured" in bench_wins(capsys, results, rows, hybrid=0.5)
+    assert "in time the hybrid wins at no context up to 200,000" in bench_wins(capsys, results, rows[:2] + [
+        row("hybrid", 200000, 9.0, 5), *rows[3:5], row("teacher", 200000, 8.0, 64)])
+    for given, word in (("--ctx 200001", "200000"), ("--ctx 10 --size 14b", "decode --size 14b"),
+                        ("--ctx 10 --name nothing", "nothing")):
+        with pytest.raises(SystemExit) as stop:
+            when(*given.split())
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.count("\n") == 1 and word in line
+
+
+def bench_wins(capsys, folder, rows, hybrid=None):
+    rows = [dict(r, ms=hybrid) if hybrid and r["kind"] == "hybrid" else r for r in rows]
+    bench.write_json(str(folder / "decode-x.json"), dict(device="X", rows=rows))
+    bench.main(["when", "--ctx", "1000"])
+    return capsys.readouterr().out
+
+
+def test_bench_wins_where_the_teacher_does_not_fit():
+    """Where the teacher is faster until it no longer fits, the hybrid wins from there; lost again: not."""
+    assert bench.wins_from([1, 10, 100], [2, 3, 4], [1, 2, INF]) == 100
+    assert bench.wins_from([1, 10, 100], [2, 1, 4], [3, 2, 3]) is None
+    assert bench.at([10, 1000], [1, INF], 100) == INF == bench.at([10, 100, 1000], [1, INF, INF], 500)
+
+
+@pytest.mark.parametrize("given, word", [
+    ("", "required"), ("draw", "draw"), ("decode --size 7b", "7b"), ("decode --ctx 0", "--ctx"),
+    ("decode --batch x", "--batch"), ("prefill --kind mamba", "mamba"), ("when", "--ctx"),
+    ("when --ctx 9 --ms -1", "--ms"), ("train --device tpu", "tpu"), ("kernel --device meta", "meta"),
+    ("figure --name none", "none"),
+    ("decode --size tiny --ctx 4000 --kind article", "2,048 that this model's chunks")])
+def test_bench_errors_are_one_line(given, word, results, capsys):
+    """Bad input of bench.py ends with status 2 and one line that names it."""
+    with pytest.raises(SystemExit) as stop:
+        bench.main(given.split())
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and word in line and line.startswith("bench.py")
+
+
+def test_bench_refuses_a_file_of_another_kind(results, capsys):
+    """A file in results/ that no table has written is never written over."""
+    (results / "decode-cpu.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        bench.main("decode --device cpu --kind hybrid --ctx 64".split())
+    assert stop.value.code == 2 and "decode-cpu.json" in capsys.readouterr().err
+    assert (results / "decode-cpu.json").read_text(encoding="utf-8") == "[1]"
+
+
 # ---- the README tells the truth ----------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -2002,14 +2316,14 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 def test_readme_commands_exist():
     """Every command the README shows parses; every flag and file it names exists."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
-    commands = re.findall(r"python (halo|sample)\.py([^\n&#]*)", blocks)
+    commands = re.findall(r"python (halo|sample|bench)\.py([^\n&#]*)", blocks)
     assert len(commands) >= 10
     for script, rest in commands:
-        (halo if script == "halo" else sample).get_args(shlex.split(rest))
+        dict(halo=halo, sample=sample, bench=bench)[script].get_args(shlex.split(rest))
     known = set()
-    for module in (halo, sample):
+    for module, *mode in [(halo,), (sample,), *((bench, mode) for mode in bench.MODES)]:
         with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
-            module.get_args(["--help"])
+            module.get_args([*mode, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]*", text.getvalue()))
     assert set(re.findall(r"`(--[a-z][a-z-]*)", README)) <= known
     for name in re.findall(r"`((?:results/|assets/)?[\w-]*\.?(?:py|json|log)?)`", README):
