@@ -2162,7 +2162,7 @@ def test_bench_shapes_are_the_published_ones():
 
 
 def test_bench_decode_and_figure(results, monkeypatch, capsys):
-    """Every model and context gets its row, with times, floors and tokens a second that fit together; a second
+    """Every model and context gets its row, with times, floors and tokens a second that agree; a second
     run replaces its own rows only; out of memory is a row too; the figure shows what the file holds."""
     bench.main("decode --device cpu".split())
     rows = bench_rows(results, "decode-cpu")
