@@ -869,6 +869,8 @@ def _launch_scan(q, k, v, g, A, side, start, segments, scale, reverse, o=None, f
                  w=None, dg=None):
     (B, T, H, K), V, s = k.shape, v.shape[-1], _layout(k, v, side)
     local, total = segments or (None, None)
+    if o is None and s["BLOCK_T"] == 64:    # the first pass has less to do at once, and runs best in halves
+        s = s | dict(BLOCK_T=32, n_chunks=2 * s["n_chunks"], per_segment=2 * s["per_segment"], stages=3)
     grid = (B * H * s["n_blocks"], s["n_segments"] - (o is None))
     scan_kernel[grid](
         q, k, v, g, A, start, local, total, o, final, marks, w, dg,

@@ -152,8 +152,8 @@ def test_mixed_and_half_dtypes(shape):
 def test_segments_change_nothing(shape, monkeypatch):
     """Segments that run at once, for few heads and many tokens, give what one walk over the chunks gives."""
     tensors = inputs(shape, 1100, 1, 1, 24, 40, torch.float32)
-    for cores, segments in ((0, 1), (8, 7)):
-        monkeypatch.setattr(kernel, "_card", lambda device, cores=cores: (False, cores))
+    for hopper, cores, segments in ((False, 0, 1), (False, 8, 7), (True, 8, 4)):
+        monkeypatch.setattr(kernel, "_card", lambda device, card=(hopper, cores): card)
         layout = kernel._layout(tensors[0], tensors[2], "head")
         assert layout["n_segments"] == segments or GPU
         assert_equal(scan(tensors, "triton"), scan(tensors, "sequential", dtype=torch.float64), 2e-5)
