@@ -141,18 +141,19 @@ def stdlib_documents():
 
 
 def file_documents(files, piece=65536):
-    """(group, text) of .txt and .jsonl files, gzipped or not. A line of a .jsonl is a document; a .txt is cut
-    at line ends into pieces of about 64 KB, so that one file can be split too."""
+    """(group, text) of .txt and .jsonl files, gzipped or not. A line of .jsonl is a document; a .txt is cut
+    at line ends into pieces of about 64 KB, so that one file can be split too. A group is a text: all copies
+    stand on one side."""
     for path in files:
         unpack = gzip.open if path.endswith(".gz") else open
         try:
-            with unpack(path, "rt", encoding="utf-8", errors="replace") as f:
+            with unpack(path, "rt", encoding="utf-8-sig", errors="replace") as f:
                 while lines := f.readlines(piece):
-                    if ".jsonl" not in path:
-                        yield lines[0], "".join(lines)
-                        continue
-                    for line in lines:
-                        yield line, str(json.loads(line)["text"])
+                    if path.endswith((".jsonl", ".jsonl.gz")):
+                        texts = [str(json.loads(line)["text"]) for line in lines if line.strip()]
+                    else:
+                        texts = ["".join(lines)]
+                    yield from zip(texts, texts)
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"--data {path}: not every line is a JSON object with a field text") from None
         except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -334,7 +335,8 @@ class Corpus:
             where = [block(i // size)[i % size] for i in range(step * plan.batch, (step + 1) * plan.batch)]
             rows = np.stack([self.sources[s].read(c, start, plan.length + 1) for s, c, start in where])
             rng = np.random.default_rng([*key, step])
-            for row in rows[:round(plan.recall * plan.batch)]:
+            share = plan.recall * plan.batch                       # less than 1: now and then a row
+            for row in rows[:int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)]:
                 row[:] = plant(self.tokenizer, row, rng, ask=int(rng.integers(1, 4)))[0]
             return rows
         return batch
@@ -362,7 +364,7 @@ def plant(tokenizer, text, rng, depth=None, ask=1):
     room = len(text) - sum(map(len, pieces))
     if room < 0:
         raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
-                         f"{len(text) - room} tokens; use a longer length, or recall=0")
+                         f"{len(text) - room} tokens; use a longer length")
     cuts = sorted(rng.integers(0, room + 1, len(pieces))) if depth is None else [int(depth * room), room]
     parts, at = [], 0
     for cut, piece in zip(cuts, pieces):
@@ -684,7 +686,14 @@ class Run:
         """Drop the log lines of a stage past a step: they will be written again."""
         with open(self.path("log.jsonl"), "a+", encoding="utf-8") as f:
             f.seek(0)
-            lines = [line for line in f if (r := json.loads(line))["stage"] != stage or r["step"] <= step]
+            lines = []
+            for line in f:
+                try:
+                    r = json.loads(line)
+                except ValueError:                         # cut off when the machine went down
+                    continue
+                if r["stage"] != stage or r["step"] <= step:
+                    lines.append(line)
         write_text(self.path("log.jsonl"), "".join(lines))
 
     def once(self, name, work):
@@ -814,7 +823,7 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
     saved_at, pause, tick = time.time(), 120.0, time.time()
     for step, rows in zip(bar, ahead(corpus.rows(stage, plan), range(first, plan.steps), device)):
         loss, micro = fitted(stage, module, micro, partial(backward, loss_fn, rows, step))
-        norm = max(nn.utils.clip_grad_norm_(g, 1.0) for g in groups)
+        norm = torch.stack([nn.utils.clip_grad_norm_(g, 1.0) for g in groups]).max()     # NaN if any is
         value = loss.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
             good = f"last checkpoint {file}" if os.path.exists(file) else "no checkpoint yet"
@@ -1083,6 +1092,8 @@ class Probe:
         aside = torch.empty(2 * sum(p.numel() for p in params), device=params[0].device)   # for the optimizer
         rows = torch.randint(self.n_vocab, (plan.batch, plan.length + 1), device=aside.device)
         for _ in range(3):                                         # the first finds what fits, and warms up
+            if aside.is_cuda:
+                torch.cuda.reset_peak_memory_stats(aside.device)
             began = time.time()
             _, micro = fitted(stage, module, micro, lambda n: backward(loss_fn, rows[:n], 0, n).item())
         speed = min(micro, plan.batch) * plan.length / (time.time() - began)
@@ -1269,6 +1280,8 @@ def settle(o):
 
 def new_folder(o):
     folder = o.out or os.path.join("out", f"{os.path.basename(os.path.normpath(o.teacher))}-{o.recipe}")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"--out {folder} is a file; name a folder")
     if not os.path.isdir(folder) or not os.listdir(folder):
         return folder
     if o.out:
@@ -1340,7 +1353,7 @@ def check_length(stage, plan, limit, o):
         try:
             plant(o.tokenizer, np.zeros(plan.length, np.int64), np.random.default_rng(0))
         except ValueError as e:
-            raise ValueError(f"--plan {stage}.length: {e}") from None
+            raise ValueError(f"--plan {stage}.length: {e}, or {stage}.recall=0") from None
 
 
 def resumed(o, argv):
@@ -1384,23 +1397,26 @@ def run_main(argv):
     plans, o.changes = settle(o)
     folder, found = o.resume or new_folder(o), {}
     if o.pretrain:
-        o.tokenizer, config, longest = Tokenizer.bytes(), TEACHERS[o.teacher], 256
+        o.tokenizer, config, longest = Tokenizer.bytes(), TEACHERS[o.teacher], plans["pretrain"].length + 1
         check_length("pretrain", plans["pretrain"], math.inf, o)
     else:
         teacher = load_teacher(plans, o)
         config, longest = teacher.config, 64 * o.length
+        if o.logit_base == "fit" and "finetune" in plans:  # reads four times the length of stage 3
+            longest = max(longest, 4 * plans["finetune"].length + 1)
         if not o.resume:
             check_disk(folder, teacher, plans, o)
     corpus = Corpus(o.tokenizer, o.data, o.seed, max(plan.length for plan in plans.values()))
     corpus.windows(np.random.default_rng(0), 1, longest)  # or an error, now
     if o.device.startswith("cuda") and not o.resume and not o.pretrain:
         found = Probe(teacher, corpus, plans, o).found
+        torch.cuda.reset_peak_memory_stats(o.device)
     print_plan(folder, config, corpus, plans, o, found)
     if o.dry_run:
         return
     run = Run(folder, options)
     try:
-        if run.once("text", lambda: corpus.facts) != corpus.facts:
+        if run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"]:
             raise ValueError(f"--resume {o.resume}: the text has changed since it began; start a new run")
         if o.pretrain:
             pretrain(run, corpus, plans, o)

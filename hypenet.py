@@ -650,9 +650,12 @@ class HypeNet(nn.Module):
         """Continue a list of prompts (lists of ids, any lengths): yields the next ids (B,) of all rows, step
         by step. Each row is read alone and unpadded into its slice of the state; decoding is batched.
         temperature 0 is greedy; top_k and top_p cut the tail; ids from n_vocab on, and those in `never`, are
-        not sampled. graph: see Decoder."""
+        not sampled. graph: see Decoder. To go on from the same state, begin the next prompt with the last id
+        yielded: it was drawn, not read."""
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("every prompt needs at least one token")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         if temperature < 0 or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"temperature {temperature} (0 or more), top_k {top_k} (1 or more), "
                              f"top_p {top_p} (above 0, at most 1)")
@@ -660,7 +663,11 @@ class HypeNet(nn.Module):
         rng = torch.Generator(device).manual_seed(seed) if seed is not None else None
         if state is None:
             state = self.init_state(len(prompts), max(map(len, prompts)) + max_new_tokens)
-        self.check_length(state.seen + max(map(len, prompts)) + max_new_tokens - 1)
+        if len(state.pos) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts for a state of {len(state.pos)} rows; give one a row")
+        held = max(n + len(prompt) for n, prompt in zip(state.pos.tolist(), prompts)) + max_new_tokens - 1
+        self.check_length(held)
+        self.check_room(state, held - state.seen)
         logits = torch.cat([self.prefill(p, state.row(b), segment, progress) for b, p in enumerate(prompts)])
         state.seen = int(state.pos.max())
         banned = torch.tensor(sorted(never), dtype=torch.int64, device=device)
@@ -761,7 +768,8 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
     """Draw ids (B,) from logits (B,vocab); nothing in it waits for the device."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)      # never inf less inf
     if top_k is not None:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -907,7 +915,8 @@ def translate(given):
     c["norm_eps"] = given.get("rms_norm_eps", 1e-6)
     rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})   # older and newer files
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+    nested = any(isinstance(value, dict) for value in rope.values())                  # one a type of layer
+    if nested or kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"rope_scaling is {rope}; allowed: rope_type default or llama3, of all channels")
     c["rope_theta"] = rope.get("rope_theta", given.get("rope_theta", 10000.0))
     if kind == "llama3":

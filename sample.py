@@ -42,7 +42,7 @@ def get_args(argv):
     p.add_argument("--temperature", type=number(float, 0), default=0.0, help="0 (default): greedy")
     p.add_argument("--top-k", type=number(int, 1), help="sample among the k likeliest tokens")
     p.add_argument("--top-p", type=number(float, 1e-9, 1), help="sample among the likeliest, to this share")
-    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
     p.add_argument("--logit-base", type=number(float, 1), help="a of s_t = log(t + a) / log(a), which scales "
                                                                "the queries; default: the model's own")
     p.add_argument("--segment", type=number(int, 1), help="tokens read at a time; default: 8192 on a GPU, "
@@ -72,7 +72,7 @@ def context(o, tokenizer):
         return ids[:-n_answer].tolist(), tokenizer.decode(ids[-n_answer:]).strip()
     text = o.prompt
     if text is None:
-        with open(o.file, encoding="utf-8", errors="replace") as f:
+        with open(o.file, encoding="utf-8-sig", errors="replace") as f:
             text = f.read()
     ids = tokenizer.encode(text)
     if not ids:
@@ -96,11 +96,11 @@ def run_main(argv):
     if o.teacher:
         try:
             with open(os.path.join(folder, "report.json"), encoding="utf-8") as f:
-                weights = json.load(f)["teacher"]
-        except (OSError, ValueError, KeyError):
+                weights = os.fspath(json.load(f)["teacher"])
+        except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"--teacher: {folder} has no report.json that names its teacher") from None
-        shipped = os.path.join(HERE, "assets", f"{weights}-teacher")
-        weights = shipped if os.path.isdir(shipped) else weights
+        shipped = os.path.join(HERE, "assets", f"{os.path.basename(weights)}-teacher")
+        weights = shipped if weights == os.path.basename(weights) and os.path.isdir(shipped) else weights
     dtype = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
     model = HypeNet.from_pretrained(weights, dtype=dtype, device=o.device)
     check_tokenizer(tokenizer, model.config)
@@ -148,7 +148,11 @@ def run_main(argv):
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")             # a terminal that cannot show a character
-    command_line("sample.py", run_main, argv)
+    try:
+        command_line("sample.py", run_main, argv)
+    finally:
+        if sys.stdout.isatty():                              # after Ctrl-C too
+            print("\033[0m", end="", flush=True)
 
 
 if __name__ == "__main__":
