@@ -717,6 +717,15 @@ def test_bad_calls_are_one_line():
     for options in (dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)):
         with one_line(*options):
             model.generate([[1]], 3, **options)
+    with one_line("max_new_tokens is 0"):
+        model.generate([[1]], 0)
+    state = model.init_state(2, 9)
+    model.generate([[1] * 4, [2]], 3, state=state)
+    with one_line("1 prompts", "2 rows"):
+        model.generate([[1]], 1, state=state)
+    with one_line("10 tokens", "9"):
+        next(model.stream([[3], [4]], 4, state=state))
+    assert model.generate([[5, 6]], 5, temperature=1e-39) == model.generate([[5, 6]], 5)
 
 
 def test_tokenizer_round_trip(tmp_path):
@@ -862,6 +871,7 @@ def test_wrong_tensors_are_all_named(name, rename, words, tmp_path):
     ("llama", dict(rope_scaling=dict(SLOWED, rope_type="yarn"), rope_parameters=None)),
     ("llama", dict(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=None)),
     ("qwen3", dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5))),
+    ("qwen3", dict(rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=5.0)))),
     ("llama", dict(quantization_config=dict(bits=4))), ("llama", dict(vocab_size="61")),
     ("llama", dict(num_hidden_layers=None)), ("llama", dict(model_type="mistral"))], ids=str)
 def test_configs_we_would_get_wrong_are_one_line(name, changes, tmp_path):
@@ -1571,6 +1581,32 @@ def test_no_network_is_one_line(monkeypatch, capsys):
         halo.main(["--data", "fineweb", "--device", "cpu"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "no route" in error
+
+
+def test_copies_of_a_text_stand_on_one_side(tmp_path):
+    """A text is trained on or held out whatever else its line says, and so are pieces of a file whose
+    paragraphs are parted by blank lines."""
+    lines = [json.dumps(dict(id=j, text=f"document {i} " * 9)) for i in range(200) for j in range(3)]
+    (tmp_path / "copies.jsonl").write_text("\n".join(lines) + "\n\n")
+    (tmp_path / "prose.txt").write_text("".join(f"\nparagraph {i} {'word ' * 500}\n" for i in range(1500)))
+    for name, texts in (("copies.jsonl", 200), ("prose.txt", 50)):
+        corpus = halo.Corpus(Tokenizer.bytes(), [str(tmp_path / name)], cell=64)
+        sides = [set(corpus.tokenizer.decode(ids).split("\0")) - {""}
+                 for ids in (corpus.sources[0].parts[0], corpus.held_out)]
+        assert not sides[0] & sides[1] and len(sides[0] | sides[1]) >= texts
+        assert 0.01 < len(sides[1]) / texts < 0.2
+
+
+def test_a_log_cut_off_is_read(tmp_path):
+    """The last line of a log may be half a line: it is dropped with those that will be written again."""
+    run = halo.Run(str(tmp_path), {})
+    run.close()
+    for step in (1, 2, 3):
+        run.log(stage="align", step=step)
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"stage": "al')
+    run.forget("align", 2)
+    assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")] == [1, 2]
 
 
 # ---- halo: training ----------------------------------------------------------------------------------------
