@@ -424,6 +424,14 @@ if triton:
         return tl.sum(g, 0), P, R, D
 
     @triton.jit
+    def chunk_of(T, H, n_chunks, BLOCK_T: tl.constexpr):
+        """The chunk that this program has to itself: its number among all, batch row, head, first token, rows
+        and how many tokens are left from the first on."""
+        at_chunk = tl.program_id(0).to(tl.int64)                            # int64: offsets pass 2^31
+        bh, first = at_chunk // n_chunks, at_chunk % n_chunks * BLOCK_T
+        return at_chunk, bh // H, bh % H, first, tl.arange(0, BLOCK_T), (T - first).to(tl.int32)
+
+    @triton.jit
     def prepare_kernel(
         q_ptr, k_ptr, g_ptr, q_out_ptr, k_out_ptr, A_ptr, total_ptr, T, H, n_chunks,
         stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_gb, stride_gt, stride_gh,
@@ -431,9 +439,7 @@ if triton:
         BLOCK_K: tl.constexpr, LEAF: tl.constexpr, LEVELS: tl.constexpr,
     ):
         """Of one chunk: Q * e^P, K * e^R, A, and the sum of g."""
-        bh, chunk = (tl.program_id(0) // n_chunks).to(tl.int64), tl.program_id(0) % n_chunks
-        b, h, first = bh // H, bh % H, chunk.to(tl.int64) * BLOCK_T         # int64: offsets pass 2^31
-        rows, left = tl.arange(0, BLOCK_T), T - chunk * BLOCK_T             # left: tokens from first on
+        at_chunk, b, h, first, rows, left = chunk_of(T, H, n_chunks, BLOCK_T)
         i, j = rows[:, None], rows[None, :]
         at = ((b * T + first) * H + h) * K
         q_ptr += b * stride_qb + h * stride_qh + first * stride_qt
@@ -452,9 +458,8 @@ if triton:
             k_out = k * exp(sums(j > i, g, DTYPE, EXACT))
             store_tile(q_out_ptr + at, rows, H * K, keys, left, K, q_out)
             store_tile(k_out_ptr + at, rows, H * K, keys, left, K, k_out)
-            tl.store(total_ptr + (bh * n_chunks + chunk) * K + keys, tl.sum(g, 0), mask=keys < K)
-        at_A = (bh * n_chunks + chunk) * BLOCK_T * BLOCK_T
-        tl.store(A_ptr + at_A + i * BLOCK_T + j, A.to(A_ptr.dtype.element_ty))
+            tl.store(total_ptr + at_chunk * K + keys, tl.sum(g, 0), mask=keys < K)
+        tl.store(A_ptr + at_chunk * BLOCK_T * BLOCK_T + i * BLOCK_T + j, A.to(A_ptr.dtype.element_ty))
 
     @triton.jit
     def scan_kernel(
@@ -579,9 +584,7 @@ if triton:
         BLOCK_K: tl.constexpr, LEAF: tl.constexpr, LEVELS: tl.constexpr,
     ):
         """Of one chunk: dq and dk out of S_0 dO_i and dS_C v_j (dq_in, dk_in), and dg."""
-        bh, chunk = (tl.program_id(0) // n_chunks).to(tl.int64), tl.program_id(0) % n_chunks
-        b, h, first = bh // H, bh % H, chunk.to(tl.int64) * BLOCK_T
-        rows, left = tl.arange(0, BLOCK_T), T - chunk * BLOCK_T
+        at_chunk, b, h, first, rows, left = chunk_of(T, H, n_chunks, BLOCK_T)
         i, j = rows[:, None], rows[None, :]
         at = ((b * T + first) * H + h) * K
         q_ptr += b * stride_qb + h * stride_qh + first * stride_qt
@@ -604,7 +607,7 @@ if triton:
             dq = load_tile(dq_in_ptr + at, rows, H * K, keys, left, K) * exp(sums(j <= i, g, DTYPE, EXACT))
             dk = load_tile(dk_in_ptr + at, rows, H * K, keys, left, K) * exp(sums(j > i, g, DTYPE, EXACT))
             if dg_ptr is not None:
-                W = tl.load(W_ptr + (bh * n_chunks + chunk) * K + keys, mask=keys < K, other=0.0)
+                W = tl.load(W_ptr + at_chunk * K + keys, mask=keys < K, other=0.0)
                 SdS = W + tl.sum(k * dk, 0)                                 # so far k * dk is Z
             for level in tl.static_range(LEVELS):
                 up, down, pair = level_factors(g, level, LEAF, DTYPE, EXACT)

@@ -2367,6 +2367,17 @@ def test_readme_commands_exist():
             assert (HERE / name).exists(), name
 
 
+def test_readme_kernel_times_are_those_of_results():
+    """Every time in the README's table of scans stands in the log beside it."""
+    log = (HERE / "results" / "kernel-h200.log").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+, \d+, \d+, \d+, \d+) \|(.*)", README, re.M)
+    assert len(rows) == 4
+    for shape, cells in rows:
+        lines = [line for line in log.splitlines() if line.startswith(shape + " ")]
+        for value in re.findall(r"\d+\.\d{3}", cells):
+            assert any(value in line.split() for line in lines), (shape, value)
+
+
 @pytest.mark.parametrize("recipe", ["paper", "article"])
 def test_readme_numbers_are_those_of_results(recipe):
     """Losses, recall, tokens and minutes in the README are those of the reports under results/; the student
