@@ -52,8 +52,9 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from hypenet import (FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, Parser,  # noqa: E402
-                     Tokenizer, check_tokenizer, command_line, default_device, locate, number, write_file,
-                     write_json, write_text)
+                     Tokenizer, check_tokenizer, command_line, default_device, fuse, fusible, locate, number,
+                     write_file, write_json, write_text)
+
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -527,10 +528,46 @@ def by_slices(work, model, *tensors, elements=None):
     """[work(slice of each tensor)], so many tokens (N,...) at a time that logits have about `elements`
     values: a large vocabulary then needs no more memory than a small one."""
     n = max(1, (elements or (2 ** 27 if tensors[0].is_cuda else 2 ** 24)) // model.config.vocab_size)
-    slices = list(zip(*(t.split(n) for t in tensors)))
-    if len(slices) > 1 and torch.is_grad_enabled():
-        work = partial(checkpoint, work, use_reentrant=False)       # the backward pass makes logits again
-    return [work(*part) for part in slices]
+    return [work(*part) for part in zip(*(t.split(n) for t in tensors))]
+
+
+@fusible
+def token_losses(logits_s, logits_t, targets, kl, alpha):
+    """Sum over tokens of alpha CE + (1 - alpha) KL, of logits (n,V) of student and teacher (None: CE)."""
+    log_s, loss = logits_s.float().log_softmax(-1), 0.0
+    if alpha:
+        loss = alpha * F.nll_loss(log_s, targets, reduction="sum")
+    if logits_t is not None:
+        log_t = logits_t.float().log_softmax(-1)
+        p, log_q = (log_t, log_s) if kl == "forward" else (log_s, log_t)
+        loss = loss + (1 - alpha) * F.kl_div(log_q, p, reduction="sum", log_target=True)
+    return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The loss of a head, in slices whose gradients are taken as soon as their logits are there: no logits
+    are kept, and none are made twice. work(weight, slices of xs and others) -> loss."""
+
+    @staticmethod
+    def forward(ctx, work, elements, student, weight, xs, *others):
+        weight, xs = weight.detach().requires_grad_(ctx.needs_input_grad[3]), xs.detach()
+
+        def one(x, *others):
+            x.requires_grad_(ctx.needs_input_grad[4])
+            with torch.enable_grad():
+                loss = work(weight, x, *others)
+            if loss.requires_grad:
+                loss.backward()
+            return loss.detach(), x.grad
+        losses, grads = zip(*by_slices(one, student, xs, *others, elements=elements))
+        ctx.grads = weight.grad, torch.cat(grads) if ctx.needs_input_grad[4] else None
+        return sum(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (w, x), ctx.grads = ctx.grads, None
+        return None, None, None, *(g if g is None else g.mul_(grad) for g in (w, x)), None, None
 
 
 def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
@@ -538,18 +575,14 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
     "reverse": KL(student, teacher), the article's."""
     xs = student.hidden(idx, offset=offset).flatten(0, 1)                         # (N,C)
     with torch.no_grad():
-        xt = teacher.hidden(idx).flatten(0, 1) if alpha < 1 else xs
+        xt = teacher.hidden(idx).flatten(0, 1) if alpha < 1 else xs.detach()
 
-    def one(xs, xt, y):
-        log_s = student.head(xs).float().log_softmax(-1)                          # (n,V)
-        loss = alpha * F.nll_loss(log_s, y, reduction="sum") if alpha else 0
-        if alpha < 1:
-            with torch.no_grad():
-                log_t = teacher.head(xt).float().log_softmax(-1)
-            p, log_q = (log_t, log_s) if kl == "forward" else (log_s, log_t)
-            loss = loss + (1 - alpha) * F.kl_div(log_q, p, reduction="sum", log_target=True)
-        return loss
-    return sum(by_slices(one, student, xs, xt, targets.flatten(), elements=slice_elements)) / len(xs)
+    def work(weight, xs, xt, y):
+        with torch.no_grad():
+            logits_t = teacher.head(xt) if alpha < 1 else None
+        return token_losses(F.linear(xs, weight.to(xs.dtype)), logits_t, y, kl, alpha)         # (n,V)
+    return _HeadLoss.apply(work, slice_elements, student, student.head_weight(), xs, xt,
+                           targets.flatten()) / len(xs)
 
 
 def objective(student, teacher, stage, o, alpha):

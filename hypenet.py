@@ -227,15 +227,98 @@ def locate(config, pos, start=0):
 # ---- small parts -------------------------------------------------------------------------------------------
 
 
+class fusible:
+    """A function of elementwise steps and sums over channels, the work between two matrix products. It runs
+    as written, step by step, until fuse() makes a kernel of it."""
+    known = []
+
+    def __init__(self, plain):
+        self.plain = self.run = plain
+        self.known.append(self)
+
+    def __call__(self, *args):
+        return self.run(*args)
+
+
+def fuse(backend="inductor"):
+    """Have torch.compile make one kernel (and one for gradients) of each fusible function, for all models of
+    this process; backend None: as written again. Compiling takes a minute in all, spread over the first calls:
+    worth it for training on a GPU, or for reading millions of tokens. What cannot be compiled runs as
+    written, with a warning of torch."""
+    if backend:
+        torch._dynamo.config.suppress_errors = True
+        torch._dynamo.config.recompile_limit = 64        # shapes, dtypes, with and without gradients
+    for f in fusible.known:
+        f.run = torch.compile(f.plain, backend=backend) if backend else f.plain
+
+
+def product_dtype(x):
+    """What a Linear would multiply x in: norms and RoPE give that right away."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+@fusible
+def normed(x, weight, bias, eps, dtype):
+    """RMSNorm of x, or with a bias LayerNorm, over the last dimension."""
+    weight, size = weight.to(x.dtype), x.shape[-1:]            # else autocast leaves torch's fused kernel
+    y = F.rms_norm(x, size, weight, eps) if bias is None else F.layer_norm(x, size, weight, bias.to(x.dtype), eps)
+    return y.to(dtype)
+
+
+@fusible
+def add_normed(x, y, weight, bias, eps, dtype):
+    """x + y, and its norm."""
+    x = x + y
+    return x, normed.plain(x, weight, bias, eps, dtype)
+
+
+@fusible
+def make_heads(x, gain, eps, cos_sin, embd, s_t, dtype):
+    """q or k, (B,T,H,D), made ready for its product, each step where its argument is not None: RMSNorm per
+    head, RoPE, the sum with an embedding (B or 1,T,H,D), the product with s_t (B or 1,T)."""
+    if gain is not None:
+        x = F.rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps)
+    if cos_sin is not None:
+        x = rotate(x, cos_sin)
+    if embd is not None:
+        x = x + embd
+    if s_t is not None:
+        x = x * s_t[..., None, None]
+    return x.to(dtype)
+
+
+@fusible
+def gated(o, z, gain, eps):
+    """norm(o) * sigmoid(z), without what is None."""
+    if gain is not None:
+        o = F.rms_norm(o, o.shape[-1:], gain.to(o.dtype), eps)
+    return o if z is None else o * torch.sigmoid(z)
+
+
+@fusible
+def activated(x, swiglu):
+    """silu(gate) * up of x = [gate, up], or GPT-2's GELU."""
+    if swiglu:
+        gate, x = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
+    return F.gelu(x, approximate="tanh")
+
+
 class RMSNorm(nn.RMSNorm):
-    """torch's, its weight in the dtype of x: under autocast it would leave its fused kernel otherwise."""
+    bias = None
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return normed(x, self.weight, None, self.eps, product_dtype(x))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return normed(x, self.weight, self.bias, self.eps, product_dtype(x))
 
 
 def make_norm(config):
-    return (RMSNorm if config.norm == "rms" else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.n_embd, eps=config.norm_eps)
 
 
 class MLP(nn.Module):
@@ -248,11 +331,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = self.up(x)
-        if self.swiglu:
-            gate, x = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * x)
-        return self.down(F.gelu(x, approximate="tanh"))
+        return self.down(activated(self.up(x), self.swiglu))
 
 
 def attend(q, k, v, mask=None, causal=False):
@@ -308,24 +387,20 @@ class Attention(nn.Module):
         c, (B, T, _) = self.config, x.shape
         q, k, v, z = self.qkvz(x).split(self.sizes, dim=-1)
         q, k, v = (t.view(B, T, -1, c.head_dim) for t in (q, k, v))
-        if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if where.attn_rope is not None:
-            q, k = rotate(q, where.attn_rope), rotate(k, where.attn_rope)
+        gains = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
+        e = e_k = None
         if hasattr(self, "chunk_embd"):
             e = self.chunk_embd(where.pos // c.chunk).unflatten(-1, (c.n_head, c.head_dim))
-            q, k = q + e, k + e[:, :, ::c.n_head // c.n_kv_head]    # grouped k: the group's first head
-        if where.s_t is not None:
-            q = q * where.s_t[..., None, None]
-        q, k = q.to(v.dtype), k.to(v.dtype)                         # autocast leaves norms in fp32
+            e_k = e[:, :, ::c.n_head // c.n_kv_head]                # grouped k: the group's first head
+        q = make_heads(q, gains[0], c.norm_eps, where.attn_rope, e, where.s_t, v.dtype)
+        k = make_heads(k, gains[1], c.norm_eps, where.attn_rope, e_k, None, v.dtype)
         if cache is None:
             o = self.whole(q, k, v)
         elif T == 1:
             o = self.decode(q, k, v, where, cache)
         else:
             o = self.segment(q, k, v, where, cache)
-        o = o.reshape(B, T, -1)                                     # (B,T,H*D)
-        return o * torch.sigmoid(z) if c.attn_gate else o
+        return gated(o.reshape(B, T, -1), z if c.attn_gate else None, None, None)   # (B,T,H*D)
 
     def whole(self, q, k, v):
         """Every token of a sequence at once, nothing before it."""
@@ -427,25 +502,20 @@ class LinearAttention(nn.Module):
         q, k, v, z = self.qkvz(x).split(self.sizes, dim=-1)
         q, k = q.view(B, T, -1, c.key_dim), k.view(B, T, -1, c.key_dim)
         v = v.view(B, T, -1, c.head_dim)
-        if c.linear_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if where.linear_rope is not None:
-            q, k = rotate(q, where.linear_rope), rotate(k, where.linear_rope)
+        gains = (self.q_norm.weight, self.k_norm.weight) if c.linear_qk_norm else (None, None)
+        q, k = (make_heads(t, gain, c.norm_eps, where.linear_rope, None, None, v.dtype)
+                for t, gain in zip((q, k), gains))
         if c.linear_kv_head < c.n_head:
             k, v = (t.repeat_interleave(c.n_head // c.linear_kv_head, dim=2) for t in (k, v))
         S = None if cache is None else cache["S"]
-        q, k = q.to(v.dtype), k.to(v.dtype)                        # autocast leaves norms in fp32
         if cache is not None and T == 1:
             o = kernel.decode(q, k, v, self.log_decay(x), S, c.key_dim ** -0.5)
         else:
             o, S_new = chunked_scan(q, k, v, self.log_decay(x), S, scale=c.key_dim ** -0.5)
             if cache is not None:
                 S.copy_(S_new)                                     # in place: the address never changes
-        o = o.reshape(B, T, -1)                                    # (B,T,H*D)
-        if c.linear_norm:
-            o = self.norm(o)
-        return o * torch.sigmoid(z) if c.linear_gate else o
-
+        return gated(o.reshape(B, T, -1), z if c.linear_gate else None,               # (B,T,H*D)
+                     self.norm.weight if c.linear_norm else None, c.norm_eps)
 
     def step(self, q, k, v, where, cache):
         """One token a row, of what qkvz gives: (B,H*K), (B,G*K), (B,G*D) -> (B,H*D)."""
@@ -470,8 +540,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, where, cache=None):
-        x = x + self.mixer(self.norm1(x), where, cache)
-        return x + self.mlp(self.norm2(x))
+        n, y = self.norm2, self.mixer(self.norm1(x), where, cache)
+        x, h = add_normed(x, y, n.weight, n.bias, n.eps, product_dtype(x))
+        return x + self.mlp(h)
 
     def step(self, x, where, cache):
         """The same for one token a row, x (B,C), on a GPU, in five launches (attention: seven; LayerNorm: two
@@ -562,7 +633,7 @@ class HypeNet(nn.Module):
     def can_step(self, idx):
         """Whether Block.step knows all that this model has, and the device."""
         c = self.config
-        return (kernel.has_kernels(idx, c.head_dim, c.key_dim) and len(idx) <= 16 and not c.chunk
+        return (kernel.has_kernels(idx, c.head_dim, c.key_dim) and len(idx) <= 4 and not c.chunk
                 and ("L" not in c.layers or c.decay in ("constant", "none")))
 
     def check_room(self, state, n):
@@ -605,9 +676,12 @@ class HypeNet(nn.Module):
                 state.seen = start + T
             return self.norm(x)
 
+    def head_weight(self):
+        return self.wte.weight if self.config.tied else self.lm_head.weight
+
     def head(self, x):
         """x (...,C) -> logits (...,vocab_size)."""
-        return F.linear(x, self.wte.weight if self.config.tied else self.lm_head.weight)
+        return F.linear(x, self.head_weight())
 
     def forward(self, idx, targets=None, state=None, all_logits=False, offset=None):
         """idx (B,T) -> logits (B,T,vocab_size), loss. With a state only the last position's (B,1,vocab_size),

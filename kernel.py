@@ -121,12 +121,12 @@ def decode(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0, ro
         state.mul_(g.exp()[..., None]).add_(k[..., None] * new[:, :, None, :])
         return (scale * (q[:, :, None, :] @ state)).transpose(1, 2).to(v.dtype)
     assert q.stride(3) == k.stride(3) == v.stride(3) == 1, "the last stride of q, k, v must be 1"
-    o, BLOCK_V = v.new_empty(B, 1, H, V), min(32, _block(V))
+    o, BLOCK_V = v.new_empty(B, 1, H, V), min(16, _block(V))
     with torch.cuda.device_of(q):
         decode_kernel[(B * H, _ceil(V, BLOCK_V))](
             q, k, v, g, state, o, *norms, *_cos_sin(rope), H, H // G, scale, eps,
             *(n for x in (q, k, v, g) for n in x.stride()[::2]), g.stride(3) if g.shape[-1] > 1 else 0,
-            K=K, V=V, BLOCK_K=_block(K), BLOCK_V=BLOCK_V)
+            K=K, V=V, BLOCK_K=_block(K), BLOCK_V=BLOCK_V, **_early(q.device))
     return o
 
 
@@ -151,32 +151,33 @@ def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0
     with torch.cuda.device_of(q):
         cache_kernel[(B, H + G)](
             q, k, v, keys, values, q_out, pos, s, *norms, *_cos_sin(rope), H, G, S, eps,
-            *(n for x in (q, k, v) for n in x.stride()[::2]), *keys.stride()[:3], D=D, BLOCK_D=BLOCK_D)
+            *(n for x in (q, k, v) for n in x.stride()[::2]), *keys.stride()[:3], D=D, BLOCK_D=BLOCK_D,
+            **_early(q.device))
         attend_kernel[(B * G, n_splits)](
             q_out, keys, values, pos, part, lse, G, S, n_splits, D ** -0.5, *keys.stride()[:3], R=R, D=D,
-            DTYPE=_dtype(keys), BLOCK_R=_block(R), BLOCK_D=BLOCK_D, BLOCK_S=BLOCK_S)
-        merge_kernel[(B * G, R)](part, lse, o, n_splits, R=R, D=D, BLOCK_D=BLOCK_D, BLOCK_N=_block(n_splits))
+            DTYPE=_dtype(keys), BLOCK_R=_block(R), BLOCK_D=BLOCK_D, BLOCK_S=BLOCK_S, **_early(q.device))
+        merge_kernel[(B * G, R)](part, lse, o, n_splits, R=R, D=D, BLOCK_D=BLOCK_D, BLOCK_N=_block(n_splits),
+                                 **_early(q.device))
     return o
 
 
 def linear(x, weight, bias=None, norm=None, eps=0.0, gate=None, act=None, residual=None):
     """
-    act((norm(x) * sigmoid(gate)) weight^T + bias) + residual for at most 16 tokens: x, gate (B,K) with any
-    stride over B, weight (N,K), or (2N,K) where act is "swiglu" (else "gelu" or None), norm the gain (K,) of
-    an RMSNorm, residual (B,N). Returns (B,N) in x's dtype. One launch that reads the weights once: with so
-    few tokens a layer costs what it takes to read it.
+    act((norm(x) * sigmoid(gate)) weight^T + bias) + residual for a few tokens: x, gate (B,K) with any stride
+    over B, weight (N,K), or (2N,K) where act is "swiglu" (else "gelu" or None), norm the gain (K,) of an
+    RMSNorm, residual (B,N). Returns (B,N) in x's dtype. One launch that reads the weights once: with so few
+    tokens a layer costs what it takes to read it.
     """
     (B, K), N = x.shape, weight.shape[0] // (2 if act == "swiglu" else 1)
-    assert B <= 16 and x.stride(1) == 1 and (residual is None or residual.is_contiguous())
-    BLOCK_N = 16 if N <= 6144 else 32 if N <= 16384 or not _card(x.device)[0] else 64   # all of the card busy
-    if weight.element_size() > 2:
-        BLOCK_N = min(BLOCK_N, 32)
+    assert x.stride(1) == 1 and weight.is_contiguous() and (residual is None or residual.is_contiguous())
+    BLOCK_K = _block(K)                                     # 32 KB of weights a program, in bf16
+    BLOCK_N = max(1, 16384 // BLOCK_K // weight.element_size() * 2 // (2 if act == "swiglu" else 1))
     y = x.new_empty(B, N)
     with torch.cuda.device_of(x):
         linear_kernel[(_ceil(N, BLOCK_N),)](
             x, weight, bias, norm, gate, residual, y, B, N, eps, x.stride(0),
-            0 if gate is None else gate.stride(0), K=K, ACT=act or "", DTYPE=_dtype(weight), BLOCK_B=16,
-            BLOCK_N=BLOCK_N, BLOCK_K=128, num_stages=4 if _card(x.device)[0] else 2)
+            0 if gate is None else gate.stride(0), K=K, ACT=act or "", BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+            num_warps=8, **_early(x.device))
     return y
 
 
@@ -625,6 +626,14 @@ if triton:
     # must not take launches of its own. So a norm, a gate, RoPE or a sum is done by the kernel that reads the
     # tensor next to it, and a layer is five launches (attention seven): Linear, state and three Linears.
     @triton.jit
+    def start(EARLY: tl.constexpr):
+        """From here on the next kernel may be launched, while this one waits for the one before to end: what
+        stands above, of each, hides behind its predecessor. EARLY: see _early."""
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+
+    @triton.jit
     def load_head(x_ptr, norm_ptr, cos_ptr, sin_ptr, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
         """One head's q or k of one token (D,) in float32, its RMSNorm (norm_ptr: gain) and RoPE done."""
         d = tl.arange(0, BLOCK_D)
@@ -649,9 +658,10 @@ if triton:
         q_ptr, k_ptr, v_ptr, g_ptr, S_ptr, o_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr,
         H, per_kv, scale, eps,
         stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh, stride_gk,
-        K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+        K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
     ):
         """One token: S = e^g * S + k^T v in place, o = scale * q S; per_kv heads share a k and a v."""
+        start(EARLY)
         bh = tl.program_id(0).to(tl.int64)
         b, h = bh // H, bh % H
         keys = tl.arange(0, BLOCK_K)
@@ -676,9 +686,10 @@ if triton:
     def cache_kernel(
         q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, q_out_ptr, pos_ptr, s_ptr, q_norm_ptr, k_norm_ptr, cos_ptr,
         sin_ptr, H, G, SIZE, eps, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
-        stride_cb, stride_cs, stride_ch, D: tl.constexpr, BLOCK_D: tl.constexpr,
+        stride_cb, stride_cs, stride_ch, D: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
     ):
         """One token of an attention layer: k and v into the cache, q made ready (times s_t, if given)."""
+        start(EARLY)
         b, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
         if cos_ptr is not None:
             cos_ptr += b * (D // 2)
@@ -701,57 +712,49 @@ if triton:
     @triton.jit
     def linear_kernel(
         x_ptr, w_ptr, bias_ptr, norm_ptr, gate_ptr, residual_ptr, y_ptr, B, N, eps, stride_xb, stride_zb,
-        K: tl.constexpr, ACT: tl.constexpr, DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-        BLOCK_K: tl.constexpr,
+        K: tl.constexpr, ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
     ):
-        """y = act(W (norm(x) * sigmoid(z)) + bias) + residual for a few tokens x (B,K): the weights W (N,K)
-        are read once and nothing else is launched. The 1/rms of a norm is a factor of each token, applied to
-        its sums; ACT swiglu reads a second matrix N rows further down."""
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        b, k = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_K)
-        y, up = tl.zeros((BLOCK_N, BLOCK_B), tl.float32), tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
-        squares = tl.zeros((BLOCK_B,), tl.float32)
-        rows = n.to(tl.int64)[:, None] * K
-        for first in range(0, K, BLOCK_K):
-            at = first + k
-            of_x = (b < B)[None, :] & (at < K)[:, None]                     # (BLOCK_K, BLOCK_B)
-            x = tl.load(x_ptr + b[None, :] * stride_xb + at[:, None], mask=of_x, other=0.0).to(tl.float32)
-            if norm_ptr is not None:
-                squares += tl.sum(x * x, 0)
-                x *= tl.load(norm_ptr + at, mask=at < K, other=0.0).to(tl.float32)[:, None]
-            if gate_ptr is not None:
-                z = tl.load(gate_ptr + b[None, :] * stride_zb + at[:, None], mask=of_x, other=0.0)
-                x *= 1 / (1 + exp(-z.to(tl.float32)))
-            inside = (n < N)[:, None] & (at < K)[None, :]
-            y += dot(tl.load(w_ptr + rows + at[None, :], mask=inside, other=0.0), x, DTYPE)
-            if ACT == "swiglu":
-                more = tl.load(w_ptr + tl.cast(N, tl.int64) * K + rows + at[None, :], mask=inside, other=0.0)
-                up += dot(more, x, DTYPE)
-        if norm_ptr is not None:
-            rms = tl.rsqrt(squares / K + eps)[None, :]
-            y, up = y * rms, up * rms
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-            if ACT == "swiglu":
-                up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        """y = act(W (norm(x) * sigmoid(z)) + bias) + residual, a few whole rows of W (N,K) a program: they go
+        from memory to registers in one go, with nothing to wait for, and meet one token after the other. The
+        1/rms of a norm is a factor of each sum; ACT swiglu reads a second matrix N rows further down."""
+        n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        at, inside = n.to(tl.int64)[:, None] * K + k[None, :], (n < N)[:, None] & (k < K)[None, :]
+        w = tl.load(w_ptr + at, mask=inside, other=0.0)
         if ACT == "swiglu":
-            y *= up / (1 + exp(-y))
-        elif ACT == "gelu":                                                 # its tanh form
-            y /= 1 + exp(-1.5957691216057308 * (y + 0.044715 * y * y * y))
-        at = b.to(tl.int64)[None, :] * N + n[:, None]
-        inside = (n < N)[:, None] & (b < B)[None, :]
-        if residual_ptr is not None:
-            y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+            w_up = tl.load(w_ptr + tl.cast(N, tl.int64) * K + at, mask=inside, other=0.0)
+        start(EARLY)
+        for b in range(B):
+            b = tl.cast(b, tl.int64)
+            x, rms = tl.load(x_ptr + b * stride_xb + k, mask=k < K, other=0.0).to(tl.float32), 1.0
+            if norm_ptr is not None:
+                rms = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
+                x *= tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            if gate_ptr is not None:
+                z = tl.load(gate_ptr + b * stride_zb + k, mask=k < K, other=0.0)
+                x *= 1 / (1 + exp(-z.to(tl.float32)))
+            y = rms * tl.sum(w.to(tl.float32) * x[None, :], 1)
+            if bias_ptr is not None:
+                y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+            if ACT == "swiglu":
+                up = rms * tl.sum(w_up.to(tl.float32) * x[None, :], 1)
+                if bias_ptr is not None:
+                    up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
+                y *= up / (1 + exp(-y))
+            elif ACT == "gelu":                                             # its tanh form
+                y /= 1 + exp(-1.5957691216057308 * (y + 0.044715 * y * y * y))
+            if residual_ptr is not None:
+                y += tl.load(residual_ptr + b * N + n, mask=n < N, other=0.0).to(tl.float32)
+            tl.store(y_ptr + b * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
     @triton.jit
     def attend_kernel(
         q_ptr, k_ptr, v_ptr, pos_ptr, part_ptr, lse_ptr, G, SIZE, n_splits, scale,
         stride_kb, stride_ks, stride_kh, R: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
-        BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+        BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
     ):
         """The R queries of one K/V head against one share of its cache: their softmax over it, and the log of
         its denominator."""
+        start(EARLY)
         bg, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         b, g = bg // G, bg % G
         used = tl.minimum(tl.load(pos_ptr + b) + 1, SIZE)
@@ -781,8 +784,9 @@ if triton:
 
     @triton.jit
     def merge_kernel(part_ptr, lse_ptr, o_ptr, n_splits, R: tl.constexpr, D: tl.constexpr,
-                     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+                     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr):
         """The shares of one query, each with its weight in the softmax over all."""
+        start(EARLY)
         bg, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
         n, dim = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
         at = (bg * n_splits + n) * R + r
@@ -958,6 +962,16 @@ def _ceil(a, b):
 def _block(n):
     """The least power of two that holds n, and a matrix unit's 16."""
     return max(16, 1 << (n - 1).bit_length())
+
+
+@lru_cache
+def _early(device):
+    """Options of the kernels of one token: from Hopper on each is launched before the one before it has ended
+    (programmatic dependent launch)."""
+    if (device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+            and hasattr(tl.extra, "cuda") and hasattr(tl.extra.cuda, "gdc_wait")):
+        return dict(EARLY=True, launch_pdl=True)
+    return dict(EARLY=False)
 
 
 @lru_cache
