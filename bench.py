@@ -40,7 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import halo  # noqa: E402
 from hypenet import (FAMILIES, HypeNet, HypeNetConfig, Parser, State, command_line,  # noqa: E402
-                     default_device, number, read_json, write_file, write_json)
+                     default_device, fuse, number, read_json, write_file, write_json)
 from kernel import chunked_scan  # noqa: E402
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
@@ -595,10 +595,12 @@ def sdpa(q, k, v, g):                                    # keys as wide as value
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def rivals(decay):
+def rivals(decay, device):
     """Functions (q, k, v, log_decay) -> o: ours, and what else there is."""
     found = dict(ours=ours)
     try:
+        if device.type != "cuda":
+            raise ImportError
         from fla.ops.gla import chunk_gla
         from fla.ops.simple_gla import chunk_simple_gla
         found["fla"] = {"channel": lambda q, k, v, g: chunk_gla(q, k, v, g)[0],
@@ -644,7 +646,7 @@ a forward pass over the rate of copies. o, dq, ...: relative errors, against fp6
         sliced = [(x[:1, :, :2] if x.dim() > 1 else x[:2]).double() for x in (*tensors, do)]       # two heads
         refs = gradients(partial(ours, backend="torch"), sliced[:4], sliced[4])
         floor = 1000 * sum(x.numel() * x.element_size() for x in (*tensors, do) if x.dim() > 1) / rate
-        for name, f in rivals(decay).items():
+        for name, f in rivals(decay, device).items():
             row = scan_row(f, tensors, do, refs if name != "sdpa" else (), device)
             table.add(shape=list(shape), decay=decay, by=name, **row, floor=floor,
                       of_floor=row["forward"] and floor / row["forward"])
@@ -680,6 +682,8 @@ def get_args(argv):
         if name == "prefill":
             add("--segment", type=tokens, help="tokens read at a time; default: the model's own")
             add("--teacher-max", type=tokens, default=131072, metavar="N", help="longest of the teacher")
+        if name in ("prefill", "train"):
+            add("--plain", action="store_true", help="without hypenet.fuse(), which compiles small operations")
         if name == "when":
             add("--ctx", type=tokens, required=True, metavar="N", help="tokens of context")
             add("--ms", type=positive, help="limit of a token's time")
@@ -688,6 +692,8 @@ def get_args(argv):
             add("--peak", type=positive, help="operations a second that the device could do")
             add("--seconds", type=positive, default=10.0, help="cut a step that takes longer")
     o = p.parse_args(argv)
+    if o.what in ("prefill", "train") and not o.plain and torch.cuda.is_available():
+        fuse()
     if "device" in o:
         o.device = default_device(o.device or (None if torch.cuda.is_available() else "cpu"))
         if torch.device(o.device).type not in ("cuda", "cpu"):

@@ -1199,6 +1199,8 @@ def get_args(argv):
     add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
     add("--micro", type=number(int, 1), metavar="N",
         help="sequences of a batch that go through the models at once, at most; default: as many as fit")
+    add("--plain", action="store_true",
+        help="run small operations one by one: on a GPU, real teachers have them compiled (torch.compile)")
     add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and hours, and end")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of every random choice")
     add("--budget", type=number(float, 1e-6), default=1.0, metavar="X",
@@ -1254,6 +1256,8 @@ def settle(o):
     heavy = sum(file.stat().st_size for file in Path(o.path).glob("*.safetensors")) > REAL
     real = o.teacher not in TEACHERS and (not local or heavy)
     o.data = o.data or (["fineweb"] if real else None)
+    if real and o.device.startswith("cuda") and not o.plain:
+        fuse()
     plans = {stage: replace(plan, tokens=plan.tokens * o.budget)
              for stage, plan in PLANS["real" if real else "tiny"].items()}
     for item in o.plan:

@@ -297,6 +297,13 @@ def gated(o, z, gain, eps):
 
 
 @fusible
+def merged(o, o_past, lse, lse_past):
+    """Attention to two parts of a context (B,H,T,D), each with its weight in the softmax over both."""
+    w = torch.sigmoid(lse_past - lse).unsqueeze(-1)
+    return (o * (1 - w) + o_past * w).to(o.dtype)
+
+
+@fusible
 def activated(x, swiglu):
     """silu(gate) * up of x = [gate, up], or GPT-2's GELU."""
     if swiglu:
@@ -343,19 +350,33 @@ def attend(q, k, v, mask=None, causal=False):
 
 def attend_lse(q, k, v, causal=False):
     """Attention that also returns the log of its denominator, by which two parts of a context are merged:
-    q (B,H,T,D), k, v (B,H,S,D) -> (B,H,T,D), (B,H,T)."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    q (B,H,T,D), k, v (B,H_kv,S,D) -> (B,H,T,D), (B,H,T). On Hopper cuDNN's is nearly twice as fast as torch's
+    flash attention; what it declines goes to the others."""
+    (B, H, T, D), G, aten = q.shape, k.size(1), torch.ops.aten
     half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.device.type == "cuda" and half and q.size(-1) in range(8, 257, 8):
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    if q.device.type == "cuda" and q.size(-1) % 8 == 0:        # pads its rows of lse to a multiple of 32
-        o, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)[:2]
-        return o, lse[..., :q.size(2)]
-    scores = (q @ k.mT).float() * q.size(-1) ** -0.5
+    if q.is_cuda and half and D % 8 == 0 and D <= 128 and torch.cuda.get_device_capability(q.device) >= (9, 0):
+        try:
+            o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)[:2]
+            return o, lse.view(B, H, T)
+        except RuntimeError:                                            # no cuDNN, or too old a one
+            pass
     if causal:
-        scores.masked_fill_(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf)
-    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
+        k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
+    else:                                                               # a group's queries: rows of one matrix
+        q = q.reshape(B, G, -1, D)
+    if q.device.type == "cpu":
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    elif q.is_cuda and half and D in range(8, 257, 8):
+        o, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+    elif q.is_cuda and D % 8 == 0:                                      # pads rows of lse to a multiple of 32
+        o, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)[:2]
+        lse = lse[..., :q.size(2)]
+    else:
+        scores = (q @ k.mT).float() * D ** -0.5
+        if causal:
+            scores.masked_fill_(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf)
+        o, lse = scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
+    return o.reshape(B, H, T, D), lse.reshape(B, H, T)
 
 
 # ---- attention layer (paper eq. 17) ------------------------------------------------------------------------
@@ -413,25 +434,22 @@ class Attention(nn.Module):
         """T tokens that follow `start` others, all rows alike. The past needs no mask, the segment is causal:
         two calls, merged by the weight of each part in the softmax's denominator. A window is one masked call
         on what the ring holds and the segment."""
-        (B, T, H, D), G = q.shape, k.size(2)
-        keys, values, size, start = cache["k"], cache["v"], cache["k"].size(1), where.start
+        T, keys, values, size, start = q.size(1), cache["k"], cache["v"], cache["k"].size(1), where.start
         if self.config.window is None:
-            own = (t.repeat_interleave(H // G, dim=2) for t in (k, v))
-            o, lse = attend_lse(*(t.transpose(1, 2) for t in (q, *own)), causal=True)
-            if start:                                               # a group's queries are rows of one matrix
-                rows = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            o, lse = attend_lse(q, k, v, causal=True)
+            if start:
                 past = (t[:, :start].transpose(1, 2).to(q.dtype) for t in (keys, values))
-                o_past, lse_past = attend_lse(rows, *past)
-                w = torch.sigmoid(lse_past.reshape(B, H, T) - lse).unsqueeze(-1)
-                o = o + (o_past.reshape(B, H, T, D) - o) * w.to(o.dtype)
-            o = o.transpose(1, 2)
-        else:
-            W = self.config.window
-            pos = torch.arange(max(0, start - W + 1), start + T, device=q.device)   # of what is attended to
-            distance = pos[-T:, None] - pos
-            past = (t[:, pos[:-T] % size].to(q.dtype) for t in (keys, values))
-            near = (distance >= 0) & (distance < W)
-            o = attend(q, *(torch.cat(pair, dim=1) for pair in zip(past, (k, v))), near)
+                o_past, lse_past = attend_lse(q, *past)
+                o = merged(o, o_past, lse, lse_past)
+            keys[:, start:start + T], values[:, start:start + T] = k.transpose(1, 2), v.transpose(1, 2)
+            return o.transpose(1, 2)
+        W = self.config.window
+        pos = torch.arange(max(0, start - W + 1), start + T, device=q.device)   # of what is attended to
+        distance = pos[-T:, None] - pos
+        past = (t[:, pos[:-T] % size].to(q.dtype) for t in (keys, values))
+        near = (distance >= 0) & (distance < W)
+        o = attend(q, *(torch.cat(pair, dim=1) for pair in zip(past, (k, v))), near)
         slots = torch.arange(start, start + T, device=q.device)[-size:] % size
         keys[:, slots], values[:, slots] = k[:, -size:].to(keys.dtype), v[:, -size:].to(values.dtype)
         return o

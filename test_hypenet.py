@@ -629,7 +629,7 @@ def test_decoder_is_the_plain_loop():
 @pytest.mark.parametrize("name", [*STEPS, "article"])
 def test_graph_is_the_plain_path(name, prompts, monkeypatch):
     """Two hundred greedy tokens in float32: the CUDA graph draws what the layers do without any of it."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    assert torch.get_float32_matmul_precision() == "highest"                # no TF32
     changes = dict(VARIANTS[name], max_len=400) | ({"n_chunks": 50} if "chunk" in VARIANTS[name] else {})
     model = tiny(dtype=torch.float32, **changes).to("cuda")
     graph = model.generate(prompts, 200)
@@ -1313,6 +1313,28 @@ def test_sliced_loss_is_its_formula(kl, alpha):
     for n in (5 * 61, 61, 2 ** 24):                                         # slices of five tokens, one, all
         loss = halo.distil_loss(student, teacher, idx, targets, kl, alpha, slice_elements=n)
         assert max(map(rmse, value_and_gradients(loss), refs)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["hype", "article", "article gpt2", "teacher gpt2"])
+def test_fused_functions_are_those_written(name):
+    """Compiled, each small function is one whole graph; loss and gradients, and a prefill in segments, stay."""
+    from torch._dynamo.utils import counters
+    teacher, student = tiny(1, torch.float32), tiny(2, torch.float32, **VARIANTS[name]).requires_grad_()
+    idx, targets = some_ids(2, 17), some_ids(2, 17, seed=1)
+
+    def results():
+        loss = halo.distil_loss(student, teacher, idx, targets, "forward", 0.3)
+        logits = student.prefill(idx[0], student.init_state(1, 17), segment=7)
+        return [loss, logits, *torch.autograd.grad(loss, list(student.parameters()))]
+    refs = results()
+    counters.clear()
+    hypenet.fuse("inductor" if GPU else "aot_eager")
+    try:
+        found = results()
+        assert counters["stats"]["calls_captured"] > 0 and not counters["graph_break"]
+    finally:
+        hypenet.fuse(None)
+    assert all(map(torch.equal, results(), refs)) and max(map(rmse, found, refs)) < 1e-4
 
 
 @pytest.mark.parametrize("depth, ask", [(0, 1), (0.25, 1), (0.5, 1), (1, 1), (None, 3)])
