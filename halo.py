@@ -25,12 +25,14 @@ import argparse
 import bisect
 import gzip
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import sys
@@ -39,8 +41,9 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls another busy program
 
@@ -99,7 +102,8 @@ class Plan:
 
 
 # Of teachers from the hub the paper's (its Table 5), and for groups the article's 2.3B tokens, 2M a step. Of
-# the tiny one what a laptop can do, with pass keys, which text alone would teach it too slowly.
+# the tiny one what a laptop can do, of the small one a GPU in ten minutes, its conversion on half the tokens of
+# its teacher; with pass keys, which text alone would teach them too slowly.
 PLANS = {
     "tiny": dict(
         pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
@@ -107,6 +111,12 @@ PLANS = {
         distil=Plan(1.5e6, 256, 16, 2e-3, 1e-4, 0.25),
         finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
         group=Plan(2e6, 256, 16, 3e-3, 1e-4, 0.25)),
+    "small": dict(
+        pretrain=Plan(131e6, 1024, 64, 2e-3, 1e-4, 0.3, 200),
+        align=Plan(6.5e6, 1024, 32, 2e-3, 1e-4),
+        distil=Plan(40e6, 1024, 32, 1e-3, 5e-5, 0.25),
+        finetune=Plan(16e6, 4096, 8, 2e-4, 2e-5),
+        group=Plan(60e6, 1024, 32, 2e-3, 1e-4, 0.25)),
     "real": dict(
         align=Plan(320e6, 512, 32, 1e-3, 1e-5, 0),
         distil=Plan(1e9, 512, 96, 1e-4, 1e-5, 0),
@@ -115,11 +125,14 @@ PLANS = {
 }
 
 TINY = dict(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, max_len=256)
+SMALL = dict(layers="A" * 8, n_embd=384, n_head=6, n_kv_head=6, head_dim=64, max_len=1024)
 TEACHERS = {                                 # which --pretrain makes; tiny is shipped
     "tiny": HypeNetConfig(n_hidden=288, **TINY, **FAMILIES["qwen3"]),
     "tiny-gpt2": HypeNetConfig(n_hidden=384, **TINY, **FAMILIES["gpt2"]),
+    "small": HypeNetConfig(n_hidden=1024, **SMALL, **FAMILIES["qwen3"]),
+    "small-gpt2": HypeNetConfig(n_hidden=1536, **SMALL, **FAMILIES["gpt2"]),
 }
-REAL = 100e6                                 # bytes of weights from which on a local teacher counts as real
+SIZES = dict(tiny=0, small=10e6, real=100e6)     # bytes of weights from which on a local teacher gets a plan
 
 # ---- text: documents ---------------------------------------------------------------------------------------
 
@@ -342,8 +355,20 @@ class Corpus:
             return rows
         return batch
 
-    def windows(self, rng, batch, length):
-        """(batch, length) int64: stretches of held-out text from random places."""
+    @cached_property
+    def prose(self):
+        """Ids (n,) of natural text, held out: of the standard library what its docstrings say, else all."""
+        text = self.tokenizer.decode(self.held_out.tolist()) if self.paths == (["stdlib"],) else ""
+        found = re.findall(r'^ *r?"""([A-Z](?:(?!""").)*)', text, re.DOTALL | re.MULTILINE)
+        prose = "\n\n".join(inspect.cleandoc(string) for string in found if len(string) > 200)
+        return self.tokenizer.encode_array(prose) if prose else self.held_out
+
+    def windows(self, rng, batch, length, prose=False):
+        """(batch, length) int64: stretches of held-out text from random places; of prose (if that is asked
+        for), which is short, around and around."""
+        if prose:
+            starts = rng.integers(0, len(self.prose), batch)
+            return np.stack([self.prose.take(np.arange(s, s + length), mode="wrap") for s in starts]).astype(np.int64)
         if len(self.held_out) < length:
             raise ValueError(f"the held-out text has {len(self.held_out):,} tokens, too few for a sequence "
                              f"of {length:,}; give more --data (1/16 of text, shards with val in the name)")
@@ -351,24 +376,51 @@ class Corpus:
         return np.stack([self.held_out[s:s + length] for s in starts]).astype(np.int64)
 
 
-def plant(tokenizer, text, rng, depth=None, ask=1):
-    """Hide a five-digit pass key in text (n,) and ask for it: ids (n,), and how many ids at the end of a
-    question are its answer. depth None: key and questions at random places (training); else the key at that
-    share of the text and the question at its very end (testing)."""
-    key = "".join(map(str, rng.integers(0, 10, 5)))
-    needle = tokenizer.encode_array(f"\n# The pass key is {key}. Remember it.\n")
-    answer = tokenizer.encode_array(f" {key}")
-    question = tokenizer.encode_array("\n# What is the pass key? The pass key is")
-    pieces = [needle] + [np.concatenate((question, answer))] * ask
+class Task(NamedTuple):
+    """Something to find in a text, in the spirit of RULER (arXiv 2404.06654)."""
+    needle: str
+    question: str
+    signs: str                       # what a value is drawn from
+    size: int = 5                    # and how many of them it has
+    needles: int = 1                 # of so many, under different names, the first is asked for
+    prose: bool = True               # in natural text; else in text like that of training
+
+
+NUMBER = ("\nOne of the special magic numbers for {name} is: {value}.\n",
+          "\nWhat is the special magic number for {name} mentioned in the text above? The special magic number for "
+          "{name} is")
+TASKS = {                                                           # training has the first alone
+    "S1": Task("\n# The pass key is {value}. Remember it.\n", "\n# What is the pass key? The pass key is",
+               "0123456789", prose=False),
+    "S2": Task(*NUMBER, "0123456789"),
+    "S3": Task(*NUMBER, "0123456789abcdef", 32),
+    "multi-key": Task(*NUMBER, "0123456789", needles=4),
+}
+NAMES = ("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble nettle opal "
+         "pepper quartz raven saffron thistle").split()
+
+
+def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
+    """Hide what a task asks for in text (n,), and ask: ids (n,), and how many ids at the end of a question are
+    its answer. depth None: needle and questions at random places (training); else the needle at that share of
+    the text and the question at its very end (testing). Other needles stand at random places."""
+    t = TASKS[task]
+    names = rng.permutation(NAMES)[:t.needles] if t.needles > 1 or "{name}" in t.needle else [""]
+    values = ["".join(t.signs[i] for i in rng.integers(0, len(t.signs), t.size)) for _ in names]
+    needle, *others = (tokenizer.encode_array(t.needle.format(name=n, value=v)) for n, v in zip(names, values))
+    answer = tokenizer.encode_array(f" {values[0]}")
+    question = tokenizer.encode_array(t.question.format(name=names[0]))
+    pieces = [needle] + [np.concatenate((question, answer))] * ask + others
     while sum(map(len, pieces)) > len(text) and len(pieces) > 2:
         pieces.pop()
     room = len(text) - sum(map(len, pieces))
     if room < 0:
         raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
                          f"{len(text) - room} tokens; use a longer length")
-    cuts = sorted(rng.integers(0, room + 1, len(pieces))) if depth is None else [int(depth * room), room]
+    cuts = sorted(rng.integers(0, room + 1, len(pieces))) if depth is None else [
+        int(depth * room), room, *rng.integers(0, room, len(others))]
     parts, at = [], 0
-    for cut, piece in zip(cuts, pieces):
+    for cut, piece in sorted(zip(cuts, pieces), key=lambda pair: pair[0]):
         parts += [text[at:cut], piece]
         at = cut
     return np.concatenate([*parts, text[at:room]]), len(answer)
@@ -606,7 +658,7 @@ def answers(model, prompts, n_answer):
     """Prompts (B,n) that end in their answers -> log-probability of each answer token (B, n_answer), and
     whether greedy decoding would give the whole answer (B,)."""
     state, cut = model.init_state(len(prompts), prompts.size(1)), prompts.size(1) - n_answer - 1
-    for part in prompts[:, :cut].split(1024, dim=1):
+    for part in prompts[:, :cut].split(8192 if prompts.is_cuda else 1024, dim=1):
         model.hidden(part, state)
     logits = model(prompts[:, cut:-1], state=state, all_logits=True)[0].float()     # (B, n_answer, V)
     target = prompts[:, -n_answer:]
@@ -614,13 +666,13 @@ def answers(model, prompts, n_answer):
     return logp, (logits.argmax(-1) == target).all(1)
 
 
-def recall(model, corpus, length, trials, seed=0):
-    """Ask for pass keys hidden at five depths, in turn, of held-out text. At one context length: the mean
+def recall(model, corpus, length, trials, seed=0, task="S1"):
+    """Ask for what a task hides at five depths, in turn, of held-out text. At one context length: the mean
     log-probability of an answer's tokens, and whether it was answered in full, (trials,) each."""
     rng, logp, hits = np.random.default_rng([seed, length]), torch.zeros(trials), torch.zeros(trials)
     rows, n_answer = [], []
-    for i, text in enumerate(corpus.windows(rng, trials, length)):
-        ids, n = plant(corpus.tokenizer, text, rng, depth=(i % 5) / 4)
+    for i, text in enumerate(corpus.windows(rng, trials, length, TASKS[task].prose)):
+        ids, n = plant(corpus.tokenizer, text, rng, (i % 5) / 4, task=task)
         rows.append(ids)
         n_answer.append(n)
     prompts = torch.from_numpy(np.stack(rows)).to(model.wte.weight.device)
@@ -1185,7 +1237,7 @@ def get_args(argv):
     add("--teacher", default="tiny",
         help="tiny (shipped, 1M parameters), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository of the hub "
              "such as Qwen/Qwen3-1.7B, or a folder of a GPT-2, Qwen3, Llama 3 or of --pretrain. Those of the "
-             f"hub, and folders of over {REAL / 1e6:.0f} MB of weights, get the paper's plan and fineweb and "
+             f"hub, and folders of over {SIZES['real'] / 1e6:.0f} MB of weights, get the paper's plan and fineweb and "
              "want a GPU; others get the plan of tiny and stdlib")
     add("--recipe", default="paper", choices=RECIPES, help="the paper's (default) or the article's")
     add("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
@@ -1250,16 +1302,18 @@ def settle(o):
     for key, value in RECIPES[o.recipe].items():
         if getattr(o, key) is None:
             setattr(o, key, value)
-    shipped = os.path.join(HERE, "assets", f"{o.teacher}-teacher")
-    o.path = shipped if o.teacher in TEACHERS and os.path.isdir(shipped) else o.teacher
-    local = os.path.isdir(o.path)
-    heavy = sum(file.stat().st_size for file in Path(o.path).glob("*.safetensors")) > REAL
-    real = o.teacher not in TEACHERS and (not local or heavy)
+    shipped, made = (os.path.join(folder, f"{o.teacher}-teacher") for folder in (f"{HERE}/assets", "out"))
+    o.path = o.teacher if o.teacher not in TEACHERS else shipped if os.path.isdir(shipped) else made
+    weight = sum(file.stat().st_size for file in Path(o.path).glob("*.safetensors"))
+    size = (o.teacher.split("-")[0] if o.teacher in TEACHERS else
+            max(SIZES, key=lambda name: (weight >= SIZES[name]) * SIZES[name]) if os.path.isdir(o.path) else
+            "real")
+    real = size == "real"
     o.data = o.data or (["fineweb"] if real else None)
     if real and o.device.startswith("cuda") and not o.plain:
         fuse()
     plans = {stage: replace(plan, tokens=plan.tokens * o.budget)
-             for stage, plan in PLANS["real" if real else "tiny"].items()}
+             for stage, plan in PLANS[size].items()}
     for item in o.plan:
         key, _, value = item.partition("=")
         stage, _, field = key.partition(".")
@@ -1306,13 +1360,44 @@ def settle(o):
            f"--training progressive with --layers {o.layers}: no stage 1 to score by; use ends or even")
     refuse(not staged and o.pe == "hype",
            "--training progressive with --pe hype: its attention layers do not train; use chunk or rope")
-    refuse(o.teacher in TEACHERS and not local,
-           f"--teacher {o.teacher} is not shipped: --pretrain --teacher {o.teacher} --out FOLDER makes it")
-    refuse(real and o.device == "cpu" and not asked and not o.dry_run,
+    unasked = o.device == "cpu" and not asked and not o.dry_run
+    if unasked and not real and (weight == 0 or size == "small"):
+        hours = hours_on_a_cpu(weight / 2 or n_params(TEACHERS[o.teacher]), PLANS[size].values())
+        raise ValueError(f"--teacher {o.teacher} wants a GPU: about {hours:,.0f} hours on this CPU; --teacher tiny "
+                         "takes minutes, --device cpu tries it all the same")
+    refuse(real and unasked,
            f"--teacher {o.teacher} is no folder of a small model, and wants a GPU; --teacher tiny runs on a "
            "CPU, --device cpu tries it all the same")
     stages = ("align", "distil", "finetune") if staged else ("group",)
     return {stage: plans[stage] for stage in stages}, changes
+
+
+def n_params(config):
+    with torch.device("meta"):
+        return HypeNet(config).n_params()
+
+
+def hours_on_a_cpu(params, plans):
+    """A guess: 8 operations a parameter and token, at half the rate of a large product."""
+    a, b = torch.randn(2, 1024, 1024)
+    a @ b
+    began = time.perf_counter()
+    a @ b
+    rate = 2 * 1024 ** 3 / (time.perf_counter() - began)
+    return 8 * params * sum(plan.total for plan in plans) / (rate / 2) / 3600
+
+
+def make_teacher(o):
+    """Pretrain a teacher that is not there yet (or go on with it) and keep it for later runs."""
+    known = os.path.exists(os.path.join(o.path, "run.json"))
+    argv = ["--resume", o.path] if known else ["--pretrain", "--teacher", o.teacher, "--out", o.path,
+                                               "--seed", str(o.seed), *["--dry-run"] * o.dry_run]
+    plan = [item for item in o.plan if item.startswith("pretrain.")]
+    for flag, values in (("--data", o.data), ("--plan", plan)):
+        argv += [flag, *values] if values and not known else []
+    print(f"--teacher {o.teacher} is trained first, once: {o.path}\n", flush=True)
+    run_main([*argv, "--device", o.device])
+    print()
 
 
 def new_folder(o):
@@ -1432,6 +1517,10 @@ def run_main(argv):
         o = resumed(o, argv)
     options = dict(vars(o))
     plans, o.changes = settle(o)
+    if not o.pretrain and o.teacher in TEACHERS and not list(Path(o.path).glob("*.safetensors")):
+        make_teacher(o)
+        if o.dry_run:
+            return
     folder, found = o.resume or new_folder(o), {}
     if o.pretrain:
         o.tokenizer, config, longest = Tokenizer.bytes(), TEACHERS[o.teacher], plans["pretrain"].length + 1

@@ -1397,7 +1397,7 @@ def test_recall_of_answers_of_many_lengths():
             parts = re.findall(r"[0-9][02468]|.", text, re.S)
             return np.array([ord(part) if len(part) == 1 else 150 + int(part) for part in parts], np.int32)
     model = tiny(dtype=torch.float32, vocab_size=300, layers="AAAA")
-    def windows(rng, n, length):
+    def windows(rng, n, length, prose=False):
         return rng.integers(100, 120, (n, length))
     corpus = types.SimpleNamespace(tokenizer=Pairs(), windows=windows)
     logp, hits = halo.recall(model, corpus, 128, 9)
@@ -1761,7 +1761,7 @@ def test_plans_of_real_teachers(monkeypatch, tmp_path):
     assert group.tokens == 2.3e9 and 2e6 <= group.length * group.batch <= 2.2e6 and group.lr == 1e-5
     (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
     assert plans("--teacher", str(tmp_path)) == (plans()[0], None)
-    monkeypatch.setattr(halo, "REAL", 999)
+    monkeypatch.setitem(halo.SIZES, "real", 999)
     assert plans("--teacher", str(tmp_path)) == (real, ["fineweb"])
 
 
@@ -2061,7 +2061,7 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--data {}/teacher": ".jsonl", "--data {}/bad.jsonl": "bad.jsonl", "--data {}/short.txt": "--data",
     "--data {}/cut.txt.gz": "cut.txt.gz", "--data {}/plain.txt.gz": "plain.txt.gz",
     "--data stdlib:0.5 stdlib": "weight", "--micro 0": "micro", "--teacher gpt2-xl": "GPU",
-    "--teacher Qwen/Qwen3-1.7B": "GPU", "--teacher no/such": "no/such", "--teacher tiny-gpt2": "--pretrain",
+    "--teacher Qwen/Qwen3-1.7B": "GPU", "--teacher no/such": "no/such", "--teacher tiny-gpt2": "hours", "--teacher small": "hours",
 }
 
 
