@@ -297,10 +297,10 @@ def gated(o, z, gain, eps):
 
 
 @fusible
-def merged(o, o_past, lse, lse_past):
-    """Attention to two parts of a context (B,H,T,D), each with its weight in the softmax over both."""
+def merged(o, lse, o_past, lse_past):
+    """Attention to two parts of a context (B,H,T,D), each with its weight in the softmax over both, and lse."""
     w = torch.sigmoid(lse_past - lse).unsqueeze(-1)
-    return (o * (1 - w) + o_past * w).to(o.dtype)
+    return (o * (1 - w) + o_past * w).to(o.dtype), torch.logaddexp(lse, lse_past)
 
 
 @fusible
@@ -379,6 +379,9 @@ def attend_lse(q, k, v, causal=False):
     return o.reshape(B, H, T, D), lse.reshape(B, H, T)
 
 
+PAST = 65536                         # tokens of the past in one call of attention
+
+
 # ---- attention layer (paper eq. 17) ------------------------------------------------------------------------
 
 
@@ -431,17 +434,17 @@ class Attention(nn.Module):
         return attend(q, k, v, mask=torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - W))
 
     def segment(self, q, k, v, where, cache):
-        """T tokens that follow `start` others, all rows alike. The past needs no mask, the segment is causal:
-        two calls, merged by the weight of each part in the softmax's denominator. A window is one masked call
-        on what the ring holds and the segment."""
+        """T tokens that follow `start` others, all rows alike. The segment is causal, the past needs no mask:
+        calls of their own, merged by the weight of each part in the softmax's denominator. The past comes in
+        parts, for cuDNN plans anew (40 ms) at every length it meets. A window is one masked call on what the
+        ring holds and the segment."""
         T, keys, values, size, start = q.size(1), cache["k"], cache["v"], cache["k"].size(1), where.start
         if self.config.window is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             o, lse = attend_lse(q, k, v, causal=True)
-            if start:
-                past = (t[:, :start].transpose(1, 2).to(q.dtype) for t in (keys, values))
-                o_past, lse_past = attend_lse(q, *past)
-                o = merged(o, o_past, lse, lse_past)
+            for first in range(0, start, PAST):
+                past = (t[:, first:min(start, first + PAST)].transpose(1, 2).to(q.dtype) for t in (keys, values))
+                o, lse = merged(o, lse, *attend_lse(q, *past))
             keys[:, start:start + T], values[:, start:start + T] = k.transpose(1, 2), v.transpose(1, 2)
             return o.transpose(1, 2)
         W = self.config.window
@@ -470,13 +473,14 @@ class Attention(nn.Module):
         return o.transpose(1, 2).reshape(q.shape)
 
 
-    def step(self, q, k, v, where, cache):
-        """decode of what qkvz gives, (B,H*D) and (B,G*D): norms, RoPE and s_t are the kernel's part."""
+    def step(self, q, k, v, where, cache, log_decay=None):
+        """decode of what qkvz gives, (B,H*D) and (B,G*D): norms, positions and s_t are the kernel's part."""
         c = self.config
         q, k, v = (t.view(len(t), 1, -1, c.head_dim) for t in (q, k, v))
         norms = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
+        chunks = (self.chunk_embd.weight, c.chunk) if hasattr(self, "chunk_embd") else None
         return kernel.attend_cache(q, k, v, cache["k"], cache["v"], where.pos, where.s_t, norms, c.norm_eps,
-                                   where.attn_rope).flatten(1)
+                                   where.attn_rope, chunks).flatten(1)
 
 
 # ---- linear-attention layer (paper eq. 18) -----------------------------------------------------------------
@@ -535,12 +539,16 @@ class LinearAttention(nn.Module):
         return gated(o.reshape(B, T, -1), z if c.linear_gate else None,               # (B,T,H*D)
                      self.norm.weight if c.linear_norm else None, c.norm_eps)
 
-    def step(self, q, k, v, where, cache):
-        """One token a row, of what qkvz gives: (B,H*K), (B,G*K), (B,G*D) -> (B,H*D)."""
+    def step(self, q, k, v, where, cache, log_decay=None):
+        """One token a row, of what qkvz gives: (B,H*K), (B,G*K), (B,G*D) -> (B,H*D). log_decay: of a gate,
+        (B,H) or (B,H*K)."""
         c = self.config
+        g = self.log_decay(q) if log_decay is None else log_decay[:, None]
+        if c.decay == "channel":
+            g = g.unflatten(-1, (c.n_head, c.key_dim))
         q, k, v = (t.view(len(t), 1, -1, n) for t, n in ((q, c.key_dim), (k, c.key_dim), (v, c.head_dim)))
         norms = (self.q_norm.weight, self.k_norm.weight) if c.linear_qk_norm else (None, None)
-        o = kernel.decode(q, k, v, self.log_decay(q), cache["S"], c.key_dim ** -0.5, norms, c.norm_eps,
+        o = kernel.decode(q, k, v, g, cache["S"], c.key_dim ** -0.5, norms, c.norm_eps,
                           where.linear_rope, "triton")
         return o.flatten(1)
 
@@ -563,23 +571,34 @@ class Block(nn.Module):
         return x + self.mlp(h)
 
     def step(self, x, where, cache):
-        """The same for one token a row, x (B,C), on a GPU, in five launches (attention: seven; LayerNorm: two
-        more): each Linear comes with the norm and gate before it, the activation and sum after it."""
-        m = self.mixer
+        """The same for one token a row, x (B,C), on a GPU. For a few rows in five launches (attention: seven;
+        a forget gate: one more; LayerNorm: two more): each Linear comes with the norm and gate before it, the
+        activation and sum after it."""
+        m, g = self.mixer, None
         q, k, v, z = linear(m.qkvz, x, self.norm1).split(m.sizes, dim=-1)
-        o = m.step(q, k, v, where, cache)
+        if hasattr(m, "forget"):
+            g = linear(m.forget, x, self.norm1, act="logsigmoid")
+        o = m.step(q, k, v, where, cache, g)
         x = linear(m.out, o, getattr(m, "norm", None), gate=z if z.size(-1) else None, residual=x)
         h = linear(self.mlp.up, x, self.norm2, act="swiglu" if self.mlp.swiglu else "gelu")
         return linear(self.mlp.down, h, residual=x)
 
 
-def linear(layer, x, norm=None, **more):
-    """kernel.linear of a Linear and the norm before it; only an RMSNorm fits into the same launch."""
-    if isinstance(norm, RMSNorm):
-        more.update(norm=norm.weight, eps=norm.eps)
-    elif norm is not None:
-        x = norm(x)
-    return kernel.linear(x, layer.weight, layer.bias, **more)
+FEW = 4                              # rows up to which the kernel of a Linear beats the library's products
+
+
+def linear(layer, x, norm=None, gate=None, act=None, residual=None):
+    """kernel.linear of a Linear and the norm before it; only an RMSNorm fits into the same launch. More than a
+    few rows are multiplied by the library."""
+    if isinstance(norm, nn.LayerNorm):
+        x, norm = norm(x), None
+    gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    if len(x) <= FEW:
+        return kernel.linear(x, layer.weight, layer.bias, gain, eps, gate, act, residual)
+    y = layer(x if gain is gate is None else gated(x, gate, gain, eps))
+    if act is not None:
+        y = F.logsigmoid(y.float()) if act == "logsigmoid" else activated(y, act == "swiglu")
+    return y if residual is None else residual + y
 
 
 class State:
@@ -649,10 +668,8 @@ class HypeNet(nn.Module):
         return x
 
     def can_step(self, idx):
-        """Whether Block.step knows all that this model has, and the device."""
-        c = self.config
-        return (kernel.has_kernels(idx, c.head_dim, c.key_dim) and len(idx) <= 4 and not c.chunk
-                and ("L" not in c.layers or c.decay in ("constant", "none")))
+        """Whether Block.step runs here."""
+        return kernel.has_kernels(idx, self.config.head_dim, self.config.key_dim)
 
     def check_room(self, state, n):
         if state.seen + n > state.max_tokens:
@@ -721,10 +738,10 @@ class HypeNet(nn.Module):
     @torch.no_grad()
     def prefill(self, prompt, state, segment=None, progress=None):
         """Read a prompt (a sequence of ids) into a state of one row, `segment` tokens at a time, to bound
-        memory for activations (default: 8,192 on a GPU, else 1,024); progress(n) is called after each.
+        memory for activations (default: 16,384 on a GPU, else 1,024); progress(n) is called after each.
         Returns logits (1,1,vocab_size)."""
         idx = torch.as_tensor(prompt, dtype=torch.int64).to(self.wte.weight.device)[None]
-        for part in idx.split(segment or (8192 if idx.is_cuda else 1024), dim=1):
+        for part in idx.split(segment or (16384 if idx.is_cuda else 1024), dim=1):
             x = self.hidden(part, state)
             if progress is not None:
                 progress(part.size(1))

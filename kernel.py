@@ -130,11 +130,13 @@ def decode(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0, ro
     return o
 
 
-def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0, rope=None):
+def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0, rope=None, chunks=None):
     """
     One token of attention: k, v (B,1,G,D) go into their slot, pos % S, of the cache keys, values (B,S,G,D),
     of equal strides, and q (B,1,H,D) attends to the min(pos + 1, S) that are in it; pos (B,1) int64 is the
-    token's position. s (B,1) multiplies the queries; norms, eps, rope: as in decode. Returns o (B,1,H,D).
+    token's position. s (B,1) multiplies the queries; norms, eps, rope: as in decode. chunks: embeddings (n,H*D)
+    of chunks of so many tokens, a pair; that of the token's is added to q, and to a k as to its group's first
+    q. Returns o (B,1,H,D).
 
     The cache is read once, with all of the card however few the heads are: it is dealt out in shares, whose
     softmaxes are merged by their denominators. How full it is only the device knows, so that a CUDA graph can
@@ -150,7 +152,7 @@ def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0
     lse = o.new_empty(B, H, n_splits, dtype=torch.float32)
     with torch.cuda.device_of(q):
         cache_kernel[(B, H + G)](
-            q, k, v, keys, values, q_out, pos, s, *norms, *_cos_sin(rope), H, G, S, eps,
+            q, k, v, keys, values, q_out, pos, s, *norms, *_cos_sin(rope), *(chunks or (None, 1)), H, G, S, eps,
             *(n for x in (q, k, v) for n in x.stride()[::2]), *keys.stride()[:3], D=D, BLOCK_D=BLOCK_D,
             **_early(q.device))
         attend_kernel[(B * G, n_splits)](
@@ -164,8 +166,8 @@ def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0
 def linear(x, weight, bias=None, norm=None, eps=0.0, gate=None, act=None, residual=None):
     """
     act((norm(x) * sigmoid(gate)) weight^T + bias) + residual for a few tokens: x, gate (B,K) with any stride
-    over B, weight (N,K), or (2N,K) where act is "swiglu" (else "gelu" or None), norm the gain (K,) of an
-    RMSNorm, residual (B,N). Returns (B,N) in x's dtype. One launch that reads the weights once: with so few
+    over B, weight (N,K), or (2N,K) where act is "swiglu" (else "gelu", "logsigmoid" or None), norm the gain
+    (K,) of an RMSNorm, residual (B,N). Returns (B,N) in x's dtype. One launch that reads the weights once: with so few
     tokens a layer costs what it takes to read it.
     """
     (B, K), N = x.shape, weight.shape[0] // (2 if act == "swiglu" else 1)
@@ -685,26 +687,33 @@ if triton:
     @triton.jit
     def cache_kernel(
         q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, q_out_ptr, pos_ptr, s_ptr, q_norm_ptr, k_norm_ptr, cos_ptr,
-        sin_ptr, H, G, SIZE, eps, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+        sin_ptr, embd_ptr, chunk, H, G, SIZE, eps, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
         stride_cb, stride_cs, stride_ch, D: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
     ):
         """One token of an attention layer: k and v into the cache, q made ready (times s_t, if given)."""
         start(EARLY)
         b, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
+        pos = tl.load(pos_ptr + b)
         if cos_ptr is not None:
             cos_ptr += b * (D // 2)
             sin_ptr += b * (D // 2)
+        if embd_ptr is not None:                                            # of a k: its group's first head's
+            embd_ptr += (pos // chunk * H + tl.where(head < H, head, (head - H) * (H // G))) * D
         if head < H:
             q_ptr += b * stride_qb + head * stride_qh
             q = load_head(q_ptr, q_norm_ptr, cos_ptr, sin_ptr, eps, D, BLOCK_D)
+            if embd_ptr is not None:
+                q += tl.load(embd_ptr + d, mask=d < D, other=0.0).to(tl.float32)
             if s_ptr is not None:
                 q *= tl.load(s_ptr + b)
             tl.store(q_out_ptr + (b * H + head) * D + d, q.to(q_out_ptr.dtype.element_ty), mask=d < D)
         else:
             g = head - H
-            slot = b * stride_cb + tl.load(pos_ptr + b) % SIZE * stride_cs + g * stride_ch
+            slot = b * stride_cb + pos % SIZE * stride_cs + g * stride_ch
             k_ptr += b * stride_kb + g * stride_kh
             k = load_head(k_ptr, k_norm_ptr, cos_ptr, sin_ptr, eps, D, BLOCK_D)
+            if embd_ptr is not None:
+                k += tl.load(embd_ptr + d, mask=d < D, other=0.0).to(tl.float32)
             v = tl.load(v_ptr + b * stride_vb + g * stride_vh + d, mask=d < D, other=0.0)
             tl.store(keys_ptr + slot + d, k.to(keys_ptr.dtype.element_ty), mask=d < D)
             tl.store(values_ptr + slot + d, v.to(values_ptr.dtype.element_ty), mask=d < D)
@@ -740,6 +749,8 @@ if triton:
                 if bias_ptr is not None:
                     up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
                 y *= up / (1 + exp(-y))
+            elif ACT == "logsigmoid":
+                y = tl.minimum(y, 0.0) - tl.log(1 + exp(-tl.abs(y)))
             elif ACT == "gelu":                                             # its tanh form
                 y /= 1 + exp(-1.5957691216057308 * (y + 0.044715 * y * y * y))
             if residual_ptr is not None:

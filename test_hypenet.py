@@ -561,16 +561,15 @@ def test_state_size():
 
 # ---- generation on a GPU -----------------------------------------------------------------------------------
 
-STEPS = [name for name, c in VARIANTS.items()
-         if not c.get("chunk") and c.get("decay", "constant") == "constant"]
-
-
 @needs_triton
-@pytest.mark.parametrize("name", STEPS if GPU else [
-    "teacher llama3", "hype no decay", "hype gpt2", "hype half keys", "all linear", "window"])
-def test_fused_step_is_the_plain_one(name, monkeypatch):
-    """Rows of different lengths, decoded by Block.step and its kernels: the logits, S, K/V and positions are
-    those of the plain layers."""
+@pytest.mark.parametrize("few", [4, 2])
+@pytest.mark.parametrize("name", VARIANTS if GPU else [
+    "teacher llama3", "hype no decay", "hype gpt2", "hype half keys", "all linear", "window", "article",
+    "hype decay per head", "article gpt2"])
+def test_fused_step_is_the_plain_one(name, few, monkeypatch):
+    """Rows of different lengths, decoded by Block.step and its kernels (or, of more than a few rows, the
+    library's products): the logits, S, K/V and positions are those of the plain layers."""
+    monkeypatch.setattr(hypenet, "FEW", few)
     model, rng = tiny(dtype=torch.float32, **VARIANTS[name]).to(DEVICE), torch.Generator().manual_seed(3)
     prompts, found = [[1, 2, 3, 4, 5], [7, 8], [9] * 20], []
     new = torch.randint(61, (2, 3, 1), generator=rng).to(DEVICE)
@@ -626,7 +625,7 @@ def test_decoder_is_the_plain_loop():
 @pytest.mark.skipif(not GPU, reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("prompts", [
     [list(range(50))], [[1], list(range(60)), [3] * 7, [5] * 33]], ids=["1", "4"])
-@pytest.mark.parametrize("name", [*STEPS, "article"])
+@every_variant
 def test_graph_is_the_plain_path(name, prompts, monkeypatch):
     """Two hundred greedy tokens in float32: the CUDA graph draws what the layers do without any of it."""
     assert torch.get_float32_matmul_precision() == "highest"                # no TF32
