@@ -874,7 +874,8 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
         p.requires_grad_(id(p) in trained)
         if device.type == "cuda":
             p.data = p.data.to(torch.float32 if p.requires_grad else torch.bfloat16)
-    micro, run.tokens = run.options["micro"] or plan.batch, run.tokens + plan.total
+    most = min(plan.batch, max(1, 2 ** 17 // plan.length))         # more tokens at once are not faster
+    micro, run.tokens = run.options["micro"] or most, run.tokens + plan.total
     if isinstance(run, Probe):
         run.measure(stage, plan, module, params, loss_fn, micro)
         return checkpoint_blocks(module, on=False)

@@ -572,7 +572,7 @@ class Block(nn.Module):
 
     def step(self, x, where, cache):
         """The same for one token a row, x (B,C), on a GPU. For a few rows in five launches (attention: seven;
-        a forget gate: one more; LayerNorm: two more): each Linear comes with the norm and gate before it, the
+        a forget gate: one more): each Linear comes with the norm and gate before it, the
         activation and sum after it."""
         m, g = self.mixer, None
         q, k, v, z = linear(m.qkvz, x, self.norm1).split(m.sizes, dim=-1)
@@ -588,14 +588,12 @@ FEW = 4                              # rows up to which the kernel of a Linear b
 
 
 def linear(layer, x, norm=None, gate=None, act=None, residual=None):
-    """kernel.linear of a Linear and the norm before it; only an RMSNorm fits into the same launch. More than a
-    few rows are multiplied by the library."""
-    if isinstance(norm, nn.LayerNorm):
-        x, norm = norm(x), None
-    gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    """kernel.linear of a Linear and the norm before it. More than a few rows are multiplied by the library."""
     if len(x) <= FEW:
-        return kernel.linear(x, layer.weight, layer.bias, gain, eps, gate, act, residual)
-    y = layer(x if gain is gate is None else gated(x, gate, gain, eps))
+        weights, eps = ((None, None), 0.0) if norm is None else ((norm.weight, norm.bias), norm.eps)
+        return kernel.linear(x, layer.weight, layer.bias, weights, eps, gate, act, residual)
+    x = x if norm is None else norm(x)
+    y = layer(x if gate is None else gated(x, gate, None, None))
     if act is not None:
         y = F.logsigmoid(y.float()) if act == "logsigmoid" else activated(y, act == "swiglu")
     return y if residual is None else residual + y
@@ -686,9 +684,9 @@ class HypeNet(nn.Module):
         for training; with a state, which no gradient flows through, after those it holds: T = 1, each row at
         its own position, or T > 1, all rows at one. ValueError past the state's room or the last position."""
         c, T, start = self.config, idx.size(1), 0
-        pos = torch.arange(T, device=idx.device)[None]                             # (1,T)
+        pos = torch.arange(T, device=idx.device)[None] if T > 1 or state is None else 0            # (1,T)
         if state is not None:
-            start, pos = state.seen, pos + state.pos[:, None]                      # (B,T)
+            start, pos = state.seen, state.pos[:, None] + pos                      # (B,T)
             self.check_room(state, T)
             if T > 1 and (state.pos != start).any():
                 raise ValueError("rows hold different numbers of tokens; read each through state.row(b)")

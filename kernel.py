@@ -163,12 +163,12 @@ def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0
     return o
 
 
-def linear(x, weight, bias=None, norm=None, eps=0.0, gate=None, act=None, residual=None):
+def linear(x, weight, bias=None, norm=(None, None), eps=0.0, gate=None, act=None, residual=None):
     """
     act((norm(x) * sigmoid(gate)) weight^T + bias) + residual for a few tokens: x, gate (B,K) with any stride
     over B, weight (N,K), or (2N,K) where act is "swiglu" (else "gelu", "logsigmoid" or None), norm the gain
-    (K,) of an RMSNorm, residual (B,N). Returns (B,N) in x's dtype. One launch that reads the weights once: with so few
-    tokens a layer costs what it takes to read it.
+    (K,) of an RMSNorm and None, or gain and bias of a LayerNorm, residual (B,N). Returns (B,N) in x's dtype.
+    One launch that reads the weights once: with so few tokens a layer costs what it takes to read it.
     """
     (B, K), N = x.shape, weight.shape[0] // (2 if act == "swiglu" else 1)
     assert x.stride(1) == 1 and weight.is_contiguous() and (residual is None or residual.is_contiguous())
@@ -177,7 +177,7 @@ def linear(x, weight, bias=None, norm=None, eps=0.0, gate=None, act=None, residu
     y = x.new_empty(B, N)
     with torch.cuda.device_of(x):
         linear_kernel[(_ceil(N, BLOCK_N),)](
-            x, weight, bias, norm, gate, residual, y, B, N, eps, x.stride(0),
+            x, weight, bias, *norm, gate, residual, y, B, N, eps, x.stride(0),
             0 if gate is None else gate.stride(0), K=K, ACT=act or "", BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
             num_warps=8, **_early(x.device))
     return y
@@ -641,17 +641,20 @@ if triton:
         d = tl.arange(0, BLOCK_D)
         HALF: tl.constexpr = D // 2
         x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-        r = 1.0
-        if norm_ptr is not None:
-            r = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-            x *= r * tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-        if cos_ptr is not None:                                             # d and d + HALF are a pair
-            other = tl.where(d < HALF, d + HALF, d - HALF)
+        other = tl.where(d < HALF, d + HALF, d - HALF)                      # d and d + HALF are a pair
+        if cos_ptr is not None:                                             # load first, then compute
             y = tl.load(x_ptr + other, mask=d < D, other=0.0).to(tl.float32)
-            if norm_ptr is not None:
-                y *= r * tl.load(norm_ptr + other, mask=d < D, other=0.0).to(tl.float32)
             cos = tl.load(cos_ptr + d % HALF, mask=d < D, other=0.0)
             sin = tl.load(sin_ptr + d % HALF, mask=d < D, other=0.0)
+        if norm_ptr is not None:
+            gain = tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+            if cos_ptr is not None:
+                y *= tl.load(norm_ptr + other, mask=d < D, other=0.0).to(tl.float32)
+            r = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+            x *= r * gain
+            if cos_ptr is not None:
+                y *= r
+        if cos_ptr is not None:
             x = x * cos + tl.where(d < HALF, -y, y) * sin
         return x
 
@@ -671,14 +674,14 @@ if triton:
         if cos_ptr is not None:
             cos_ptr += b * (K // 2)
             sin_ptr += b * (K // 2)
+        at = bh * K * V + keys[:, None] * V + vals[None, :]
+        mask = (keys < K)[:, None] & (vals < V)[None, :]
+        S = tl.load(S_ptr + at, mask=mask, other=0.0)
         h_kv = h // per_kv
         q = load_head(q_ptr + b * stride_qb + h * stride_qh, q_norm_ptr, cos_ptr, sin_ptr, eps, K, BLOCK_K)
         k = load_head(k_ptr + b * stride_kb + h_kv * stride_kh, k_norm_ptr, cos_ptr, sin_ptr, eps, K, BLOCK_K)
         v = tl.load(v_ptr + b * stride_vb + h_kv * stride_vh + vals, mask=vals < V, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + b * stride_gb + h * stride_gh + keys * stride_gk, mask=keys < K, other=0.0)
-        at = bh * K * V + keys[:, None] * V + vals[None, :]
-        mask = (keys < K)[:, None] & (vals < V)[None, :]
-        S = tl.load(S_ptr + at, mask=mask, other=0.0)
         S = exp(g.to(tl.float32))[:, None] * S + k[:, None] * v[None, :]
         tl.store(S_ptr + at, S, mask=mask)
         o = scale * tl.sum(q[:, None] * S, 0)
@@ -720,41 +723,56 @@ if triton:
 
     @triton.jit
     def linear_kernel(
-        x_ptr, w_ptr, bias_ptr, norm_ptr, gate_ptr, residual_ptr, y_ptr, B, N, eps, stride_xb, stride_zb,
-        K: tl.constexpr, ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+        x_ptr, w_ptr, bias_ptr, norm_ptr, shift_ptr, gate_ptr, residual_ptr, y_ptr, B, N, eps,
+        stride_xb, stride_zb, K: tl.constexpr, ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
         """y = act(W (norm(x) * sigmoid(z)) + bias) + residual, a few whole rows of W (N,K) a program: they go
-        from memory to registers in one go, with nothing to wait for, and meet one token after the other. The
-        1/rms of a norm is a factor of each sum; ACT swiglu reads a second matrix N rows further down."""
+        from memory to registers in one go, with nothing to wait for, and meet one token after the other. ACT
+        swiglu reads a second matrix N rows further down."""
         n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         at, inside = n.to(tl.int64)[:, None] * K + k[None, :], (n < N)[:, None] & (k < K)[None, :]
         w = tl.load(w_ptr + at, mask=inside, other=0.0)
         if ACT == "swiglu":
             w_up = tl.load(w_ptr + tl.cast(N, tl.int64) * K + at, mask=inside, other=0.0)
+        if norm_ptr is not None:
+            gain = tl.load(norm_ptr + k, mask=k < K, other=0.0)
+        if shift_ptr is not None:
+            shift = tl.load(shift_ptr + k, mask=k < K, other=0.0)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+            if ACT == "swiglu":
+                bias_up = tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
         start(EARLY)
         for b in range(B):
             b = tl.cast(b, tl.int64)
-            x, rms = tl.load(x_ptr + b * stride_xb + k, mask=k < K, other=0.0).to(tl.float32), 1.0
-            if norm_ptr is not None:
-                rms = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
-                x *= tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + b * stride_xb + k, mask=k < K, other=0.0).to(tl.float32)
             if gate_ptr is not None:
                 z = tl.load(gate_ptr + b * stride_zb + k, mask=k < K, other=0.0)
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + b * N + n, mask=n < N, other=0.0).to(tl.float32)
+            if shift_ptr is not None:                                       # a LayerNorm
+                x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)
+            if norm_ptr is not None:
+                x *= tl.rsqrt(tl.sum(x * x, 0) / K + eps) * gain.to(tl.float32)
+            if shift_ptr is not None:
+                x += shift.to(tl.float32)
+            if gate_ptr is not None:
                 x *= 1 / (1 + exp(-z.to(tl.float32)))
-            y = rms * tl.sum(w.to(tl.float32) * x[None, :], 1)
+            y = tl.sum(w.to(tl.float32) * x[None, :], 1)
             if bias_ptr is not None:
-                y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+                y += bias
             if ACT == "swiglu":
-                up = rms * tl.sum(w_up.to(tl.float32) * x[None, :], 1)
+                up = tl.sum(w_up.to(tl.float32) * x[None, :], 1)
                 if bias_ptr is not None:
-                    up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
+                    up += bias_up
                 y *= up / (1 + exp(-y))
             elif ACT == "logsigmoid":
                 y = tl.minimum(y, 0.0) - tl.log(1 + exp(-tl.abs(y)))
             elif ACT == "gelu":                                             # its tanh form
                 y /= 1 + exp(-1.5957691216057308 * (y + 0.044715 * y * y * y))
             if residual_ptr is not None:
-                y += tl.load(residual_ptr + b * N + n, mask=n < N, other=0.0).to(tl.float32)
+                y += residual
             tl.store(y_ptr + b * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
     @triton.jit
