@@ -640,6 +640,23 @@ def test_graph_is_the_plain_path(name, prompts, monkeypatch):
         prompts, 50, temperature=1.0, seed=3, graph=False)
 
 
+@pytest.mark.skipif(not GPU, reason="Triton's interpreter cuts bf16 off instead of rounding it")
+@pytest.mark.parametrize("name", ["hype", "teacher llama3", "article"])
+def test_fused_step_in_bf16_rounds_no_more_than_the_plain_one(name, monkeypatch):
+    """Fed the same tokens, the kernels' logits in bf16 are no further from the plain layers' in bf16 than
+    those are from themselves in float32."""
+    prompt, new, found = some_ids(1, 30)[0], some_ids(1, 20, seed=1)[0], []
+    for dtype, fused in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        model = tiny(dtype=torch.float32, max_len=64, **VARIANTS[name] | (
+            {"n_chunks": 8} if "chunk" in VARIANTS[name] else {})).bfloat16().to(DEVICE, dtype)     # one rounding
+        monkeypatch.setattr(kernel, "has_kernels", lambda x, *sizes, fused=fused: fused)
+        state = model.init_state(1, 64)
+        model.prefill(prompt, state)
+        found.append(torch.cat([model.head(model.hidden(idx.view(1, 1), state)) for idx in new], 1))
+    exact, plain, fused = found
+    assert not fused.equal(exact) and rmse(fused, plain) <= rmse(plain, exact) < 0.1
+
+
 # ---- the model: files, bad input, the tokenizer ------------------------------------------------------------
 
 
@@ -2387,6 +2404,19 @@ def test_readme_commands_exist():
     for name in re.findall(r"`((?:results/|assets/)?[\w-]*\.?(?:py|json|log)?)`", README):
         if name.endswith((".py", "/")) or name.startswith(("results/", "assets/")):
             assert (HERE / name).exists(), name
+
+
+def test_readme_decode_times_are_those_of_results():
+    """Every ms, ratio to the floor and GB in the README's table of decoding is a row of the file it names."""
+    rows = json.loads((HERE / "results" / "decode-h200.json").read_text(encoding="utf-8"))["rows"]
+    known = {(r["kind"], r["context"]): f"{r['ms']:.2f} ({r['ratio']:.2f}) {r['peak_gb']:.1f}"
+             for r in rows if r["size"] == "2b" and r["batch"] == 1}
+    table = re.findall(r"^\| ([\d,]+) \| (\S+ \(.*?) \| (.*?) \| (\S+) \| (.*?) \|$", README, re.M)
+    assert len(table) == 5
+    for context, hybrid, teacher, gain, article in table:
+        cells = [known[kind, int(context.replace(",", ""))] for kind in ("hybrid", "teacher", "article")]
+        assert [hybrid, teacher, article] == cells
+        assert float(teacher.split()[0]) / float(hybrid.split()[0]) == pytest.approx(float(gain), abs=0.015)
 
 
 def test_readme_kernel_times_are_those_of_results():
