@@ -5,6 +5,8 @@
     python bench.py when       from which context on the hybrid is the better choice, by the rows of decode
     python bench.py train      a step of every stage at a real size: tokens a second, memory, utilisation
     python bench.py kernel     the scan of kernel.py, flash-linear-attention (if installed), and attention
+    python bench.py niah       what a student and its teacher find, and predict, far past the trained length
+    python bench.py ablate     a distillation for every single change of a recipe, several at once
     python bench.py figure     results/decode.png anew, from the rows of decode
 
 Compared are the hybrid of the paper's recipe, its teacher (all attention, the same code) and the hybrid of
@@ -15,6 +17,7 @@ result like any other: "memory" in a table, null in a file.
 """
 import argparse
 import bisect
+import contextlib
 import gc
 import glob
 import itertools
@@ -23,8 +26,12 @@ import os
 import platform
 import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import distributions
@@ -323,14 +330,21 @@ LOOK = dict(hybrid=("#1f4e79", "hybrid"), teacher=("#a63d2f", "all attention"),
             article=("#5b7f3a", "article's hybrid,\nwindow of 2,048"))
 
 
-def draw(facts, rows, size):
-    """ms a token against context: results/decode.png, of sizes other than 2b decode-SIZE.png."""
+def pyplot():
+    """matplotlib.pyplot, or None and a line."""
     try:
         import matplotlib
     except ImportError:
         return print("no figure: pip install matplotlib, then python bench.py figure")
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
+    return pyplot
+
+
+def draw(facts, rows, size):
+    """ms a token against context: results/decode.png, of sizes other than 2b decode-SIZE.png."""
+    if (plt := pyplot()) is None:
+        return
     fig, ax = plt.subplots(figsize=(7.2, 4.4), dpi=150)
     rows = sorted((r for r in rows if r["size"] == size and r["batch"] == 1), key=lambda r: r["context"])
     for kind, (color, label) in LOOK.items():
@@ -647,16 +661,241 @@ a forward pass over the rate of copies. o, dq, ...: relative errors, against fp6
         refs = gradients(partial(ours, backend="torch"), sliced[:4], sliced[4])
         floor = 1000 * sum(x.numel() * x.element_size() for x in (*tensors, do) if x.dim() > 1) / rate
         for name, f in rivals(decay, device).items():
-            row = scan_row(f, tensors, do, refs if name != "sdpa" else (), device)
+            try:
+                row = scan_row(f, tensors, do, refs if name != "sdpa" else (), device)
+            except RuntimeError as e:
+                if name == "ours":
+                    raise
+                print(f"{' '.join(map(str, shape)):24s}{decay:10s}{name}: {' '.join(str(e).split())[:150]}")
+                continue
             table.add(shape=list(shape), decay=decay, by=name, **row, floor=floor,
                       of_floor=row["forward"] and floor / row["forward"])
+    return table
+
+
+# ---- recall and loss at any length -------------------------------------------------------------------------
+
+
+def wilson(hits, n, z=1.96):
+    """The 95% interval of a share of which hits of n were seen (Wilson's, which stays within 0 and 1)."""
+    p, d = hits / n, 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    middle = (p + z * z / (2 * n)) / d
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@contextlib.contextmanager
+def stretched(model, factor):
+    """A RoPE model read with YaRN (arXiv 2309.00071) for so many times its length, without training: short
+    wavelengths stay, long ones slow down, and logits grow by (0.1 log(factor) + 1)^2."""
+    config, gain = model.config, (0.1 * math.log(factor) + 1) ** 2
+    before, gains = config.rope_scaling, [block.mixer.q_norm.weight for block in model.blocks]
+    config.rope_scaling = dict(factor=factor, original_max_position_embeddings=config.max_len,
+                               low_freq_factor=1.0, high_freq_factor=32.0)
+    try:
+        for w in gains:
+            w.data *= gain
+        yield model
+    finally:
+        config.rope_scaling = before
+        for w in gains:
+            w.data /= gain
+
+
+@torch.no_grad()
+def last_loss(model, texts, count):
+    """Mean loss, nats a token, of the last `count` tokens of each text (texts, n), all before them read."""
+    out, size = [], 8192 if model.wte.weight.is_cuda else 1024
+    for text in texts:
+        idx = torch.from_numpy(text).to(model.wte.weight.device)[None]
+        state, cut = model.init_state(1, len(text)), len(text) - count - 1
+        with halo.bf16():
+            for part in idx[:, :cut].split(size, 1) if cut else ():
+                model.hidden(part, state)
+            logits = model(idx[:, cut:-1], state=state, all_logits=True)[0][0]
+        out.append(F.cross_entropy(logits.float(), idx[0, -count:]).item())
+    return np.array(out)
+
+
+def bench_niah(o):
+    """Rows of two kinds: task "loss" at the last position of a range, and tasks of halo.TASKS at a length."""
+    device, report = torch.device(o.device), read_json(o.model, "report.json", "report of halo.py")
+    teacher_at = o.teacher or halo.teacher_path(report.get("teacher", "tiny"))
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    student, teacher = (HypeNet.from_pretrained(path, kind, o.device) for path in (o.model, teacher_at))
+    text = o.data or report.get("text", {}).get("name", "stdlib").split()
+    corpus = halo.Corpus(halo.Tokenizer.load(teacher_at), None if text == ["stdlib"] else text)
+    T, base, layers = teacher.config.max_len, student.config.logit_base, student.config.layers
+    lengths = [T * n for n in (1, 2, 4, 16, 64, 256) if n <= o.times]
+    table = Table(o, device, 3, "model:<24 task:<10 context:9, of:6 value:9.3f low:8.3f high:8.3f",
+                  f"""{o.model} ({layers}), its teacher {teacher_at}, trained at {T:,} tokens
+Share of answers given in full after so much text, of so many asked for at five depths, and its 95% interval.
+loss: nats a token of the same ends of held-out texts, so much of each text read; its interval is that of the
+difference to the first.""", trained=T, layers=layers, logit_base=base)
+    table.rows = []                                      # another model's
+    kinds = {"student": (student, list(halo.TASKS)), "student without s_t": (student, ["S1"]),
+             "teacher": (teacher, list(halo.TASKS)), "teacher, YaRN": (teacher, ["S1"]),
+             "teacher, sink + window": (teacher, ["S1"])}
+    if base is None:
+        del kinds["student without s_t"]
+    if not (teacher.config.qk_norm and teacher.config.position == "rope"):
+        del kinds["teacher, YaRN"]
+    last = min(lengths[-1], 64 * T)
+    texts = corpus.windows(np.random.default_rng(0), o.windows, last)
+    for name, (model, tasks) in kinds.items():
+        student.config.logit_base = None if "without" in name else base
+        limit = math.inf if "window" in name else model.config.limit()
+        longest = lengths[-1] if model is student else 64 * T
+        for task, n in itertools.product(tasks, lengths):
+            if n > min(limit, longest):
+                continue
+            with stretched(model, n / T) if "YaRN" in name and n > T else contextlib.nullcontext():
+                keep = T if "window" in name else None
+                hits = halo.recall(model, corpus, n, o.trials, task=task, keep=keep)[1].sum().item()
+            low, high = wilson(hits, o.trials)
+            share = hits / o.trials
+            table.add(model=name, task=task, context=n, of=o.trials, value=share, low=low, high=high)
+        first = None
+        for n in lengths if "window" not in name else ():
+            if n <= min(limit, last):
+                with stretched(model, n / T) if "YaRN" in name and n > T else contextlib.nullcontext():
+                    x = last_loss(model, texts[:, -n:], T // 2)
+                first = x if first is None else first
+                mean, error = x.mean().item(), 2 * np.std(x - first).item() / max(1, len(x) - 1) ** 0.5
+                table.add(model=name, task="loss", context=n, of=len(x), value=mean, low=mean - error,
+                          high=mean + error)
+    student.config.logit_base = base
+    draw_niah(table.facts, table.rows)
+    return table
+
+
+COLORS = {"student": "#1f4e79", "student without s_t": "#7fa6c9", "teacher": "#a63d2f",
+          "teacher, YaRN": "#d98c5f", "teacher, sink + window": "#8c8c8c",
+          "S2": "#1f4e79", "S3": "#5b7f3a", "multi-key": "#b8860b"}
+
+
+def draw_niah(facts, rows):
+    """results/niah.png: pass keys found by all, the student's other tasks, loss by position."""
+    if (plt := pyplot()) is None:
+        return
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.9), dpi=150)
+    models, tasks, trained = list(COLORS)[:5], list(COLORS)[5:], facts["trained"]
+    panels = {"Pass key found (S1)": [(model, "S1", model) for model in models],
+              "The student's other tasks, never trained on": [("student", task, task) for task in tasks],
+              "Held-out loss, nats a token": [(model, "loss", model) for model in models]}
+    for ax, (title, lines) in zip(axes, panels.items()):
+        ax.axvline(trained, color="0.75", lw=0.8)
+        for model, task, label in lines:
+            mine = sorted((r["context"], r["value"], r["low"], r["high"]) for r in rows
+                          if (r["model"], r["task"]) == (model, task))
+            if mine:
+                x, y, low, high = zip(*mine)
+                ax.plot(x, y, color=COLORS[label], lw=1.6, marker="o", ms=3, label=label)
+                ax.fill_between(x, low, high, color=COLORS[label], alpha=0.12, lw=0)
+        ax.set_xscale("log", base=2)
+        ticks = sorted({r["context"] for r in rows if r["task"] != "loss"})
+        ax.set_xticks(ticks, [f"{n // 1024}K" if n >= 1024 else str(n) for n in ticks], fontsize=8)
+        ax.minorticks_off()
+        least = min(r["value"] for r in rows if r["task"] == "loss")
+        ax.set_ylim(*(0.9 * least, 2 * least) if "loss" in title else (-0.03, 1.05))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.set_xlabel("tokens of context", fontsize=9)
+        ax.legend(fontsize=7, frameon=False, loc="best")
+    axes[0].annotate("trained", (trained, 0), (2, 0), fontsize=7, color="0.5", textcoords="offset points")
+    fig.tight_layout()
+    path = os.path.join(RESULTS, "niah.png")
+    write_file(path, partial(fig.savefig, format="png"))
+    plt.close(fig)
+    print(f"\nfigure in {os.path.relpath(path)}")
+
+
+# ---- ablations ---------------------------------------------------------------------------------------------
+
+ABLATIONS = {                                            # options of halo.py; each is one change of a recipe
+    "paper": "", "article": "--recipe article",
+    "no RoPE in linear layers": "--set linear_rope=false",
+    "RoPE kept in attention": "--pe rope",
+    "no QK-norm in linear layers": "--set linear_qk_norm=false",
+    "no output gates": "--set attn_gate=false linear_gate=false",
+    "KV heads not cloned": "--set linear_kv_head={kv}",
+    "decay by data, a head": "--decay head",
+    "decay by data, a channel": "--decay channel",
+    "no decay": "--decay none",
+    "halved keys": "--state half",
+    "layers evenly spaced": "--layers even",
+    "first and last quarter": "--layers ends",
+    "first half": "--layers AAAALLLL",
+    "layers by eq. 8": "--layers score",
+    "alpha 0.5": "--alpha 0.5",
+    "KL reversed": "--kl reverse",
+    "progressive (with --pe rope, even)": "--training progressive --pe rope --layers even",
+    "no s_t": "--logit-base none",
+    "window 2,048": "--window 2048",
+    "chunk HyPE": "--pe chunk",
+    "random linear layers": "--transfer off",
+    "0 attention layers": "--layers LLLLLLLL",
+    "1 attention layer": "--keep 1",
+    "4 attention layers": "--keep 4",
+    "from scratch, all tokens": "--pretrain --layers {layers} --plan pretrain.tokens={tokens}",
+    "article, s_t": "--recipe article --logit-base fit",
+    "article, retention 0.50": "--recipe article --retention 0.50",
+    "article, retention 0.62": "--recipe article --retention 0.62",
+    "article, retention 0.95": "--recipe article --retention 0.95",
+}
+
+
+def bench_ablate(o):
+    """Every run is a process of halo.py on the same teacher and tokens; so many run at once."""
+    path, config = halo.teacher_path(o.teacher), halo.TEACHERS[o.teacher]
+    if not os.path.exists(os.path.join(path, "model.safetensors")):
+        raise ValueError(f"--teacher {o.teacher} is not there yet: python halo.py --pretrain --teacher "
+                         f"{o.teacher} --out {path}")
+    plans, T = halo.PLANS[o.teacher.split("-")[0]], config.max_len
+    tokens = sum(plans[name].total for name in ("pretrain", "align", "distil", "finetune"))
+    known = dict(kv=config.n_kv_head, layers=halo.choose_layers("even", len(config.layers)), tokens=tokens)
+    o.name = o.name or "ablate"
+    table = Table(o, torch.device(o.device), 4, "teacher:<9 budget:6 change:<36 seed:5 layers:10 gap:9.4f "
+                  "at_1x:8.0% at_16x:8.0% at_64x:8.0% minutes:9.1f", f"""teacher {o.teacher}, {T:,} tokens long
+Gap: held-out loss of student less teacher, nats a token; pass keys found at 1, 16, 64 times that length.""")
+    same = dict(teacher=o.teacher, budget=o.budget)
+    done = {(r["change"], r["seed"]) for r in table.rows if r.items() >= same.items()}
+    todo = [(name, seed) for seed in range(o.seeds) for name in o.only or ABLATIONS
+            if (seed == 0 or name in halo.RECIPES) and (name, seed) not in done]
+
+    def one(name, seed):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ABLATIONS[name].format(**known).split()
+            flags += ["--teacher", o.teacher, "--out", folder, "--seed", str(seed), "--device", o.device,
+                      *(["--budget", str(o.budget)] if "--pretrain" not in flags else [])]
+            run = subprocess.run([sys.executable, os.path.join(halo.HERE, "halo.py"), *flags],
+                                 capture_output=True, text=True, check=False)
+            if run.returncode:
+                return run.stderr.strip().splitlines()[-1:]
+            return read_json(folder, "report.json", "report")
+    with ThreadPoolExecutor(o.jobs) as pool:
+        runs = {pool.submit(one, name, seed): (name, seed) for name, seed in todo}
+        for run in as_completed(runs):
+            (name, seed), r = runs[run], run.result()
+            if isinstance(r, list):
+                print(f"{name}, seed {seed}: failed: {' '.join(r)}", flush=True)
+                continue
+            loss, hits, own = r["val_loss"], r["passkey"], None
+            if isinstance(loss, dict):                   # not from scratch
+                loss, hits, own = loss["student"], hits["student"], loss["teacher"]
+            base = own or next((x["teacher_loss"] for x in table.rows
+                                if x["teacher_loss"] and x.items() >= same.items()), None)
+            table.add(**same, change=name, seed=seed, layers=r["layers"], gap=base and loss - base,
+                      **{f"at_{n}x": hits.get(str(n * T)) for n in (1, 16, 64)}, minutes=r["seconds"] / 60,
+                      flags=ABLATIONS[name], teacher_loss=base)
     return table
 
 
 # ---- command line ------------------------------------------------------------------------------------------
 
 MODES = dict(decode=bench_decode, prefill=bench_prefill, when=bench_when, train=bench_train,
-             kernel=bench_kernel, figure=bench_figure)
+             kernel=bench_kernel, niah=bench_niah, ablate=bench_ablate, figure=bench_figure)
 ON_GPU = dict(decode=["2b", "gpt2-xl", "14b"], prefill=["2b"], train=["2b", "gpt2-xl"])
 
 
@@ -683,11 +922,26 @@ def get_args(argv):
             add("--segment", type=tokens, help="tokens read at a time; default: the model's own")
             add("--teacher-max", type=tokens, default=131072, metavar="N", help="longest of the teacher")
         if name in ("prefill", "train"):
-            add("--plain", action="store_true", help="without hypenet.fuse(), which compiles small operations")
+            add("--plain", action="store_true", help="without hypenet.fuse()")
         if name == "when":
             add("--ctx", type=tokens, required=True, metavar="N", help="tokens of context")
             add("--ms", type=positive, help="limit of a token's time")
             add("--gb", type=positive, help="limit of memory")
+        if name == "niah":
+            count = dict(type=tokens, metavar="N")
+            add("--model", default="out/small-paper", help="folder of a run of halo.py; default: %(default)s")
+            add("--teacher", help="folder of its teacher; default: as the run's report says")
+            add("--data", nargs="+", help="as for halo.py; default: as the run's report says")
+            add("--trials", default=20, help="questions of a task at a length; default 20", **count)
+            add("--times", default=256, help="the trained length at most so often; default 256", **count)
+            add("--windows", default=32, help="held-out texts for the loss; default 32", **count)
+        if name == "ablate":
+            add("--teacher", help=f"of {', '.join(halo.TEACHERS)}; default: mini, on a CPU tiny")
+            add("--only", nargs="+", choices=ABLATIONS, metavar="CHANGE",
+                help="of " + ", ".join(map(repr, ABLATIONS)))
+            add("--seeds", type=tokens, default=3, metavar="N", help="of the two recipes; default 3")
+            add("--jobs", type=tokens, help="runs at once; default 5, on a CPU 1")
+            add("--budget", type=positive, default=1.0, metavar="X", help="as for halo.py")
         if name == "train":
             add("--peak", type=positive, help="operations a second that the device could do")
             add("--seconds", type=positive, default=10.0, help="cut a step that takes longer")
@@ -698,6 +952,11 @@ def get_args(argv):
         o.device = default_device(o.device or (None if torch.cuda.is_available() else "cpu"))
         if torch.device(o.device).type not in ("cuda", "cpu"):
             raise ValueError(f"--device {o.device}: only cuda and cpu are timed rightly")
+        cuda = o.device.startswith("cuda")
+        if o.what == "ablate":
+            o.teacher, o.jobs = o.teacher or ("mini" if cuda else "tiny"), o.jobs or (5 if cuda else 1)
+            if o.teacher not in halo.TEACHERS:
+                raise ValueError(f"--teacher {o.teacher}: give one of {', '.join(halo.TEACHERS)}")
         if o.what in ON_GPU:
             o.size = o.size or (ON_GPU[o.what] if o.device.startswith("cuda") else ["tiny"])
     return o

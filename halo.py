@@ -102,8 +102,8 @@ class Plan:
 
 
 # Of teachers from the hub the paper's (its Table 5), and for groups the article's 2.3B tokens, 2M a step. Of
-# the tiny one what a laptop can do, of the small one a GPU in ten minutes, its conversion on half the tokens of
-# its teacher; with pass keys, which text alone would teach them too slowly.
+# the tiny one what a laptop can do, of the mini one (for ablations) a GPU in a minute, of the small one in
+# ten, its conversion on half the tokens of its teacher; with pass keys, which text alone teaches too slowly.
 PLANS = {
     "tiny": dict(
         pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
@@ -111,6 +111,12 @@ PLANS = {
         distil=Plan(1.5e6, 256, 16, 2e-3, 1e-4, 0.25),
         finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
         group=Plan(2e6, 256, 16, 3e-3, 1e-4, 0.25)),
+    "mini": dict(
+        pretrain=Plan(65e6, 512, 128, 3e-3, 1e-4, 0.3, 200),
+        align=Plan(2e6, 512, 32, 3e-3, 1e-4),
+        distil=Plan(10e6, 512, 32, 2e-3, 1e-4, 0.25),
+        finetune=Plan(3e6, 2048, 8, 3e-4, 3e-5),
+        group=Plan(15e6, 512, 32, 3e-3, 1e-4, 0.25)),
     "small": dict(
         pretrain=Plan(131e6, 1024, 64, 2e-3, 1e-4, 0.3, 200),
         align=Plan(6.5e6, 1024, 32, 2e-3, 1e-4),
@@ -125,14 +131,16 @@ PLANS = {
 }
 
 TINY = dict(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, max_len=256)
+MINI = dict(layers="A" * 8, n_embd=192, n_head=6, n_kv_head=2, head_dim=32, max_len=512)
 SMALL = dict(layers="A" * 8, n_embd=384, n_head=6, n_kv_head=6, head_dim=64, max_len=1024)
 TEACHERS = {                                 # which --pretrain makes; tiny is shipped
     "tiny": HypeNetConfig(n_hidden=288, **TINY, **FAMILIES["qwen3"]),
     "tiny-gpt2": HypeNetConfig(n_hidden=384, **TINY, **FAMILIES["gpt2"]),
+    "mini": HypeNetConfig(n_hidden=576, **MINI, **FAMILIES["qwen3"]),
     "small": HypeNetConfig(n_hidden=1024, **SMALL, **FAMILIES["qwen3"]),
     "small-gpt2": HypeNetConfig(n_hidden=1536, **SMALL, **FAMILIES["gpt2"]),
 }
-SIZES = dict(tiny=0, small=10e6, real=100e6)     # bytes of weights from which on a local teacher gets a plan
+SIZES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # bytes of weights from which on a plan is taken
 
 # ---- text: documents ---------------------------------------------------------------------------------------
 
@@ -368,7 +376,8 @@ class Corpus:
         for), which is short, around and around."""
         if prose:
             starts = rng.integers(0, len(self.prose), batch)
-            return np.stack([self.prose.take(np.arange(s, s + length), mode="wrap") for s in starts]).astype(np.int64)
+            rows = [self.prose.take(np.arange(s, s + length), mode="wrap") for s in starts]
+            return np.stack(rows).astype(np.int64)
         if len(self.held_out) < length:
             raise ValueError(f"the held-out text has {len(self.held_out):,} tokens, too few for a sequence "
                              f"of {length:,}; give more --data (1/16 of text, shards with val in the name)")
@@ -386,9 +395,8 @@ class Task(NamedTuple):
     prose: bool = True               # in natural text; else in text like that of training
 
 
-NUMBER = ("\nOne of the special magic numbers for {name} is: {value}.\n",
-          "\nWhat is the special magic number for {name} mentioned in the text above? The special magic number for "
-          "{name} is")
+NUMBER = ("\nThe special magic number for {name} is {value}.\n",
+          "\nWhich number was mentioned above? The special magic number for {name} is")
 TASKS = {                                                           # training has the first alone
     "S1": Task("\n# The pass key is {value}. Remember it.\n", "\n# What is the pass key? The pass key is",
                "0123456789", prose=False),
@@ -401,13 +409,14 @@ NAMES = ("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kest
 
 
 def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
-    """Hide what a task asks for in text (n,), and ask: ids (n,), and how many ids at the end of a question are
-    its answer. depth None: needle and questions at random places (training); else the needle at that share of
-    the text and the question at its very end (testing). Other needles stand at random places."""
+    """Hide what a task asks for in text (n,), and ask: ids (n,), and how many ids at the end of a question
+    are its answer. depth None: needle and questions at random places (training); else the needle at that
+    share of the text and the question at its very end (testing). Other needles stand at random places."""
     t = TASKS[task]
     names = rng.permutation(NAMES)[:t.needles] if t.needles > 1 or "{name}" in t.needle else [""]
     values = ["".join(t.signs[i] for i in rng.integers(0, len(t.signs), t.size)) for _ in names]
-    needle, *others = (tokenizer.encode_array(t.needle.format(name=n, value=v)) for n, v in zip(names, values))
+    needle, *others = [tokenizer.encode_array(t.needle.format(name=n, value=v))
+                       for n, v in zip(names, values)]
     answer = tokenizer.encode_array(f" {values[0]}")
     question = tokenizer.encode_array(t.question.format(name=names[0]))
     pieces = [needle] + [np.concatenate((question, answer))] * ask + others
@@ -474,8 +483,9 @@ def with_bias(linear):
 
 
 @torch.no_grad()
-def linear_twin(attn, config, x, where, retention=0.7):
-    """A linear layer out of an attention layer: its weights, KV heads cloned (paper eq. 13), gates neutral.
+def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
+    """A linear layer out of an attention layer: its weights (unless transfer is False: random ones), KV heads
+    cloned (paper eq. 13), gates neutral.
     On one batch of the layer's inputs x (B,T,C), W_o is then scaled column by column, by least squares, so
     that what it reads starts as close to what the teacher's reads as a factor can bring it."""
     c, t = config, attn.config
@@ -490,9 +500,10 @@ def linear_twin(attn, config, x, where, retention=0.7):
         k = k.unflatten(0, (c.n_head, -1))[::c.n_head // c.linear_kv_head].flatten(0, 1)
     else:
         k = clone(k)
-    fill(twin.qkvz, torch.cat((q, k, clone(v))))
-    fill(twin.out, with_bias(attn.out))
-    if c.linear_qk_norm and t.qk_norm and c.key_dim == c.head_dim:
+    if transfer:
+        fill(twin.qkvz, torch.cat((q, k, clone(v))))
+        fill(twin.out, with_bias(attn.out))
+    if transfer and c.linear_qk_norm and t.qk_norm and c.key_dim == c.head_dim:
         twin.q_norm.load_state_dict(attn.q_norm.state_dict())
         twin.k_norm.load_state_dict(attn.k_norm.state_dict())
     if hasattr(twin, "forget"):
@@ -551,7 +562,7 @@ def make_twins(teacher, config, corpus, plan, o):
     idx, twins, squares = torch.from_numpy(rows[:, :-1]).to(o.device), nn.ModuleList(), []
     with bf16():
         for attn, x, where, y in teacher_layers(teacher, config, idx):
-            twins.append(linear_twin(attn, config, x, where, o.retention))
+            twins.append(linear_twin(attn, config, x, where, o.retention, o.transfer == "on"))
             squares.append(y.float().square().mean())
     return twins, squares
 
@@ -666,9 +677,10 @@ def answers(model, prompts, n_answer):
     return logp, (logits.argmax(-1) == target).all(1)
 
 
-def recall(model, corpus, length, trials, seed=0, task="S1"):
+def recall(model, corpus, length, trials, seed=0, task="S1", keep=None):
     """Ask for what a task hides at five depths, in turn, of held-out text. At one context length: the mean
-    log-probability of an answer's tokens, and whether it was answered in full, (trials,) each."""
+    log-probability of an answer's tokens, and whether it was answered in full, (trials,) each. keep: of
+    longer contexts only the first 4 and the last keep - 4 tokens are read."""
     rng, logp, hits = np.random.default_rng([seed, length]), torch.zeros(trials), torch.zeros(trials)
     rows, n_answer = [], []
     for i, text in enumerate(corpus.windows(rng, trials, length, TASKS[task].prose)):
@@ -676,6 +688,8 @@ def recall(model, corpus, length, trials, seed=0, task="S1"):
         rows.append(ids)
         n_answer.append(n)
     prompts = torch.from_numpy(np.stack(rows)).to(model.wte.weight.device)
+    if keep and keep < length:
+        prompts = torch.cat((prompts[:, :4], prompts[:, 4 - keep:]), 1)
     for n in set(n_answer):                                # five digits are more tokens or fewer
         those = torch.tensor([i for i, m in enumerate(n_answer) if m == n])
         for part in those.split(max(1, 65536 // length)):
@@ -993,9 +1007,9 @@ def swap_scores(teacher, twins, config, corpus, o):
     return scores, -losses(teacher, batches).mean().item()
 
 
-def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0):
+def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0, keep=None):
     """The layers that stay attention, as a string of "A" and "L". how: the string itself; "even"; "ends", the
-    article's first and last quarter; "score", the floor(L/4) layers of highest
+    article's first and last quarter; "score", the `keep` (default floor(L/4)) layers of highest
 
         score_i = (max R - R_i) / (max C - C_i + 1e-6)             paper eq. 8, 9
 
@@ -1013,7 +1027,7 @@ def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0):
         if len(how) != n_layer:
             raise ValueError(f"--layers {how} names {len(how)} layers; the teacher has {n_layer}")
         return how
-    k = max(1, n_layer // 4)
+    k = keep or max(1, n_layer // 4)
     if how == "ends":                                              # the article's get_hybrid_config
         keep = [*range(n_layer // 4), *range(n_layer * 3 // 4, n_layer)]
     elif how == "even":
@@ -1038,7 +1052,7 @@ def convert_staged(run, teacher, corpus, plans, o):
     scores = base = None
     if o.layers in SCORED:
         scores, base = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, o))
-    layers = choose_layers(o.layers, L, scores, base)
+    layers = choose_layers(o.layers, L, scores, base, keep=o.keep)
     if scores:
         print_scores(scores, layers, base)
     config = replace(config, layers=layers)
@@ -1083,7 +1097,7 @@ def groups_of(layers, o):
 
 def convert_progressive(run, teacher, corpus, plans, o):
     """The article's halo_distillation: the linear layers in groups, the model usable after each."""
-    layers = choose_layers(o.layers, len(teacher.config.layers))
+    layers = choose_layers(o.layers, len(teacher.config.layers), keep=o.keep)
     groups, config = groups_of(layers, o), student_config(teacher.config, layers, o)
     plan = replace(plans["group"], tokens=plans["group"].tokens / len(groups))
     twins, _ = make_twins(teacher, config, corpus, plan, o)
@@ -1191,7 +1205,9 @@ class Probe:
 def check_disk(folder, teacher, plans, o):
     """ValueError if the disk has no room for what a run writes: a checkpoint with its optimizer state, the
     next one beside it, the student and, of a progressive run, a model a group."""
-    groups = len(groups_of(choose_layers(o.layers, len(teacher.config.layers)), o)) if "group" in plans else 0
+    groups = 0
+    if "group" in plans:
+        groups = len(groups_of(choose_layers(o.layers, len(teacher.config.layers), keep=o.keep), o))
     need = (28 / max(1, groups) + 4 * (1 + groups)) * teacher.n_params() / 1e9
     parent = next(p for p in (Path(folder).absolute() / "x").parents if p.exists())
     if need > (free := shutil.disk_usage(parent).free / 1e9):
@@ -1238,8 +1254,8 @@ def get_args(argv):
     add("--teacher", default="tiny",
         help="tiny (shipped, 1M parameters), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository of the hub "
              "such as Qwen/Qwen3-1.7B, or a folder of a GPT-2, Qwen3, Llama 3 or of --pretrain. Those of the "
-             f"hub, and folders of over {SIZES['real'] / 1e6:.0f} MB of weights, get the paper's plan and fineweb and "
-             "want a GPU; others get the plan of tiny and stdlib")
+             f"hub, and folders of over {SIZES['real'] / 1e6:.0f} MB of weights, get the paper's plan and "
+             "fineweb and want a GPU; others get the plan of tiny and stdlib")
     add("--recipe", default="paper", choices=RECIPES, help="the paper's (default) or the article's")
     add("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
     add("--resume", metavar="RUN",
@@ -1266,6 +1282,7 @@ def get_args(argv):
     add("--layers", help="which stay attention: swap (those that lose more as linear layers than as "
                          "attention without positions), score (eq. 8), guarded (eq. 8, denominator floored "
                          "at the noise), even, ends (first, last quarter), or letters such as LLALLLAL")
+    add("--keep", type=number(int, 1), metavar="N", help="how many stay attention; default: a quarter")
     add("--decay", choices=("constant", "none", "head", "channel"),
         help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
     add("--state", choices=("full", "half"), help="width of a key in linear layers: the teacher's, or half")
@@ -1281,6 +1298,8 @@ def get_args(argv):
     add = p.add_argument_group("finer choices").add_argument
     add("--groups", type=number(int, 0), default=0, metavar="N",
         help="groups of linear layers in a progressive run; default: one for 6 layers, at least 2")
+    add("--transfer", choices=("on", "off"), default="on",
+        help="linear layers start from their attention layers' weights, or from random ones")
     add("--retention", type=number(float, 0.001, 0.999), default=0.7, metavar="X",
         help="share of the state that a new forget gate keeps at each token")
     add("--fade", type=number(float, 0, 1), default=0.0, metavar="X",
@@ -1296,6 +1315,12 @@ def get_args(argv):
     return p.parse_args(argv)
 
 
+def teacher_path(name):
+    """The folder of a teacher of TEACHERS, shipped or to be made; any other name as it is."""
+    shipped, made = (os.path.join(folder, f"{name}-teacher") for folder in (f"{HERE}/assets", "out"))
+    return name if name not in TEACHERS else shipped if os.path.isdir(shipped) else made
+
+
 def settle(o):
     """Fill in the recipe, o.path of the teacher and o.data; return the plans of the stages and the changes of
     --set. ValueError for what cannot go."""
@@ -1303,8 +1328,7 @@ def settle(o):
     for key, value in RECIPES[o.recipe].items():
         if getattr(o, key) is None:
             setattr(o, key, value)
-    shipped, made = (os.path.join(folder, f"{o.teacher}-teacher") for folder in (f"{HERE}/assets", "out"))
-    o.path = o.teacher if o.teacher not in TEACHERS else shipped if os.path.isdir(shipped) else made
+    o.path = teacher_path(o.teacher)
     weight = sum(file.stat().st_size for file in Path(o.path).glob("*.safetensors"))
     size = (o.teacher.split("-")[0] if o.teacher in TEACHERS else
             max(SIZES, key=lambda name: (weight >= SIZES[name]) * SIZES[name]) if os.path.isdir(o.path) else
@@ -1350,6 +1374,8 @@ def settle(o):
     refuse(not base, f"--logit-base {o.logit_base}: give fit, none or a number above 1")
     refuse(o.fade and not (o.pe == "hype" and staged), "--fade goes with --pe hype, --training staged")
     refuse(o.groups and staged, "--groups goes with --training progressive")
+    refuse(o.keep and not (scored or o.layers == "even"),
+           f"--keep goes with --layers {', '.join(SCORED)} or even")
     if o.pretrain:
         refuse(o.teacher not in TEACHERS,
                f"--pretrain --teacher {o.teacher}: known sizes are {', '.join(TEACHERS)}")
@@ -1364,8 +1390,8 @@ def settle(o):
     unasked = o.device == "cpu" and not asked and not o.dry_run
     if unasked and not real and (weight == 0 or size == "small"):
         hours = hours_on_a_cpu(weight / 2 or n_params(TEACHERS[o.teacher]), PLANS[size].values())
-        raise ValueError(f"--teacher {o.teacher} wants a GPU: about {hours:,.0f} hours on this CPU; --teacher tiny "
-                         "takes minutes, --device cpu tries it all the same")
+        raise ValueError(f"--teacher {o.teacher} wants a GPU: about {hours:,.0f} hours on this CPU; "
+                         "--teacher tiny takes minutes, --device cpu tries it all the same")
     refuse(real and unasked,
            f"--teacher {o.teacher} is no folder of a small model, and wants a GPU; --teacher tiny runs on a "
            "CPU, --device cpu tries it all the same")
@@ -1441,17 +1467,22 @@ def pretrain(run, corpus, plans, o):
     """Train a teacher (or, with --layers, a hybrid) from random weights on text and pass keys; returns it."""
     config = replace(TEACHERS[o.teacher], max_len=plans["pretrain"].length)
     if o.hybrid:
-        config = student_config(config, choose_layers(o.layers, len(config.layers)), o)
+        config = student_config(config, choose_layers(o.layers, len(config.layers), keep=o.keep), o)
     torch.manual_seed(o.seed)
     model = HypeNet(config).to(o.device)
     train(run, "pretrain", plans["pretrain"], corpus, model, [list(model.parameters())],
           objective(model, None, "pretrain", o, alpha=1.0))
     model.eval().save_pretrained(run.folder, torch.bfloat16)
     o.tokenizer.save(run.folder)
-    loss = losses(model, held_out(corpus, config.max_len, o.eval_windows)).mean().item()
-    hits = recall(model, corpus, config.max_len, o.trials)[1].mean().item()
+    T, loss = config.max_len, losses(model, held_out(corpus, config.max_len, o.eval_windows)).mean().item()
+    lengths = [n for n in (T, 16 * T, 64 * T)[:3 if o.hybrid else 1] if n <= model.config.limit()]
+    hits = {str(n): recall(model, corpus, n, o.trials)[1].mean().item() for n in lengths}
+    write_json(run.path("report.json"), dict(
+        teacher=o.teacher, tokens=run.tokens, device=o.device, text=corpus.facts, layers=config.layers,
+        params=model.n_params(), val_loss=loss, passkey=hits, seconds=run.seconds()))
     print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, pass key found in "
-          f"{config.max_len} tokens {hits:.0%}, {run.seconds() / 60:.1f} minutes")
+          + ", ".join(f"{int(n):,} tokens {hit:.0%}" for n, hit in hits.items())
+          + f"; {run.seconds() / 60:.1f} minutes")
     print(f"python sample.py --model {run.folder}" if o.hybrid else f"python halo.py --teacher {run.folder}")
     return model
 
@@ -1503,7 +1534,7 @@ def load_teacher(plans, o):
     if "L" in teacher.config.layers:
         raise ValueError(f"--teacher {o.teacher} is a hybrid, {teacher.config.layers}: not a teacher")
     student = student_config(teacher.config, "L" * L, o).limit()
-    if o.layers not in SCORED and "L" not in choose_layers(o.layers, L):
+    if o.layers not in SCORED and "L" not in choose_layers(o.layers, L, keep=o.keep):
         raise ValueError(f"--layers {o.layers} leaves nothing to convert")
     for stage, plan in plans.items():                     # what is wrong fails now, not after stage 1
         check_length(stage, plan, dict(align=known, finetune=student).get(stage, min(known, student)), o)
@@ -1524,7 +1555,8 @@ def run_main(argv):
             return
     folder, found = o.resume or new_folder(o), {}
     if o.pretrain:
-        o.tokenizer, config, longest = Tokenizer.bytes(), TEACHERS[o.teacher], plans["pretrain"].length + 1
+        o.tokenizer, config = Tokenizer.bytes(), TEACHERS[o.teacher]
+        longest = plans["pretrain"].length * (64 if o.hybrid else 1) + 1
         check_length("pretrain", plans["pretrain"], math.inf, o)
     else:
         teacher = load_teacher(plans, o)

@@ -55,6 +55,7 @@ import os
 import re
 import sys
 import unicodedata
+import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import groupby
@@ -242,10 +243,11 @@ class fusible:
 
 def fuse(backend="inductor"):
     """Have torch.compile make one kernel (and one for gradients) of each fusible function, for all models of
-    this process; backend None: as written again. Compiling takes a minute in all, spread over the first calls:
+    this process; backend None: as written again. Compiling takes up to a minute in all, in the first calls:
     worth it for training on a GPU, or for reading millions of tokens. What cannot be compiled runs as
     written, with a warning of torch."""
     if backend:
+        warnings.filterwarnings("ignore", message="\nOnline softmax is disabled")
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.recompile_limit = 64        # shapes, dtypes, with and without gradients
     for f in fusible.known:
@@ -262,8 +264,9 @@ def product_dtype(x):
 def normed(x, weight, bias, eps, dtype):
     """RMSNorm of x, or with a bias LayerNorm, over the last dimension."""
     weight, size = weight.to(x.dtype), x.shape[-1:]            # else autocast leaves torch's fused kernel
-    y = F.rms_norm(x, size, weight, eps) if bias is None else F.layer_norm(x, size, weight, bias.to(x.dtype), eps)
-    return y.to(dtype)
+    if bias is None:
+        return F.rms_norm(x, size, weight, eps).to(dtype)
+    return F.layer_norm(x, size, weight, bias.to(x.dtype), eps).to(dtype)
 
 
 @fusible
@@ -298,7 +301,7 @@ def gated(o, z, gain, eps):
 
 @fusible
 def merged(o, lse, o_past, lse_past):
-    """Attention to two parts of a context (B,H,T,D), each with its weight in the softmax over both, and lse."""
+    """Attention to two parts of a context (B,H,T,D), each with its weight in the softmax over both; lse."""
     w = torch.sigmoid(lse_past - lse).unsqueeze(-1)
     return (o * (1 - w) + o_past * w).to(o.dtype), torch.logaddexp(lse, lse_past)
 
@@ -354,7 +357,7 @@ def attend_lse(q, k, v, causal=False):
     flash attention; what it declines goes to the others."""
     (B, H, T, D), G, aten = q.shape, k.size(1), torch.ops.aten
     half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.is_cuda and half and D % 8 == 0 and D <= 128 and torch.cuda.get_device_capability(q.device) >= (9, 0):
+    if half and D in range(8, 129, 8) and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0):
         try:
             o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)[:2]
             return o, lse.view(B, H, T)
@@ -362,7 +365,7 @@ def attend_lse(q, k, v, causal=False):
             pass
     if causal:
         k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
-    else:                                                               # a group's queries: rows of one matrix
+    else:                                                               # a group's queries: one matrix's rows
         q = q.reshape(B, G, -1, D)
     if q.device.type == "cpu":
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
@@ -443,7 +446,8 @@ class Attention(nn.Module):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             o, lse = attend_lse(q, k, v, causal=True)
             for first in range(0, start, PAST):
-                past = (t[:, first:min(start, first + PAST)].transpose(1, 2).to(q.dtype) for t in (keys, values))
+                part = slice(first, min(start, first + PAST))
+                past = (t[:, part].transpose(1, 2).to(q.dtype) for t in (keys, values))
                 o, lse = merged(o, lse, *attend_lse(q, *past))
             keys[:, start:start + T], values[:, start:start + T] = k.transpose(1, 2), v.transpose(1, 2)
             return o.transpose(1, 2)
@@ -588,7 +592,7 @@ FEW = 4                              # rows up to which the kernel of a Linear b
 
 
 def linear(layer, x, norm=None, gate=None, act=None, residual=None):
-    """kernel.linear of a Linear and the norm before it. More than a few rows are multiplied by the library."""
+    """kernel.linear of a Linear and the norm before it. Many rows are multiplied by the library."""
     if len(x) <= FEW:
         weights, eps = ((None, None), 0.0) if norm is None else ((norm.weight, norm.bias), norm.eps)
         return kernel.linear(x, layer.weight, layer.bias, weights, eps, gate, act, residual)

@@ -134,9 +134,9 @@ def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0
     """
     One token of attention: k, v (B,1,G,D) go into their slot, pos % S, of the cache keys, values (B,S,G,D),
     of equal strides, and q (B,1,H,D) attends to the min(pos + 1, S) that are in it; pos (B,1) int64 is the
-    token's position. s (B,1) multiplies the queries; norms, eps, rope: as in decode. chunks: embeddings (n,H*D)
-    of chunks of so many tokens, a pair; that of the token's is added to q, and to a k as to its group's first
-    q. Returns o (B,1,H,D).
+    token's position. s (B,1) multiplies the queries; norms, eps, rope: as in decode. chunks:
+    embeddings (n,H*D) of chunks of so many tokens, a pair; the token's is added to q, and to a k as to its
+    group's first q. Returns o (B,1,H,D).
 
     The cache is read once, with all of the card however few the heads are: it is dealt out in shares, whose
     softmaxes are merged by their denominators. How full it is only the device knows, so that a CUDA graph can
@@ -152,7 +152,8 @@ def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0
     lse = o.new_empty(B, H, n_splits, dtype=torch.float32)
     with torch.cuda.device_of(q):
         cache_kernel[(B, H + G)](
-            q, k, v, keys, values, q_out, pos, s, *norms, *_cos_sin(rope), *(chunks or (None, 1)), H, G, S, eps,
+            q, k, v, keys, values, q_out, pos, s, *norms, *_cos_sin(rope), *(chunks or (None, 1)), H, G, S,
+            eps,
             *(n for x in (q, k, v) for n in x.stride()[::2]), *keys.stride()[:3], D=D, BLOCK_D=BLOCK_D,
             **_early(q.device))
         attend_kernel[(B * G, n_splits)](
@@ -690,8 +691,9 @@ if triton:
     @triton.jit
     def cache_kernel(
         q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, q_out_ptr, pos_ptr, s_ptr, q_norm_ptr, k_norm_ptr, cos_ptr,
-        sin_ptr, embd_ptr, chunk, H, G, SIZE, eps, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
-        stride_cb, stride_cs, stride_ch, D: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+        sin_ptr, embd_ptr, chunk, H, G, SIZE, eps, stride_qb, stride_qh, stride_kb, stride_kh,
+        stride_vb, stride_vh, stride_cb, stride_cs, stride_ch, D: tl.constexpr, BLOCK_D: tl.constexpr,
+        EARLY: tl.constexpr,
     ):
         """One token of an attention layer: k and v into the cache, q made ready (times s_t, if given)."""
         start(EARLY)
@@ -724,8 +726,8 @@ if triton:
     @triton.jit
     def linear_kernel(
         x_ptr, w_ptr, bias_ptr, norm_ptr, shift_ptr, gate_ptr, residual_ptr, y_ptr, B, N, eps,
-        stride_xb, stride_zb, K: tl.constexpr, ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-        EARLY: tl.constexpr,
+        stride_xb, stride_zb, K: tl.constexpr, ACT: tl.constexpr, BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
     ):
         """y = act(W (norm(x) * sigmoid(z)) + bias) + residual, a few whole rows of W (N,K) a program: they go
         from memory to registers in one go, with nothing to wait for, and meet one token after the other. ACT

@@ -11,6 +11,7 @@ import functools
 import gzip
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -648,7 +649,7 @@ def test_fused_step_in_bf16_rounds_no_more_than_the_plain_one(name, monkeypatch)
     prompt, new, found = some_ids(1, 30)[0], some_ids(1, 20, seed=1)[0], []
     for dtype, fused in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         model = tiny(dtype=torch.float32, max_len=64, **VARIANTS[name] | (
-            {"n_chunks": 8} if "chunk" in VARIANTS[name] else {})).bfloat16().to(DEVICE, dtype)     # one rounding
+            {"n_chunks": 8} if "chunk" in VARIANTS[name] else {})).bfloat16().to(DEVICE, dtype)
         monkeypatch.setattr(kernel, "has_kernels", lambda x, *sizes, fused=fused: fused)
         state = model.init_state(1, 64)
         model.prefill(prompt, state)
@@ -1334,7 +1335,7 @@ def test_sliced_loss_is_its_formula(kl, alpha):
 
 @pytest.mark.parametrize("name", ["hype", "article", "article gpt2", "teacher gpt2"])
 def test_fused_functions_are_those_written(name):
-    """Compiled, each small function is one whole graph; loss and gradients, and a prefill in segments, stay."""
+    """Compiled, each small function is one whole graph; loss, gradients, a prefill in segments stay."""
     from torch._dynamo.utils import counters
     teacher, student = tiny(1, torch.float32), tiny(2, torch.float32, **VARIANTS[name]).requires_grad_()
     idx, targets = some_ids(2, 17), some_ids(2, 17, seed=1)
@@ -1370,6 +1371,40 @@ def test_plant(depth, ask):
     assert depth is None or (found.start() == int(depth * len(rest)) and asked[0].end() == 400)
     with one_line("20 tokens"):
         halo.plant(tokenizer, text[:20], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("task", halo.TASKS)
+def test_tasks(task):
+    """A task hides as many values as it says, under names of their own, and asks for one by its name; the
+    answer is that value, and the needle stands at the depth asked for."""
+    t, tokenizer, found = halo.TASKS[task], Tokenizer.bytes(), set()
+    text = np.frombuffer(b"lorem ipsum " * 100, np.uint8).astype(np.int64)
+    for seed, depth in itertools.product(range(3), (0, 0.5, 1)):
+        ids, n = halo.plant(tokenizer, text, np.random.default_rng(seed), depth, task=task)
+        whole = tokenizer.decode(ids)
+        answer, question = whole[-n:], whole[:-n]
+        name = question.rsplit(" for ", 1)[1].split()[0] if t.prose else ""
+        needle = t.needle.format(name=name, value=answer.strip())
+        assert len(ids) == len(text) and question.endswith(t.question.format(name=name))
+        assert len(answer) == 1 + t.size and set(answer[1:]) <= set(t.signs) and whole.count(needle) == 1
+        names = re.findall(t.needle.format(name="(\\w+)", value=f"[{t.signs}]{{{t.size}}}"), whole)
+        assert len(names) == t.needles and (not t.prose or len(set(names)) == t.needles)
+        assert depth != 0.5 or abs(whole.index(needle) - 600) < 250
+        found.add(answer)
+    assert len(found) == 3
+
+
+def test_prose_is_what_docstrings_say(tmp_path):
+    """Natural text is held out, longer than a docstring, and no code; of one's own text all of it."""
+    corpus = halo.Corpus(Tokenizer.bytes())
+    prose, held_out = (corpus.tokenizer.decode(ids.tolist()) for ids in (corpus.prose, corpus.held_out))
+    assert len(prose) > 20_000 and prose.count("\ndef ") < prose.count("\n\n") / 50
+    assert prose[1000:1030].strip().splitlines()[0] in held_out
+    rows = corpus.windows(np.random.default_rng(0), 2, 2 * len(prose), prose=True)             # around and around
+    assert (rows[:, :len(prose)] == rows[:, len(prose):]).all()
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 90}) + "\n" for i in range(300)))
+    own = halo.Corpus(Tokenizer.bytes(), [str(tmp_path / "text.jsonl")])
+    assert own.prose is own.held_out
 
 
 def test_held_out_text_is_never_trained_on(home, tmp_path):
@@ -2056,6 +2091,26 @@ def test_pretrain(home, tmp_path, monkeypatch):
     assert (config.position, config.attn_pe, config.norm) == ("learned", 0.0, "layer")
 
 
+def test_teacher_is_made_once(home, tmp_path, monkeypatch, capsys):
+    """A teacher that is neither shipped nor there is pretrained first, and found by the next run."""
+    monkeypatch.chdir(tmp_path)
+    small = HypeNetConfig(layers="AAAA", n_embd=32, n_head=2, n_kv_head=2, head_dim=16, max_len=96)
+    monkeypatch.setitem(halo.TEACHERS, "mini", small)
+    plans = {name: halo.replace(plan, tokens=2 * 96 * 4, length=96, batch=4)
+             for name, plan in halo.PLANS["mini"].items()}
+    monkeypatch.setitem(halo.PLANS, "mini", plans)
+    argv = ["--teacher", "mini", "--device", "cpu", "--data", str(home / "text.jsonl"), "--layers", "even",
+            "--eval-windows", "2", "--trials", "1", "--logit-base", "none"]
+    halo.main([*argv, "--dry-run"])
+    assert not (tmp_path / "out").exists() and "pretrain " in capsys.readouterr().out
+    halo.main([*argv, "--keep", "2", "--transfer", "off"])
+    assert "trained first" in capsys.readouterr().out
+    assert json.loads(Path("out/mini-teacher/report.json").read_text())["tokens"] == 768
+    assert HypeNet.from_pretrained("out/mini-paper").config.layers == "LALA"
+    halo.main(argv)
+    assert "trained first" not in capsys.readouterr().out and Path("out/mini-paper-2/report.json").exists()
+
+
 # ---- halo: what bad input gets -----------------------------------------------------------------------------
 
 ERRORS = {  # what is given, {} being the fixture's folder: a word of the line it gets
@@ -2078,7 +2133,8 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--data {}/teacher": ".jsonl", "--data {}/bad.jsonl": "bad.jsonl", "--data {}/short.txt": "--data",
     "--data {}/cut.txt.gz": "cut.txt.gz", "--data {}/plain.txt.gz": "plain.txt.gz",
     "--data stdlib:0.5 stdlib": "weight", "--micro 0": "micro", "--teacher gpt2-xl": "GPU",
-    "--teacher Qwen/Qwen3-1.7B": "GPU", "--teacher no/such": "no/such", "--teacher tiny-gpt2": "hours", "--teacher small": "hours",
+    "--teacher Qwen/Qwen3-1.7B": "GPU", "--teacher no/such": "no/such", "--teacher tiny-gpt2": "hours",
+    "--teacher small": "hours", "--keep 3 --layers ends": "--keep",
 }
 
 
@@ -2283,6 +2339,70 @@ def test_bench_prefill(results):
         linear, attention = bench.operations(bench.config_of("tiny", r["kind"]), r["context"])
         floor = linear / content["matmul_rate"] + attention / content["attention_rate"]["tiny"][0]
         assert r["floor_s"] == pytest.approx(floor) and r["seconds"] > 0 and r["ratio"] > 0
+
+
+def test_bench_niah(results, home, runs, monkeypatch, capsys):
+    """What a student and its teacher find and predict at each length, with intervals, and a figure; reading
+    on YaRN's terms leaves the teacher as it was."""
+    run = runs["paper"][0]
+    for name, task in list(halo.TASKS.items())[1:]:                         # short ones, for short texts
+        short = task._replace(needle="{name} is {value}.", question="{name} is", size=4)
+        monkeypatch.setitem(halo.TASKS, name, short)
+    argv = ["niah", "--device", "cpu", "--model", str(run), "--teacher", str(home / "teacher"), "--data",
+            str(home / "text.jsonl"), "--trials", "2", "--times", "2", "--windows", "2"]
+    bench.main(argv)
+    rows, T = bench_rows(results, "niah-cpu"), HypeNet.from_pretrained(home / "teacher").config.max_len
+    assert {r["task"] for r in rows if r["model"] == "student"} == {*halo.TASKS, "loss"}
+    assert {r["model"] for r in rows} >= {"student", "teacher", "teacher, sink + window"}
+    assert {r["context"] for r in rows} == {T, 2 * T}
+    assert all(r["low"] <= r["value"] <= r["high"] for r in rows)
+    teacher = tiny(dtype=torch.float32, layers="AA", max_len=8)
+    before, idx = teacher(some_ids(1, 16))[0], some_ids(1, 16)
+    with bench.stretched(teacher, 2.0):
+        assert rmse(teacher(idx)[0], before) > 1e-3
+    assert rmse(teacher(idx)[0], before) < 1e-5
+    assert bench.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+    assert bench.wilson(0, 20)[0] == 0 and bench.wilson(20, 20) == pytest.approx((0.8389, 1), abs=1e-3)
+
+
+def test_last_loss_is_that_of_one_pass():
+    """The loss of a text's end, all before it read in segments, is that of one pass."""
+    model, text = tiny(dtype=torch.float32), some_ids(2, 40).cpu().numpy()
+    logits = model(torch.from_numpy(text).to(DEVICE))[0][:, :-1].float()
+    for n in (10, 39):
+        refs = torch.nn.functional.cross_entropy(logits[:, -n:].mT, torch.from_numpy(text[:, -n:]).to(DEVICE),
+                                                 reduction="none").mean(1)
+        assert bench.last_loss(model, text, n) == pytest.approx(refs.tolist(), rel=1e-4)
+
+
+def test_bench_ablate(results, monkeypatch, capsys):
+    """Each change is a run of halo.py with its flags on one teacher; what is there is not run again; a run
+    that fails is a line, and no row."""
+    calls = []
+
+    def run(argv, **_):
+        o = halo.get_args(argv[2:])
+        calls.append(argv)
+        if o.kl == "reverse":
+            return types.SimpleNamespace(returncode=2, stderr="halo.py: no luck\n")
+        recall = {"256": 1.0, "4096": 0.5, "16384": 0.25}
+        whole = dict(layers="LA", seconds=60, val_loss=dict(teacher=1.0, student=1.0 + 0.1 * o.seed),
+                     passkey=dict(student=recall))
+        scratch = dict(layers="LA", seconds=60, val_loss=1.5, passkey=recall)
+        with open(os.path.join(o.out, "report.json"), "w") as f:
+            json.dump(scratch if o.pretrain else whole, f)
+        return types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    bench.main("ablate --device cpu --seeds 2 --budget 0.5".split())
+    rows = {(r["change"], r["seed"]): r for r in bench_rows(results, "ablate")}
+    assert rows.keys() == {(name, 0) for name in bench.ABLATIONS if name != "KL reversed"} | {
+        ("paper", 1), ("article", 1)}
+    assert rows["paper", 1]["gap"] == pytest.approx(0.1) and rows["paper", 0]["at_16x"] == 0.5
+    assert rows["from scratch, all tokens", 0]["gap"] == pytest.approx(0.5)
+    assert "KL reversed, seed 0: failed: halo.py: no luck" in capsys.readouterr().out
+    calls.clear()
+    bench.main("ablate --device cpu --seeds 2 --budget 0.5".split())
+    assert len(calls) == 1 and "reverse" in calls[0]
 
 
 def test_bench_train(results, monkeypatch):
