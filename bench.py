@@ -173,6 +173,21 @@ def once(f, device):
     return time.perf_counter() - began, gpu and (gpu.max_memory_allocated(device) - before) / 1e9
 
 
+def profiled(title, f):
+    """f(), and a table of the kernels that a second f() spends its time in."""
+    result = f()
+    with torch.profiler.profile() as profile:
+        f()
+    on_gpu = [(e.self_device_time_total, e) for e in profile.key_averages()
+              if e.device_type == torch.autograd.DeviceType.CUDA]
+    times = on_gpu or [(e.self_cpu_time_total, e) for e in profile.key_averages()]
+    print(f"\n{title}: ms in all, calls, us a call")
+    for us, e in sorted(times, key=lambda pair: -pair[0])[:16]:
+        print(f"{us / 1000:10.3f}{e.count:7d}{us / e.count:10.1f}  {e.key[:90]}")
+    print(flush=True)
+    return result
+
+
 def copy_rate(device):
     """Bytes a second, read and written, of a large copy."""
     a = torch.empty(2 ** (32 if device.type == "cuda" else 26), dtype=torch.int8, device=device)
@@ -474,6 +489,9 @@ large product and of the best call of attention. Extra GB: at the peak, over wei
             attempt(partial(prefill, model, min(32768, max(contexts)), o.segment, device))
         for context in contexts:
             release()
+            if o.profile and model:
+                profiled(f"{size} {kind}, {context:,} tokens",
+                         partial(attempt, partial(prefill, model, context, o.segment, device)))
             runs = [model and attempt(partial(prefill, model, context, o.segment, device))
                     for _ in range(2 if context <= 131072 else 1)]
             seconds, extra = min(filter(None, runs), key=lambda run: run[0], default=(None, None))
@@ -778,11 +796,13 @@ def draw_niah(facts, rows):
     """results/niah.png: pass keys found by all, the student's other tasks, loss by position."""
     if (plt := pyplot()) is None:
         return
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.9), dpi=150)
     models, tasks, trained = list(COLORS)[:5], list(COLORS)[5:], facts["trained"]
     panels = {"Pass key found (S1)": [(model, "S1", model) for model in models],
               "The student's other tasks, never trained on": [("student", task, task) for task in tasks],
               "Held-out loss, nats a token": [(model, "loss", model) for model in models]}
+    if not any(r["value"] for r in rows if r["task"] in tasks and r["model"] == "student"):
+        del panels["The student's other tasks, never trained on"]
+    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.9), dpi=150)
     for ax, (title, lines) in zip(axes, panels.items()):
         ax.axvline(trained, color="0.75", lw=0.8)
         for model, task, label in lines:
@@ -857,7 +877,7 @@ def bench_ablate(o):
     known = dict(kv=config.n_kv_head, layers=halo.choose_layers("even", len(config.layers)), tokens=tokens)
     o.name = o.name or "ablate"
     table = Table(o, torch.device(o.device), 4, "teacher:<9 budget:6 change:<36 seed:5 layers:10 gap:9.4f "
-                  "at_1x:8.0% at_16x:8.0% at_64x:8.0% minutes:9.1f", f"""teacher {o.teacher}, {T:,} tokens long
+                  "at_1x:8.0% at_16x:8.0% at_64x:8.0% minutes:9.1f", f"""teacher {o.teacher}, {T:,} tokens
 Gap: held-out loss of student less teacher, nats a token; pass keys found at 1, 16, 64 times that length.""")
     same = dict(teacher=o.teacher, budget=o.budget)
     done = {(r["change"], r["seed"]) for r in table.rows if r.items() >= same.items()}
@@ -920,6 +940,7 @@ def get_args(argv):
             add("--batch", type=tokens, default=1, help="rows decoded at once")
         if name == "prefill":
             add("--segment", type=tokens, help="tokens read at a time; default: the model's own")
+            add("--profile", action="store_true", help="show which kernels the time goes to")
             add("--teacher-max", type=tokens, default=131072, metavar="N", help="longest of the teacher")
         if name in ("prefill", "train"):
             add("--plain", action="store_true", help="without hypenet.fuse()")
