@@ -255,7 +255,8 @@ class Table:
         self.columns = [(name, *re.match(r"(<?\d+)(.*)", form).groups()) for name, _, form in
                         (column.partition(":") for column in columns.split())]
         self.facts, kind = machine(device)
-        self.path = os.path.join(RESULTS, f"{o.name or f'{o.what}-{kind}'}.json")
+        plain = "-plain" * getattr(o, "plain", False)
+        self.path = os.path.join(RESULTS, f"{o.name or f'{o.what}-{kind}{plain}'}.json")
         self.keys = [name for name, *_ in self.columns[:keys]]
         found = read_table(self.path) if os.path.exists(self.path) else {}
         self.rows = found["rows"] if all(found.get(k) == v for k, v in self.facts.items()) else []
@@ -706,18 +707,22 @@ def wilson(hits, n, z=1.96):
 def stretched(model, factor):
     """A RoPE model read with YaRN (arXiv 2309.00071) for so many times its length, without training: short
     wavelengths stay, long ones slow down, and logits grow by (0.1 log(factor) + 1)^2."""
+    if factor <= 1:
+        yield
+        return
     config, gain = model.config, (0.1 * math.log(factor) + 1) ** 2
     before, gains = config.rope_scaling, [block.mixer.q_norm.weight for block in model.blocks]
+    kept = [w.data.clone() for w in gains]
     config.rope_scaling = dict(factor=factor, original_max_position_embeddings=config.max_len,
                                low_freq_factor=1.0, high_freq_factor=32.0)
     try:
         for w in gains:
             w.data *= gain
-        yield model
+        yield
     finally:
         config.rope_scaling = before
-        for w in gains:
-            w.data /= gain
+        for w, data in zip(gains, kept):
+            w.data.copy_(data)
 
 
 @torch.no_grad()
@@ -741,8 +746,9 @@ def bench_niah(o):
     teacher_at = o.teacher or halo.teacher_path(report.get("teacher", "tiny"))
     kind = torch.bfloat16 if device.type == "cuda" else torch.float32
     student, teacher = (HypeNet.from_pretrained(path, kind, o.device) for path in (o.model, teacher_at))
-    text = o.data or report.get("text", {}).get("name", "stdlib").split()
-    corpus = halo.Corpus(halo.Tokenizer.load(teacher_at), None if text == ["stdlib"] else text)
+    if not o.data and os.path.exists(os.path.join(o.model, "run.json")):
+        o.data = read_json(o.model, "run.json", "run of halo.py")["options"]["data"]
+    corpus = halo.Corpus(halo.Tokenizer.load(teacher_at), o.data)
     T, base, layers = teacher.config.max_len, student.config.logit_base, student.config.layers
     lengths = [T * n for n in (1, 2, 4, 16, 64, 256) if n <= o.times]
     table = Table(o, device, 3, "model:<24 task:<10 context:9, of:6 value:9.3f low:8.3f high:8.3f",
@@ -751,40 +757,45 @@ Share of answers given in full after so much text, of so many asked for at five 
 loss: nats a token of the same ends of held-out texts, so much of each text read; its interval is that of the
 difference to the first.""", trained=T, layers=layers, logit_base=base)
     table.rows = []                                      # another model's
-    kinds = {"student": (student, list(halo.TASKS)), "student without s_t": (student, ["S1"]),
-             "teacher": (teacher, list(halo.TASKS)), "teacher, YaRN": (teacher, ["S1"]),
-             "teacher, sink + window": (teacher, ["S1"])}
-    if base is None:
-        del kinds["student without s_t"]
-    if not (teacher.config.qk_norm and teacher.config.position == "rope"):
-        del kinds["teacher, YaRN"]
-    last = min(lengths[-1], 64 * T)
+    last, every, one = min(lengths[-1], 64 * T), list(halo.TASKS), ["S1"]
     texts = corpus.windows(np.random.default_rng(0), o.windows, last)
-    for name, (model, tasks) in kinds.items():
-        student.config.logit_base = None if "without" in name else base
-        limit = math.inf if "window" in name else model.config.limit()
-        longest = lengths[-1] if model is student else 64 * T
+    kinds = [("student", student, every, base, None), ("student without s_t", student, one, None, None),
+             ("teacher", teacher, every, None, None), ("teacher, YaRN", teacher, one, None, None),
+             ("teacher, sink + window", teacher, one, None, T)]
+    for name, model, tasks, a, keep in kinds:
+        yarn = name == "teacher, YaRN"
+        if name == "student without s_t" and base is None or yarn and not (
+                teacher.config.qk_norm and teacher.config.position == "rope"):
+            continue
+        model.config.logit_base, first = a, None
         for task, n in itertools.product(tasks, lengths):
-            if n > min(limit, longest):
-                continue
-            with stretched(model, n / T) if "YaRN" in name and n > T else contextlib.nullcontext():
-                keep = T if "window" in name else None
-                hits = halo.recall(model, corpus, n, o.trials, task=task, keep=keep)[1].sum().item()
-            low, high = wilson(hits, o.trials)
-            share = hits / o.trials
-            table.add(model=name, task=task, context=n, of=o.trials, value=share, low=low, high=high)
-        first = None
-        for n in lengths if "window" not in name else ():
-            if n <= min(limit, last):
-                with stretched(model, n / T) if "YaRN" in name and n > T else contextlib.nullcontext():
+            enough = math.inf if model is student else 64 * T if task == "S1" else 4 * T
+            if min(n, keep or n) <= model.config.limit() and n <= enough and fits(task, n, corpus):
+                with stretched(model, n / T if yarn else 1):
+                    hits = halo.recall(model, corpus, n, o.trials, task=task, keep=keep)[1].sum().item()
+                low, high = wilson(hits, o.trials)
+                table.add(model=name, task=task, context=n, of=o.trials, value=hits / o.trials, low=low,
+                          high=high)
+        for n in lengths if keep is None else ():
+            if n <= min(model.config.limit(), last):
+                with stretched(model, n / T if yarn else 1):
                     x = last_loss(model, texts[:, -n:], T // 2)
                 first = x if first is None else first
                 mean, error = x.mean().item(), 2 * np.std(x - first).item() / max(1, len(x) - 1) ** 0.5
                 table.add(model=name, task="loss", context=n, of=len(x), value=mean, low=mean - error,
                           high=mean + error)
     student.config.logit_base = base
-    draw_niah(table.facts, table.rows)
+    draw_niah(table.facts, table.rows, table.path.removesuffix("json") + "png")
     return table
+
+
+def fits(task, n, corpus):
+    """Whether so short a text has room for a task."""
+    text, rng = np.zeros(n, np.int64), np.random.default_rng(0)
+    try:
+        return len(halo.plant(corpus.tokenizer, text, rng, 0.5, task=task)[0]) == n
+    except ValueError:
+        return False
 
 
 COLORS = {"student": "#1f4e79", "student without s_t": "#7fa6c9", "teacher": "#a63d2f",
@@ -792,8 +803,8 @@ COLORS = {"student": "#1f4e79", "student without s_t": "#7fa6c9", "teacher": "#a
           "S2": "#1f4e79", "S3": "#5b7f3a", "multi-key": "#b8860b"}
 
 
-def draw_niah(facts, rows):
-    """results/niah.png: pass keys found by all, the student's other tasks, loss by position."""
+def draw_niah(facts, rows, path):
+    """Pass keys found by all, the student's other tasks, loss by context."""
     if (plt := pyplot()) is None:
         return
     models, tasks, trained = list(COLORS)[:5], list(COLORS)[5:], facts["trained"]
@@ -825,7 +836,6 @@ def draw_niah(facts, rows):
         ax.legend(fontsize=7, frameon=False, loc="best")
     axes[0].annotate("trained", (trained, 0), (2, 0), fontsize=7, color="0.5", textcoords="offset points")
     fig.tight_layout()
-    path = os.path.join(RESULTS, "niah.png")
     write_file(path, partial(fig.savefig, format="png"))
     plt.close(fig)
     print(f"\nfigure in {os.path.relpath(path)}")
@@ -833,7 +843,7 @@ def draw_niah(facts, rows):
 
 # ---- ablations ---------------------------------------------------------------------------------------------
 
-ABLATIONS = {                                            # options of halo.py; each is one change of a recipe
+ABLATIONS = {                                            # options of halo.py: changes of a recipe
     "paper": "", "article": "--recipe article",
     "no RoPE in linear layers": "--set linear_rope=false",
     "RoPE kept in attention": "--pe rope",
@@ -845,8 +855,8 @@ ABLATIONS = {                                            # options of halo.py; e
     "no decay": "--decay none",
     "halved keys": "--state half",
     "layers evenly spaced": "--layers even",
-    "first and last quarter": "--layers ends",
-    "first half": "--layers AAAALLLL",
+    "first and last quarter (4 layers)": "--layers ends",
+    "first half (4 layers)": "--layers AAAALLLL",
     "layers by eq. 8": "--layers score",
     "alpha 0.5": "--alpha 0.5",
     "KL reversed": "--kl reverse",
@@ -873,16 +883,21 @@ def bench_ablate(o):
         raise ValueError(f"--teacher {o.teacher} is not there yet: python halo.py --pretrain --teacher "
                          f"{o.teacher} --out {path}")
     plans, T = halo.PLANS[o.teacher.split("-")[0]], config.max_len
-    tokens = sum(plans[name].total for name in ("pretrain", "align", "distil", "finetune"))
+    stages = ("align", "distil", "finetune")
+    tokens = plans["pretrain"].total + o.budget * sum(plans[stage].total for stage in stages)
     known = dict(kv=config.n_kv_head, layers=halo.choose_layers("even", len(config.layers)), tokens=tokens)
     o.name = o.name or "ablate"
-    table = Table(o, torch.device(o.device), 4, "teacher:<9 budget:6 change:<36 seed:5 layers:10 gap:9.4f "
+    table = Table(o, torch.device(o.device), 4, "teacher:<12 budget:<7 change:<36 seed:5 layers:10 gap:9.4f "
                   "at_1x:8.0% at_16x:8.0% at_64x:8.0% minutes:9.1f", f"""teacher {o.teacher}, {T:,} tokens
-Gap: held-out loss of student less teacher, nats a token; pass keys found at 1, 16, 64 times that length.""")
+Gap: held-out loss of student less teacher, nats a token; pass keys found at 1, 16, 64 times that length.
+Minutes: of one run, {o.jobs} at once.""")
     same = dict(teacher=o.teacher, budget=o.budget)
     done = {(r["change"], r["seed"]) for r in table.rows if r.items() >= same.items()}
     todo = [(name, seed) for seed in range(o.seeds) for name in o.only or ABLATIONS
             if (seed == 0 or name in halo.RECIPES) and (name, seed) not in done]
+
+    report = os.path.join(path, "report.json")           # of a teacher that was made here
+    known_loss = read_json(path, "report.json", "report")["val_loss"] if os.path.exists(report) else None
 
     def one(name, seed):
         with tempfile.TemporaryDirectory() as folder:
@@ -894,14 +909,15 @@ Gap: held-out loss of student less teacher, nats a token; pass keys found at 1, 
             if run.returncode:
                 return run.stderr.strip().splitlines()[-1:]
             return read_json(folder, "report.json", "report")
-    with ThreadPoolExecutor(o.jobs) as pool:
+    with ThreadPoolExecutor(o.jobs) as pool, contextlib.ExitStack() as stop:
+        stop.callback(pool.shutdown, wait=False, cancel_futures=True)              # Ctrl-C starts no other
         runs = {pool.submit(one, name, seed): (name, seed) for name, seed in todo}
         for run in as_completed(runs):
             (name, seed), r = runs[run], run.result()
             if isinstance(r, list):
                 print(f"{name}, seed {seed}: failed: {' '.join(r)}", flush=True)
                 continue
-            loss, hits, own = r["val_loss"], r["passkey"], None
+            loss, hits, own = r["val_loss"], r["passkey"], known_loss
             if isinstance(loss, dict):                   # not from scratch
                 loss, hits, own = loss["student"], hits["student"], loss["teacher"]
             base = own or next((x["teacher_loss"] for x in table.rows
@@ -943,7 +959,7 @@ def get_args(argv):
             add("--profile", action="store_true", help="show which kernels the time goes to")
             add("--teacher-max", type=tokens, default=131072, metavar="N", help="longest of the teacher")
         if name in ("prefill", "train"):
-            add("--plain", action="store_true", help="without hypenet.fuse()")
+            add("--plain", action="store_true", help="without torch.compile (hypenet.fuse)")
         if name == "when":
             add("--ctx", type=tokens, required=True, metavar="N", help="tokens of context")
             add("--ms", type=positive, help="limit of a token's time")
@@ -954,7 +970,7 @@ def get_args(argv):
             add("--teacher", help="folder of its teacher; default: as the run's report says")
             add("--data", nargs="+", help="as for halo.py; default: as the run's report says")
             add("--trials", default=20, help="questions of a task at a length; default 20", **count)
-            add("--times", default=256, help="the trained length at most so often; default 256", **count)
+            add("--times", default=256, help="longest context, in trained lengths; default 256", **count)
             add("--windows", default=32, help="held-out texts for the loss; default 32", **count)
         if name == "ablate":
             add("--teacher", help=f"of {', '.join(halo.TEACHERS)}; default: mini, on a CPU tiny")
@@ -967,13 +983,13 @@ def get_args(argv):
             add("--peak", type=positive, help="operations a second that the device could do")
             add("--seconds", type=positive, default=10.0, help="cut a step that takes longer")
     o = p.parse_args(argv)
-    if o.what in ("prefill", "train") and not o.plain and torch.cuda.is_available():
-        fuse()
     if "device" in o:
         o.device = default_device(o.device or (None if torch.cuda.is_available() else "cpu"))
         if torch.device(o.device).type not in ("cuda", "cpu"):
             raise ValueError(f"--device {o.device}: only cuda and cpu are timed rightly")
         cuda = o.device.startswith("cuda")
+        if cuda and not vars(o).get("plain", True):
+            fuse()
         if o.what == "ablate":
             o.teacher, o.jobs = o.teacher or ("mini" if cuda else "tiny"), o.jobs or (5 if cuda else 1)
             if o.teacher not in halo.TEACHERS:

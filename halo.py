@@ -3,6 +3,7 @@
     python halo.py                             the whole job on a laptop CPU, offline, in minutes
     python halo.py --recipe article            the recipe of the article in place of the paper's
     python halo.py --resume out/tiny-paper     go on with a run that was stopped
+    python halo.py --teacher small             the same at 14M parameters, on one GPU, teacher included
     python halo.py --pretrain --out teacher    train the tiny teacher anew (one GPU)
 
 The paper's recipe (arXiv 2601.22156 section 4) is a row of stages, and one loop trains them all:
@@ -419,15 +420,15 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
                        for n, v in zip(names, values)]
     answer = tokenizer.encode_array(f" {values[0]}")
     question = tokenizer.encode_array(t.question.format(name=names[0]))
-    pieces = [needle] + [np.concatenate((question, answer))] * ask + others
-    while sum(map(len, pieces)) > len(text) and len(pieces) > 2:
-        pieces.pop()
+    pieces = [needle, *others] + [np.concatenate((question, answer))] * ask
+    while sum(map(len, pieces)) > len(text) and len(pieces) > 2 + len(others):
+        pieces.pop()                                                # a question
     room = len(text) - sum(map(len, pieces))
     if room < 0:
         raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
                          f"{len(text) - room} tokens; use a longer length")
     cuts = sorted(rng.integers(0, room + 1, len(pieces))) if depth is None else [
-        int(depth * room), room, *rng.integers(0, room, len(others))]
+        int(depth * room), *rng.integers(0, max(1, room), len(others)), room]
     parts, at = [], 0
     for cut, piece in sorted(zip(cuts, pieces), key=lambda pair: pair[0]):
         parts += [text[at:cut], piece]
@@ -484,8 +485,8 @@ def with_bias(linear):
 
 @torch.no_grad()
 def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
-    """A linear layer out of an attention layer: its weights (unless transfer is False: random ones), KV heads
-    cloned (paper eq. 13), gates neutral.
+    """A linear layer out of an attention layer (transfer False: a random one): its weights, KV heads cloned
+    (paper eq. 13), gates neutral.
     On one batch of the layer's inputs x (B,T,C), W_o is then scaled column by column, by least squares, so
     that what it reads starts as close to what the teacher's reads as a factor can bring it."""
     c, t = config, attn.config
@@ -500,15 +501,16 @@ def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
         k = k.unflatten(0, (c.n_head, -1))[::c.n_head // c.linear_kv_head].flatten(0, 1)
     else:
         k = clone(k)
-    if transfer:
-        fill(twin.qkvz, torch.cat((q, k, clone(v))))
-        fill(twin.out, with_bias(attn.out))
-    if transfer and c.linear_qk_norm and t.qk_norm and c.key_dim == c.head_dim:
-        twin.q_norm.load_state_dict(attn.q_norm.state_dict())
-        twin.k_norm.load_state_dict(attn.k_norm.state_dict())
     if hasattr(twin, "forget"):
         nn.init.zeros_(twin.forget.weight)
         nn.init.constant_(twin.forget.bias, math.log(retention / (1 - retention)))
+    if not transfer:
+        return twin
+    fill(twin.qkvz, torch.cat((q, k, clone(v))))
+    fill(twin.out, with_bias(attn.out))
+    if c.linear_qk_norm and t.qk_norm and c.key_dim == c.head_dim:
+        twin.q_norm.load_state_dict(attn.q_norm.state_dict())
+        twin.k_norm.load_state_dict(attn.k_norm.state_dict())
     a, o = attn.mix(x, where).float(), twin.mix(x, where).float()  # (B,T,H*D): what W_o reads, in both
     twin.out.weight *= (a * o).sum((0, 1)) / (o * o).sum((0, 1)).clamp(min=1e-12)  # c of least |a - c o|^2
     return twin
@@ -1029,9 +1031,9 @@ def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0, keep=None):
         return how
     k = keep or max(1, n_layer // 4)
     if how == "ends":                                              # the article's get_hybrid_config
-        keep = [*range(n_layer // 4), *range(n_layer * 3 // 4, n_layer)]
+        stay = [*range(n_layer // 4), *range(n_layer * 3 // 4, n_layer)]
     elif how == "even":
-        keep = [round((i + 1) * n_layer / k) - 1 for i in range(k)]
+        stay = [round((i + 1) * n_layer / k) - 1 for i in range(k)]
     else:
         best_R, best = max(s["R"] for s in scores), max(scores, key=lambda s: s["C"])
         for s in scores:
@@ -1040,8 +1042,8 @@ def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0, keep=None):
                           (best_R - s["R"]) / (max(best["C"] - s["C"], floor) + 1e-6))
             s["must"] = how == "guarded" and base_C - s["C"] > limit
         order = sorted(range(n_layer), key=lambda i: (scores[i]["must"], scores[i]["score"]), reverse=True)
-        keep = order[:k]
-    return "".join("A" if i in keep else "L" for i in range(n_layer))
+        stay = order[:k]
+    return "".join("A" if i in stay else "L" for i in range(n_layer))
 
 
 def convert_staged(run, teacher, corpus, plans, o):
@@ -1237,8 +1239,8 @@ def print_plan(folder, config, corpus, plans, o, found):
             row += f"{at_once:11,}{peak:9.1f}{speed:9,.0f}{plan.total / speed / 3600:8.2f}"
         print(row)
     if found:
-        print(f"{hours:.1f} hours in all, measuring aside. at once: how many sequences of a batch fit the "
-              "memory together; more are taken one after the other, with the same result")
+        print(f"{hours:.1f} hours in all, measuring aside. at once: how many sequences of a batch go "
+              "through together; more are taken one after the other, with the same result")
     print(flush=True)
 
 
@@ -1252,10 +1254,12 @@ def get_args(argv):
                    for name, rows in RECIPES.items()))
     add, many = p.add_argument, dict(nargs="+", action="extend")
     add("--teacher", default="tiny",
-        help="tiny (shipped, 1M parameters), gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository of the hub "
-             "such as Qwen/Qwen3-1.7B, or a folder of a GPT-2, Qwen3, Llama 3 or of --pretrain. Those of the "
-             f"hub, and folders of over {SIZES['real'] / 1e6:.0f} MB of weights, get the paper's plan and "
-             "fineweb and want a GPU; others get the plan of tiny and stdlib")
+        help="tiny (shipped, 1M parameters); mini, small (3.5M, 14M), tiny-gpt2, small-gpt2, which are "
+             "trained first, once, and want a GPU; gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository of "
+             "the hub such as Qwen/Qwen3-1.7B, or a folder of a GPT-2, Qwen3, Llama 3 or of --pretrain. Those "
+             "of the hub get the paper's plan and fineweb and want a GPU; folders get, by the size of their "
+             "weights, the plan of tiny, mini (from 4 MB) or small (10 MB), with stdlib, or the paper's (from "
+             "100 MB)")
     add("--recipe", default="paper", choices=RECIPES, help="the paper's (default) or the article's")
     add("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
     add("--resume", metavar="RUN",
@@ -1267,7 +1271,8 @@ def get_args(argv):
              "books/:0.2")
     add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
     add("--micro", type=number(int, 1), metavar="N",
-        help="sequences of a batch that go through the models at once, at most; default: as many as fit")
+        help="sequences of a batch that go through the models at once, at most; default: as many as fit, of "
+        "up to 131,072 tokens")
     add("--plain", action="store_true",
         help="run small operations one by one: on a GPU, real teachers have them compiled (torch.compile)")
     add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and hours, and end")
@@ -1282,7 +1287,8 @@ def get_args(argv):
     add("--layers", help="which stay attention: swap (those that lose more as linear layers than as "
                          "attention without positions), score (eq. 8), guarded (eq. 8, denominator floored "
                          "at the noise), even, ends (first, last quarter), or letters such as LLALLLAL")
-    add("--keep", type=number(int, 1), metavar="N", help="how many stay attention; default: a quarter")
+    add("--keep", type=number(int, 1), metavar="N", help="how many stay attention, with --layers "
+        "swap, guarded, score or even; default: a quarter")
     add("--decay", choices=("constant", "none", "head", "channel"),
         help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
     add("--state", choices=("full", "half"), help="width of a key in linear layers: the teacher's, or half")
@@ -1299,7 +1305,7 @@ def get_args(argv):
     add("--groups", type=number(int, 0), default=0, metavar="N",
         help="groups of linear layers in a progressive run; default: one for 6 layers, at least 2")
     add("--transfer", choices=("on", "off"), default="on",
-        help="linear layers start from their attention layers' weights, or from random ones")
+        help="linear layers start from their attention layers' weights, or random (off)")
     add("--retention", type=number(float, 0.001, 0.999), default=0.7, metavar="X",
         help="share of the state that a new forget gate keeps at each token")
     add("--fade", type=number(float, 0, 1), default=0.0, metavar="X",
@@ -1331,14 +1337,11 @@ def settle(o):
     o.path = teacher_path(o.teacher)
     weight = sum(file.stat().st_size for file in Path(o.path).glob("*.safetensors"))
     size = (o.teacher.split("-")[0] if o.teacher in TEACHERS else
-            max(SIZES, key=lambda name: (weight >= SIZES[name]) * SIZES[name]) if os.path.isdir(o.path) else
-            "real")
+            [name for name in SIZES if weight >= SIZES[name]][-1] if os.path.isdir(o.path) else "real")
     real = size == "real"
     o.data = o.data or (["fineweb"] if real else None)
-    if real and o.device.startswith("cuda") and not o.plain:
-        fuse()
-    plans = {stage: replace(plan, tokens=plan.tokens * o.budget)
-             for stage, plan in PLANS[size].items()}
+    o.fused = real and o.device.startswith("cuda") and not o.plain
+    plans = {stage: replace(plan, tokens=plan.tokens * o.budget) for stage, plan in PLANS[size].items()}
     for item in o.plan:
         key, _, value = item.partition("=")
         stage, _, field = key.partition(".")
@@ -1376,27 +1379,29 @@ def settle(o):
     refuse(o.groups and staged, "--groups goes with --training progressive")
     refuse(o.keep and not (scored or o.layers == "even"),
            f"--keep goes with --layers {', '.join(SCORED)} or even")
+    made = o.teacher in TEACHERS and (o.pretrain or not weight)       # or will be, before all else
+    todo = ["pretrain"] * made + ["align", "distil", "finetune"] * staged + ["group"] * (not staged)
     if o.pretrain:
+        todo = ["pretrain"]
         refuse(o.teacher not in TEACHERS,
                f"--pretrain --teacher {o.teacher}: known sizes are {', '.join(TEACHERS)}")
         refuse(o.hybrid and scored,
                f"--pretrain with --layers {o.layers}: no teacher to score; use ends, even or letters")
-        refuse(o.set and not o.hybrid, "--pretrain --set goes with --layers: a hybrid")
-        return {"pretrain": plans["pretrain"]}, changes
-    refuse(not staged and scored,
-           f"--training progressive with --layers {o.layers}: no stage 1 to score by; use ends or even")
-    refuse(not staged and o.pe == "hype",
-           "--training progressive with --pe hype: its attention layers do not train; use chunk or rope")
-    unasked = o.device == "cpu" and not asked and not o.dry_run
-    if unasked and not real and (weight == 0 or size == "small"):
-        hours = hours_on_a_cpu(weight / 2 or n_params(TEACHERS[o.teacher]), PLANS[size].values())
-        raise ValueError(f"--teacher {o.teacher} wants a GPU: about {hours:,.0f} hours on this CPU; "
-                         "--teacher tiny takes minutes, --device cpu tries it all the same")
-    refuse(real and unasked,
-           f"--teacher {o.teacher} is no folder of a small model, and wants a GPU; --teacher tiny runs on a "
-           "CPU, --device cpu tries it all the same")
-    stages = ("align", "distil", "finetune") if staged else ("group",)
-    return {stage: plans[stage] for stage in stages}, changes
+        refuse((o.set or o.keep) and not o.hybrid, "--pretrain --set and --keep go with --layers: a hybrid")
+        refuse(o.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")
+    else:
+        refuse(not staged and scored,
+               f"--training progressive with --layers {o.layers}: no stage 1 to score by; use ends or even")
+        refuse(not staged and o.pe == "hype",
+               "--training progressive with --pe hype: its attention layers do not train; use chunk or rope")
+    if o.device == "cpu" and not asked and not o.dry_run and not o.resume:
+        refuse(real, f"--teacher {o.teacher} is no folder of a small model, and wants a GPU; --teacher tiny "
+               "runs on a CPU, --device cpu tries it all the same")
+        if made or size == "small":
+            hours = hours_on_a_cpu(weight / 2 or n_params(TEACHERS[o.teacher]), [plans[s] for s in todo])
+            raise ValueError(f"--teacher {o.teacher} wants a GPU: about {hours:,.1f} hours on this CPU; "
+                             "--teacher tiny takes minutes, --device cpu tries it all the same")
+    return {stage: plans[stage] for stage in todo if o.pretrain or stage != "pretrain"}, changes
 
 
 def n_params(config):
@@ -1406,23 +1411,27 @@ def n_params(config):
 
 def hours_on_a_cpu(params, plans):
     """A guess: 8 operations a parameter and token, at half the rate of a large product."""
-    a, b = torch.randn(2, 1024, 1024)
-    a @ b
-    began = time.perf_counter()
-    a @ b
-    rate = 2 * 1024 ** 3 / (time.perf_counter() - began)
+    (a, b), seconds = torch.randn(2, 1024, 1024), []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    rate = 2 * 1024 ** 3 / min(seconds)
     return 8 * params * sum(plan.total for plan in plans) / (rate / 2) / 3600
 
 
 def make_teacher(o):
     """Pretrain a teacher that is not there yet (or go on with it) and keep it for later runs."""
     known = os.path.exists(os.path.join(o.path, "run.json"))
+    if known and o.dry_run:
+        print(f"--teacher {o.teacher} is half trained: --resume {o.path} goes on with it, as does this run")
+        return
     argv = ["--resume", o.path] if known else ["--pretrain", "--teacher", o.teacher, "--out", o.path,
                                                "--seed", str(o.seed), *["--dry-run"] * o.dry_run]
     plan = [item for item in o.plan if item.startswith("pretrain.")]
     for flag, values in (("--data", o.data), ("--plan", plan)):
         argv += [flag, *values] if values and not known else []
-    print(f"--teacher {o.teacher} is trained first, once: {o.path}\n", flush=True)
+    print(f"--teacher {o.teacher} is trained first, once, in {o.path}; its conversion follows\n", flush=True)
     run_main([*argv, "--device", o.device])
     print()
 
@@ -1472,8 +1481,13 @@ def pretrain(run, corpus, plans, o):
     model = HypeNet(config).to(o.device)
     train(run, "pretrain", plans["pretrain"], corpus, model, [list(model.parameters())],
           objective(model, None, "pretrain", o, alpha=1.0))
-    model.eval().save_pretrained(run.folder, torch.bfloat16)
+    model.eval()
+    if o.hybrid and o.logit_base == "fit":
+        fits = fit_logit_base(model, corpus, min(16 * config.max_len, config.limit()), o.seed)
+        base = min(fits, key=fits.get)
+        config.logit_base = None if base == "None" else float(base)
     o.tokenizer.save(run.folder)
+    model.save_pretrained(run.folder, torch.bfloat16)     # last: a folder that has it is whole
     T, loss = config.max_len, losses(model, held_out(corpus, config.max_len, o.eval_windows)).mean().item()
     lengths = [n for n in (T, 16 * T, 64 * T)[:3 if o.hybrid else 1] if n <= model.config.limit()]
     hits = {str(n): recall(model, corpus, n, o.trials)[1].mean().item() for n in lengths}
@@ -1534,6 +1548,8 @@ def load_teacher(plans, o):
     if "L" in teacher.config.layers:
         raise ValueError(f"--teacher {o.teacher} is a hybrid, {teacher.config.layers}: not a teacher")
     student = student_config(teacher.config, "L" * L, o).limit()
+    if o.keep and o.keep >= L:
+        raise ValueError(f"--keep {o.keep} leaves nothing to convert: the teacher has {L} layers")
     if o.layers not in SCORED and "L" not in choose_layers(o.layers, L, keep=o.keep):
         raise ValueError(f"--layers {o.layers} leaves nothing to convert")
     for stage, plan in plans.items():                     # what is wrong fails now, not after stage 1
@@ -1549,6 +1565,7 @@ def run_main(argv):
         o = resumed(o, argv)
     options = dict(vars(o))
     plans, o.changes = settle(o)
+    fuse("inductor" if o.fused else None)
     if not o.pretrain and o.teacher in TEACHERS and not list(Path(o.path).glob("*.safetensors")):
         make_teacher(o)
         if o.dry_run:

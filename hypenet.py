@@ -249,7 +249,8 @@ def fuse(backend="inductor"):
     if backend:
         warnings.filterwarnings("ignore", message="\nOnline softmax is disabled")
         torch._dynamo.config.suppress_errors = True
-        torch._dynamo.config.recompile_limit = 64        # shapes, dtypes, with and without gradients
+        name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+        setattr(torch._dynamo.config, name, 64)          # shapes, dtypes, with and without gradients
     for f in fusible.known:
         f.run = torch.compile(f.plain, backend=backend) if backend else f.plain
 
@@ -257,7 +258,8 @@ def fuse(backend="inductor"):
 def product_dtype(x):
     """What a Linear would multiply x in: norms and RoPE give that right away."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    known = torch.amp.is_autocast_available(kind)
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else x.dtype
 
 
 @fusible
@@ -301,7 +303,8 @@ def gated(o, z, gain, eps):
 
 @fusible
 def merged(o, lse, o_past, lse_past):
-    """Attention to two parts of a context (B,H,T,D), each with its weight in the softmax over both; lse."""
+    """Attention to two parts of a context as one: o (B,H,T,D), each part with its weight in the softmax over
+    both, and lse (B,H,T)."""
     w = torch.sigmoid(lse_past - lse).unsqueeze(-1)
     return (o * (1 - w) + o_past * w).to(o.dtype), torch.logaddexp(lse, lse_past)
 
@@ -361,6 +364,8 @@ def attend_lse(q, k, v, causal=False):
         try:
             o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)[:2]
             return o, lse.view(B, H, T)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:                                            # no cuDNN, or too old a one
             pass
     if causal:

@@ -173,8 +173,8 @@ def linear(x, weight, bias=None, norm=(None, None), eps=0.0, gate=None, act=None
     """
     (B, K), N = x.shape, weight.shape[0] // (2 if act == "swiglu" else 1)
     assert x.stride(1) == 1 and weight.is_contiguous() and (residual is None or residual.is_contiguous())
-    BLOCK_K = _block(K)                                     # 32 KB of weights a program, in bf16
-    BLOCK_N = max(1, 16384 // BLOCK_K // weight.element_size() * 2 // (2 if act == "swiglu" else 1))
+    BLOCK_K, matrices = _block(K), 2 if act == "swiglu" else 1
+    BLOCK_N = max(1, 2 ** 15 // (BLOCK_K * matrices * weight.element_size()))   # 32 KB of weights a program
     y = x.new_empty(B, N)
     with torch.cuda.device_of(x):
         linear_kernel[(_ceil(N, BLOCK_N),)](
@@ -629,9 +629,10 @@ if triton:
     # must not take launches of its own. So a norm, a gate, RoPE or a sum is done by the kernel that reads the
     # tensor next to it, and a layer is five launches (attention seven): Linear, state and three Linears.
     @triton.jit
-    def start(EARLY: tl.constexpr):
+    def await_previous(EARLY: tl.constexpr):
         """From here on the next kernel may be launched, while this one waits for the one before to end: what
-        stands above, of each, hides behind its predecessor. EARLY: see _early."""
+        stands above, of each, hides behind its predecessor. So nothing above may read what a kernel of the
+        step writes: only weights. EARLY: see _early."""
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
@@ -667,7 +668,7 @@ if triton:
         K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
     ):
         """One token: S = e^g * S + k^T v in place, o = scale * q S; per_kv heads share a k and a v."""
-        start(EARLY)
+        await_previous(EARLY)
         bh = tl.program_id(0).to(tl.int64)
         b, h = bh // H, bh % H
         keys = tl.arange(0, BLOCK_K)
@@ -696,7 +697,7 @@ if triton:
         EARLY: tl.constexpr,
     ):
         """One token of an attention layer: k and v into the cache, q made ready (times s_t, if given)."""
-        start(EARLY)
+        await_previous(EARLY)
         b, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
         pos = tl.load(pos_ptr + b)
         if cos_ptr is not None:
@@ -745,7 +746,7 @@ if triton:
             bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
             if ACT == "swiglu":
                 bias_up = tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
-        start(EARLY)
+        await_previous(EARLY)
         for b in range(B):
             b = tl.cast(b, tl.int64)
             x = tl.load(x_ptr + b * stride_xb + k, mask=k < K, other=0.0).to(tl.float32)
@@ -785,7 +786,7 @@ if triton:
     ):
         """The R queries of one K/V head against one share of its cache: their softmax over it, and the log of
         its denominator."""
-        start(EARLY)
+        await_previous(EARLY)
         bg, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         b, g = bg // G, bg % G
         used = tl.minimum(tl.load(pos_ptr + b) + 1, SIZE)
@@ -817,7 +818,7 @@ if triton:
     def merge_kernel(part_ptr, lse_ptr, o_ptr, n_splits, R: tl.constexpr, D: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr):
         """The shares of one query, each with its weight in the softmax over all."""
-        start(EARLY)
+        await_previous(EARLY)
         bg, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
         n, dim = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
         at = (bg * n_splits + n) * R + r
