@@ -1255,11 +1255,11 @@ def get_args(argv):
     add, many = p.add_argument, dict(nargs="+", action="extend")
     add("--teacher", default="tiny",
         help="tiny (shipped, 1M parameters); mini, small (3.5M, 14M), tiny-gpt2, small-gpt2, which are "
-             "trained first, once, and want a GPU; gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository of "
-             "the hub such as Qwen/Qwen3-1.7B, or a folder of a GPT-2, Qwen3, Llama 3 or of --pretrain. Those "
-             "of the hub get the paper's plan and fineweb and want a GPU; folders get, by the size of their "
-             "weights, the plan of tiny, mini (from 4 MB) or small (10 MB), with stdlib, or the paper's (from "
-             "100 MB)")
+             "trained first, once, and want a GPU; gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository "
+             "of the hub such as Qwen/Qwen3-1.7B, or a folder of a GPT-2, Qwen3, Llama 3 or of --pretrain. "
+             "Those of the hub get the paper's plan and fineweb and want a GPU; folders get, by the size of "
+             "their weights, the plan of tiny, mini (from 4 MB) or small (10 MB), with stdlib, or the "
+             "paper's (from 100 MB)")
     add("--recipe", default="paper", choices=RECIPES, help="the paper's (default) or the article's")
     add("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
     add("--resume", metavar="RUN",

@@ -469,8 +469,6 @@ class Attention(nn.Module):
     def decode(self, q, k, v, where, cache):
         """One token a row, each row at its own position: it attends to its own keys and no others."""
         keys, values, pos = cache["k"], cache["v"], where.pos[:, 0]                 # pos (B,)
-        if kernel.has_kernels(q, q.size(-1)):
-            return kernel.attend_cache(q, k, v, keys, values, where.pos)
         row, slot = torch.arange(len(pos), device=q.device), pos % keys.size(1)
         keys[row, slot], values[row, slot] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
         used = min(where.start + 1, keys.size(1))                   # where.start: the longest row
@@ -480,7 +478,6 @@ class Attention(nn.Module):
         rows = q.view(len(q), k.size(2), -1, q.size(-1)).transpose(1, 2)            # a group's queries: rows
         o = attend(rows, keys[:, :used].to(q.dtype), values[:, :used].to(q.dtype), mine)
         return o.transpose(1, 2).reshape(q.shape)
-
 
     def step(self, q, k, v, where, cache, log_decay=None):
         """decode of what qkvz gives, (B,H*D) and (B,G*D): norms, positions and s_t are the kernel's part."""
@@ -675,8 +672,9 @@ class HypeNet(nn.Module):
         return x
 
     def can_step(self, idx):
-        """Whether Block.step runs here."""
-        return kernel.has_kernels(idx, self.config.head_dim, self.config.key_dim)
+        """Whether Block.step runs here, and for blocks as they are (halo.swap_scores lends them others)."""
+        return (kernel.has_kernels(idx, self.config.head_dim, self.config.key_dim)
+                and not any("forward" in vars(block) for block in self.blocks))
 
     def check_room(self, state, n):
         if state.seen + n > state.max_tokens:
