@@ -1362,6 +1362,10 @@ def command_line(prog, run, argv):
     """run(argv); what the user can mend ends in one line and exit status 2."""
     try:
         run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:                          # "| head" has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (ValueError, OSError) as e:
         print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2) from None

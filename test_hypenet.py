@@ -20,6 +20,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -2519,6 +2520,16 @@ def test_bench_refuses_a_file_of_another_kind(results, capsys):
         bench.main("decode --device cpu --kind hybrid --ctx 64".split())
     assert stop.value.code == 2 and "decode-cpu.json" in capsys.readouterr().err
     assert (results / "decode-cpu.json").read_text(encoding="utf-8") == "[1]"
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    """Output into "head" ends quietly."""
+    script = "import hypenet; hypenet.command_line('x', lambda _: [print('y' * 999) for _ in range(9999)], [])"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.stderr.read() == b"" and run.wait() == 141
 
 
 # ---- the README tells the truth ----------------------------------------------------------------------------
