@@ -1318,7 +1318,9 @@ def get_args(argv):
         help="held-out sequences that losses are measured on; default 256")
     add("--set", **many, default=[], metavar="FIELD=X",
         help="set fields of the student's HypeNetConfig, such as linear_rope=false")
-    return p.parse_args(argv)
+    o = p.parse_args(argv)
+    o.given = sorted({a.split("=")[0] for a in argv if a.startswith("--")})
+    return o
 
 
 def teacher_path(name):
@@ -1377,6 +1379,10 @@ def settle(o):
     refuse(not base, f"--logit-base {o.logit_base}: give fit, none or a number above 1")
     refuse(o.fade and not (o.pe == "hype" and staged), "--fade goes with --pe hype, --training staged")
     refuse(o.groups and staged, "--groups goes with --training progressive")
+    for flag, used, wants in (("--retention", o.decay in ("head", "channel"), "--decay head or channel"),
+                              ("--max-ctx", o.pe == "chunk", "--pe chunk"),
+                              ("--kl", o.alpha < 1, "--alpha below 1")):
+        refuse(flag in o.given and not used, f"{flag} goes with {wants}")
     refuse(o.keep and not (scored or o.layers == "even"),
            f"--keep goes with --layers {', '.join(SCORED)} or even")
     made = o.teacher in TEACHERS and (o.pretrain or not weight)       # or will be, before all else

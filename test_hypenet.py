@@ -2149,6 +2149,7 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--data stdlib:0.5 stdlib": "weight", "--micro 0": "micro", "--teacher gpt2-xl": "GPU",
     "--teacher Qwen/Qwen3-1.7B": "GPU", "--teacher no/such": "no/such", "--teacher tiny-gpt2": "hours",
     "--teacher small": "hours", "--keep 3 --layers ends": "--keep", "--keep 4": "--keep 4",
+    "--retention 0.5": "--decay", "--max-ctx 900": "--pe", "--alpha 1 --kl reverse": "--alpha",
     "--pretrain --teacher tiny --keep 2": "--keep", "--pretrain --teacher tiny --transfer off": "--transfer",
     "--teacher {}/empty": "tokenizer",
 }
