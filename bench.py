@@ -741,7 +741,8 @@ def last_loss(model, texts, count):
 
 
 def bench_niah(o):
-    """Rows of two kinds: task "loss" at the last position of a range, and tasks of halo.TASKS at a length."""
+    """Rows of two kinds: the tasks of halo.TASKS after so much text; "loss", of the ends of held-out texts
+    after so much of each."""
     device, report = torch.device(o.device), read_json(o.model, "report.json", "report of halo.py")
     teacher_at = o.teacher or halo.teacher_path(report.get("teacher", "tiny"))
     kind = torch.bfloat16 if device.type == "cuda" else torch.float32

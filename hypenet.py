@@ -283,7 +283,7 @@ def make_heads(x, gain, eps, cos_sin, embd, s_t, dtype):
     """q or k, (B,T,H,D), made ready for its product, each step where its argument is not None: RMSNorm per
     head, RoPE, the sum with an embedding (B or 1,T,H,D), the product with s_t (B or 1,T)."""
     if gain is not None:
-        x = F.rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps)
+        x = normed.plain(x, gain, None, eps, x.dtype)
     if cos_sin is not None:
         x = rotate(x, cos_sin)
     if embd is not None:
@@ -297,7 +297,7 @@ def make_heads(x, gain, eps, cos_sin, embd, s_t, dtype):
 def gated(o, z, gain, eps):
     """norm(o) * sigmoid(z), without what is None."""
     if gain is not None:
-        o = F.rms_norm(o, o.shape[-1:], gain.to(o.dtype), eps)
+        o = normed.plain(o, gain, None, eps, o.dtype)
     return o if z is None else o * torch.sigmoid(z)
 
 
@@ -390,6 +390,11 @@ def attend_lse(q, k, v, causal=False):
 PAST = 65536                         # tokens of the past in one call of attention
 
 
+def head_gains(mixer):
+    """Gains of the norms of a mixer's q and k; None, None without QK-norm."""
+    return (mixer.q_norm.weight, mixer.k_norm.weight) if hasattr(mixer, "q_norm") else (None, None)
+
+
 # ---- attention layer (paper eq. 17) ------------------------------------------------------------------------
 
 
@@ -419,7 +424,7 @@ class Attention(nn.Module):
         c, (B, T, _) = self.config, x.shape
         q, k, v, z = self.qkvz(x).split(self.sizes, dim=-1)
         q, k, v = (t.view(B, T, -1, c.head_dim) for t in (q, k, v))
-        gains = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
+        gains = head_gains(self)
         e = e_k = None
         if hasattr(self, "chunk_embd"):
             e = self.chunk_embd(where.pos // c.chunk).unflatten(-1, (c.n_head, c.head_dim))
@@ -483,10 +488,9 @@ class Attention(nn.Module):
         """decode of what qkvz gives, (B,H*D) and (B,G*D): norms, positions and s_t are the kernel's part."""
         c = self.config
         q, k, v = (t.view(len(t), 1, -1, c.head_dim) for t in (q, k, v))
-        norms = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
         chunks = (self.chunk_embd.weight, c.chunk) if hasattr(self, "chunk_embd") else None
-        return kernel.attend_cache(q, k, v, cache["k"], cache["v"], where.pos, where.s_t, norms, c.norm_eps,
-                                   where.attn_rope, chunks).flatten(1)
+        return kernel.attend_cache(q, k, v, cache["k"], cache["v"], where.pos, where.s_t, head_gains(self),
+                                   c.norm_eps, where.attn_rope, chunks).flatten(1)
 
 
 # ---- linear-attention layer (paper eq. 18) -----------------------------------------------------------------
@@ -530,9 +534,8 @@ class LinearAttention(nn.Module):
         q, k, v, z = self.qkvz(x).split(self.sizes, dim=-1)
         q, k = q.view(B, T, -1, c.key_dim), k.view(B, T, -1, c.key_dim)
         v = v.view(B, T, -1, c.head_dim)
-        gains = (self.q_norm.weight, self.k_norm.weight) if c.linear_qk_norm else (None, None)
         q, k = (make_heads(t, gain, c.norm_eps, where.linear_rope, None, None, v.dtype)
-                for t, gain in zip((q, k), gains))
+                for t, gain in zip((q, k), head_gains(self)))
         if c.linear_kv_head < c.n_head:
             k, v = (t.repeat_interleave(c.n_head // c.linear_kv_head, dim=2) for t in (k, v))
         S = None if cache is None else cache["S"]
@@ -553,8 +556,7 @@ class LinearAttention(nn.Module):
         if c.decay == "channel":
             g = g.unflatten(-1, (c.n_head, c.key_dim))
         q, k, v = (t.view(len(t), 1, -1, n) for t, n in ((q, c.key_dim), (k, c.key_dim), (v, c.head_dim)))
-        norms = (self.q_norm.weight, self.k_norm.weight) if c.linear_qk_norm else (None, None)
-        o = kernel.decode(q, k, v, g, cache["S"], c.key_dim ** -0.5, norms, c.norm_eps,
+        o = kernel.decode(q, k, v, g, cache["S"], c.key_dim ** -0.5, head_gains(self), c.norm_eps,
                           where.linear_rope, "triton")
         return o.flatten(1)
 

@@ -2571,6 +2571,20 @@ def test_readme_decode_times_are_those_of_results():
         assert float(teacher.split()[0]) / float(hybrid.split()[0]) == pytest.approx(float(gain), abs=0.015)
 
 
+def test_readme_recall_is_that_of_results():
+    """What the README's first screen says of the figure is what the file behind it holds."""
+    rows = json.loads((HERE / "results" / "niah-tiny.json").read_text(encoding="utf-8"))["rows"]
+    value = {(r["model"], r["task"], r["context"]): r["value"] for r in rows}
+    found = {model: [v for (m, task, n), v in value.items() if (m, task) == (model, "S1") and n > 256]
+             for model in ("student", "teacher", "teacher, YaRN")}
+    assert set(found["student"]) == {1.0} and set(found["teacher"] + found["teacher, YaRN"]) == {0.0}
+    assert not any(v for (model, task, _), v in value.items() if task in ("S2", "S3", "multi-key"))
+    worse = {m: value[m, "loss", 16384] - value[m, "loss", 256] for m in ("student", "teacher")}
+    text = " ".join(README.split())
+    assert f"{worse['student']:.2f} nats worse than at 256, its teacher {worse['teacher']:.1f}" in text
+    assert value["student", "loss", 1024] < value["student", "loss", 512] < value["student", "loss", 256]
+
+
 def test_readme_kernel_times_are_those_of_results():
     """Every time in the README's table of scans stands in the log beside it."""
     log = (HERE / "results" / "kernel-h200.log").read_text(encoding="utf-8")
