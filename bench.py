@@ -745,7 +745,8 @@ def bench_niah(o):
     lengths = [T * n for n in (1, 2, 4, 16, 64, 256) if n <= o.times]
     table = Table(o, device, 3, "model:<24 task:<10 context:9, of:6 value:9.3f low:8.3f high:8.3f",
                   f"""{o.model} ({layers}), its teacher {teacher_at}, trained at {T:,} tokens
-Share of answers given in full after so much text, of so many asked for at five depths, and its 95% interval.
+Share of answers given in full after so much text, of so many asked for at five depths, and its 95% interval;
+where none is at two lengths, longer ones are not tried.
 loss: nats a token of the same ends of held-out texts, so much of each text read; its interval is that of the
 difference to the first.""", trained=T, layers=layers, logit_base=base)
     table.rows = []                                      # another model's
@@ -760,14 +761,15 @@ difference to the first.""", trained=T, layers=layers, logit_base=base)
                 teacher.config.qk_norm and teacher.config.position == "rope"):
             continue
         model.config.logit_base, first = a, None
-        for task, n in itertools.product(tasks, lengths):
-            enough = math.inf if model is student else 64 * T if task == "S1" else 4 * T
-            if min(n, keep or n) <= model.config.limit() and n <= enough and fits(task, n, corpus):
-                with stretched(model, n / T if yarn else 1):
-                    hits = halo.recall(model, corpus, n, o.trials, task=task, keep=keep)[1].sum().item()
-                low, high = wilson(hits, o.trials)
-                table.add(model=name, task=task, context=n, of=o.trials, value=hits / o.trials, low=low,
-                          high=high)
+        for task in tasks:
+            found = []
+            for n in [n for n in lengths if fits(task, n, corpus)]:
+                if min(n, keep or n) <= model.config.limit() and found[-2:] != [0, 0]:
+                    with stretched(model, n / T if yarn else 1):
+                        hits = halo.recall(model, corpus, n, o.trials, task=task, keep=keep)[1].sum().item()
+                    found, (low, high) = [*found, hits], wilson(hits, o.trials)
+                    table.add(model=name, task=task, context=n, of=o.trials, value=hits / o.trials, low=low,
+                              high=high)
         for n in lengths if keep is None else ():
             if n <= min(model.config.limit(), last):
                 with stretched(model, n / T if yarn else 1):

@@ -78,7 +78,8 @@ SCORED = ("swap", "guarded", "score")   # ways to choose layers that measure eac
 class Plan:
     """What one stage costs: tokens in all, length of a sequence, batch in sequences, learning rate from lr to
     lr_end by a cosine after a warm-up, and recall: the share of sequences that hide a pass key and ask for
-    it, for recall is what selection and the final table measure."""
+    it, for recall is what selection and the final table measure; reworded: of these, the share that calls it
+    something else, in other words."""
     tokens: float
     length: int
     batch: int
@@ -86,6 +87,8 @@ class Plan:
     lr_end: float
     recall: float = 0.5
     warmup: int = 50
+    reworded: float = 0.0
+    weight_decay: float = 0.0
 
     @property
     def steps(self):
@@ -113,17 +116,17 @@ PLANS = {
         finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
         group=Plan(2e6, 256, 16, 3e-3, 1e-4, 0.25)),
     "mini": dict(
-        pretrain=Plan(65e6, 512, 128, 3e-3, 1e-4, 0.3, 200),
-        align=Plan(2e6, 512, 32, 3e-3, 1e-4),
-        distil=Plan(10e6, 512, 32, 2e-3, 1e-4, 0.25),
-        finetune=Plan(3e6, 2048, 8, 3e-4, 3e-5),
-        group=Plan(15e6, 512, 32, 3e-3, 1e-4, 0.25)),
+        pretrain=Plan(52e6, 512, 128, 3e-3, 1e-4, 0.3, 200, 0.5, weight_decay=0.5),
+        align=Plan(2e6, 512, 32, 3e-3, 1e-4, reworded=0.5),
+        distil=Plan(10e6, 512, 32, 2e-3, 1e-4, 0.25, reworded=0.5),
+        finetune=Plan(3e6, 8192, 2, 3e-4, 3e-5, 0.8, reworded=0.5),
+        group=Plan(15e6, 512, 32, 3e-3, 1e-4, 0.25, reworded=0.5)),
     "small": dict(
-        pretrain=Plan(131e6, 1024, 64, 2e-3, 1e-4, 0.3, 200),
-        align=Plan(6.5e6, 1024, 32, 2e-3, 1e-4),
-        distil=Plan(40e6, 1024, 32, 1e-3, 5e-5, 0.25),
-        finetune=Plan(16e6, 4096, 8, 2e-4, 2e-5),
-        group=Plan(60e6, 1024, 32, 2e-3, 1e-4, 0.25)),
+        pretrain=Plan(131e6, 1024, 64, 2e-3, 1e-4, 0.3, 200, 0.5, weight_decay=1.0),
+        align=Plan(6.5e6, 1024, 32, 2e-3, 1e-4, reworded=0.5),
+        distil=Plan(40e6, 1024, 32, 1e-3, 5e-5, 0.25, reworded=0.5),
+        finetune=Plan(16e6, 16384, 2, 2e-4, 2e-5, 0.8, reworded=0.5),
+        group=Plan(60e6, 1024, 32, 2e-3, 1e-4, 0.25, reworded=0.5)),
     "real": dict(
         align=Plan(320e6, 512, 32, 1e-3, 1e-5, 0),
         distil=Plan(1e9, 512, 96, 1e-4, 1e-5, 0),
@@ -360,7 +363,9 @@ class Corpus:
             rng = np.random.default_rng([*key, step])
             share = plan.recall * plan.batch                       # less than 1: now and then a row
             for row in rows[:int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)]:
-                row[:] = plant(self.tokenizer, row, rng, ask=int(rng.integers(1, 4)))[0]
+                ask = int(rng.integers(1, 4))
+                task = reworded(rng) if plan.reworded and rng.random() < plan.reworded else "S1"
+                row[:] = plant(self.tokenizer, row, rng, ask=ask, task=task)[0]
             return rows
         return batch
 
@@ -405,15 +410,28 @@ TASKS = {                                                           # training h
     "S3": Task(*NUMBER, "0123456789abcdef", 32),
     "multi-key": Task(*NUMBER, "0123456789", needles=4),
 }
+OTHER_WORDS = [                                                     # of S1, for training
+    (TASKS["S1"].needle.replace("pass key", "{name}"), TASKS["S1"].question.replace("pass key", "{name}")),
+    ("\n{name} = {value}\n", "\n{name} ="), ("\n- {name}: {value}\n", "\n- {name}:"),
+    ("\nNote that {name} has number {value}.\n", "\nThe note said that {name} has number")]
 NAMES = ("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble nettle opal "
          "pepper quartz raven saffron thistle").split()
 
 
+def reworded(rng):
+    """S1 in one of OTHER_WORDS, of a name of random letters and a number of 3 to 12 digits. Who has seen the
+    pass key alone knows how to find a pass key; who has seen these, what comes after a name."""
+    name = " ".join("".join(chr(97 + i) for i in rng.integers(0, 26, rng.integers(3, 9)))
+                    for _ in range(rng.integers(1, 4)))
+    needle, question = (text.replace("{name}", name) for text in OTHER_WORDS[rng.integers(len(OTHER_WORDS))])
+    return TASKS["S1"]._replace(needle=needle, question=question, size=int(rng.integers(3, 13)))
+
+
 def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
-    """Hide what a task asks for in text (n,), and ask: ids (n,), and how many ids at the end of a question
+    """Hide what a task (its name, or itself) asks for in text (n,), and ask: ids (n,), and how many ids at the end of a question
     are its answer. depth None: needle and questions at random places (training); else the needle at that
     share of the text and the question at its very end (testing). Other needles stand at random places."""
-    t = TASKS[task]
+    t = TASKS.get(task, task)
     names = rng.permutation(NAMES)[:t.needles] if t.needles > 1 or "{name}" in t.needle else [""]
     values = ["".join(t.signs[i] for i in rng.integers(0, len(t.signs), t.size)) for _ in names]
     needle, *others = [tokenizer.encode_array(t.needle.format(name=n, value=v))
@@ -880,10 +898,11 @@ def fitted(stage, module, micro, work):
 
 
 def train(run, stage, plan, corpus, module, groups, loss_fn):
-    """The one training loop (AdamW 0.9/0.95, no weight decay: paper appendix B). groups: lists of parameters,
-    each clipped to a gradient norm of 1 alone; all else in module is frozen, and on CUDA bf16. loss_fn: see
-    backward. A stage that was stopped goes on; one that is finished is only loaded. ValueError if the loss is
-    not finite, the checkpoint is damaged, or memory or disk run out."""
+    """The one training loop (AdamW 0.9/0.95; the weights of matrices decay only where a plan says so, in no
+    stage of paper appendix B). groups: lists of parameters, each clipped to a gradient norm of 1 alone; all
+    else in module is frozen, and on CUDA bf16. loss_fn: see backward. A stage that was stopped goes on; one
+    that is finished is only loaded. ValueError if the loss is not finite, the checkpoint is damaged, or
+    memory or disk run out."""
     params, device = [p for g in groups for p in g], groups[0][0].device
     trained = set(map(id, params))
     for p in module.parameters():
@@ -895,7 +914,9 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
     if isinstance(run, Probe):
         run.measure(stage, plan, module, params, loss_fn, micro)
         return checkpoint_blocks(module, on=False)
-    opt = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    opt = torch.optim.AdamW([dict(params=[p for p in params if p.dim() > 1], weight_decay=plan.weight_decay),
+                             dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)],
+                            lr=plan.lr, betas=(0.9, 0.95), fused=True)
     file, first, mean = run.path(f"{stage}.pt"), 0, None
     if os.path.exists(file):
         try:
@@ -932,7 +953,9 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
             flag = f"--plan {stage.rstrip('0123456789')}.lr={plan.lr / 3:.0e}"
             raise ValueError(f"{stage}: loss {value:.3g}, gradient norm {float(norm):.3g} at step "
                              f"{step + 1}, {good}; start anew with {flag}")
-        opt.param_groups[0]["lr"] = lr = plan.rate(step)
+        lr = plan.rate(step)
+        for group in opt.param_groups:
+            group["lr"] = lr
         opt.step()
         opt.zero_grad(set_to_none=True)
         mean = value if mean is None else 0.95 * mean + 0.05 * value
@@ -1274,7 +1297,8 @@ def get_args(argv):
         help="sequences of a batch that go through the models at once, at most; default: as many as fit, of "
         "up to 131,072 tokens")
     add("--plain", action="store_true",
-        help="run small operations one by one: on a GPU, real teachers have them compiled (torch.compile)")
+        help="run small operations one by one: on a GPU, all but the tiny teachers have them compiled "
+             "(torch.compile), which takes up to a minute and halves a step")
     add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and hours, and end")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of every random choice")
     add("--budget", type=number(float, 1e-6), default=1.0, metavar="X",
@@ -1342,7 +1366,7 @@ def settle(o):
             [name for name in SIZES if weight >= SIZES[name]][-1] if os.path.isdir(o.path) else "real")
     real = size == "real"
     o.data = o.data or (["fineweb"] if real else None)
-    o.fused = real and o.device.startswith("cuda") and not o.plain
+    o.fused = size != "tiny" and o.device.startswith("cuda") and not o.plain
     plans = {stage: replace(plan, tokens=plan.tokens * o.budget) for stage, plan in PLANS[size].items()}
     for item in o.plan:
         key, _, value = item.partition("=")
@@ -1367,6 +1391,7 @@ def settle(o):
     except ValueError:
         base = False
     plans_fit = all(min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0 and 0 <= p.recall <= 1
+                    and 0 <= p.reworded <= 1 and p.weight_decay >= 0
                     and all(map(math.isfinite, vars(p).values())) for p in plans.values())
     scored, staged, stray = o.layers in SCORED, o.training == "staged", sorted(changes.keys() - known)
 
@@ -1375,7 +1400,8 @@ def settle(o):
             raise ValueError(message)
     refuse(stray, f"--set {' '.join(stray)}: fields are {', '.join(known)}")
     refuse(not plans_fit,
-           "--plan: tokens, length, batch, lr and warmup must be positive, recall between 0 and 1")
+           "--plan: tokens, length, batch, lr and warmup must be positive, recall and reworded between 0 and 1,"
+           " weight_decay at least 0")
     refuse(not base, f"--logit-base {o.logit_base}: give fit, none or a number above 1")
     refuse(o.fade and not (o.pe == "hype" and staged), "--fade goes with --pe hype, --training staged")
     refuse(o.groups and staged, "--groups goes with --training progressive")

@@ -372,7 +372,12 @@ if triton:
 
     @triton.jit
     def dot(a, b, DTYPE: tl.constexpr):
-        return tl.dot(a.to(DTYPE), b.to(DTYPE), input_precision="ieee")     # never TF32
+        return tl.dot(a.to(DTYPE), b.to(DTYPE), input_precision="ieee")
+
+    @triton.jit
+    def fine_dot(a, b, DTYPE: tl.constexpr):
+        """Of factors that bf16 would round once more: TF32 where all else is bf16, float32 in float32."""
+        return tl.dot(a, b, input_precision="ieee" if DTYPE == tl.float32 else "tf32")
 
     @triton.jit
     def exp(x):
@@ -457,7 +462,7 @@ if triton:
             g = tl.maximum(load_tile(g_ptr, rows, stride_gt, keys, left, K).to(tl.float32), -1e4)
             for level in tl.static_range(LEVELS):
                 up, down, pair = level_factors(g, level, LEAF, DTYPE, EXACT)
-                A += tl.where(pair, dot(q * up, tl.trans(k * down), DTYPE), 0.0)
+                A += tl.where(pair, fine_dot(q * up, tl.trans(k * down), DTYPE), 0.0)
             q_out = q * exp(sums(j <= i, g, DTYPE, EXACT))
             k_out = k * exp(sums(j > i, g, DTYPE, EXACT))
             store_tile(q_out_ptr + at, rows, H * K, keys, left, K, q_out)
@@ -555,6 +560,8 @@ if triton:
                     i, j = (rows[None, :], rows[:, None]) if REVERSE else (rows[:, None], rows[None, :])
                     A = tl.load(A_ptr + at_chunk * BLOCK_T * BLOCK_T + i * BLOCK_T + j)
                     o += scale * dot(A, v, DTYPE)
+                    if DTYPE != tl.float32:                                 # what bf16 leaves of A
+                        o += scale * dot(A - A.to(DTYPE).to(tl.float32), v, DTYPE)
                 elif dg_ptr is not None:
                     tl.store(dg_ptr + at_chunk * V + vals, W, mask=vals < V)
                 store_tile(o_ptr + at * V, rows, H * V, vals, left, V, o)
@@ -616,8 +623,8 @@ if triton:
             for level in tl.static_range(LEVELS):
                 up, down, pair = level_factors(g, level, LEAF, DTYPE, EXACT)
                 dA_l = tl.where(pair, dA, 0.0)
-                dq += up * dot(dA_l, k * down, DTYPE)
-                dk += down * dot(tl.trans(dA_l), q * up, DTYPE)
+                dq += up * fine_dot(dA_l, k * down, DTYPE)
+                dk += down * fine_dot(tl.trans(dA_l), q * up, DTYPE)
             store_tile(dq_ptr + at, rows, H * K, keys, left, K, dq)
             store_tile(dk_ptr + at, rows, H * K, keys, left, K, dk)
             if dg_ptr is not None:
@@ -924,7 +931,7 @@ def _prepare(q, k, g):
     (B, T, H, K), s = q.shape, _layout(q, k, "key")
     N, C = s["n_chunks"], s["BLOCK_T"]
     qs, ks = q.new_empty(2, B, T, H, K, dtype=_stored(q))
-    A, total = q.new_empty(B, H, N, C, C, dtype=_stored(q)), q.new_empty(B, H, N, K, dtype=torch.float32)
+    A, total = (q.new_empty(B, H, N, *size, dtype=torch.float32) for size in ((C, C), (K,)))
     prepare_kernel[(B * H * N,)](q, k, g, qs, ks, A, total, T, H, N, *_strides(q, k, g), K=K,
                                  **_within_chunk(q, g, s), num_warps=1, num_stages=2)
     return qs, ks, total.transpose(1, 2), A

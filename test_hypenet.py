@@ -1382,6 +1382,29 @@ def test_plant(depth, ask):
         halo.plant(tokenizer, text[:20], np.random.default_rng(0))
 
 
+def test_reworded():
+    """Training also asks for numbers of other names in other words, never in those of the tests' other tasks:
+    each question ends in what stands before the number in the needle. A plan says how often."""
+    text, tokenizer = np.frombuffer(b"abcdefghij" * 40, np.uint8).astype(np.int64), Tokenizer.bytes()
+    seen = set()
+    for seed in range(30):
+        task = halo.reworded(np.random.default_rng(seed))
+        ids, n = halo.plant(tokenizer, text, np.random.default_rng(seed), 0.5, task=task)
+        question, answer = tokenizer.decode(ids[:-n]), tokenizer.decode(ids[-n:])
+        before = task.needle.split(" {value}")[0]
+        shared = os.path.commonprefix([question[::-1], before[::-1]])[::-1]
+        assert re.search("[a-z]{3,8}", shared) and f"{shared}{answer}" in question
+        assert re.fullmatch(r" \d{3,12}", answer) and n == 1 + task.size
+        assert not {"magic", "special"} & set(re.findall(r"\w+", task.needle + task.question))
+        seen.add((re.sub("[a-z]{3,}", "x", before), task.size))
+    assert len({before for before, _ in seen}) >= len(halo.OTHER_WORDS) and len({size for _, size in seen}) > 5
+    corpus = halo.Corpus(tokenizer)
+    for share, low, high in ((0.0, 1, 1), (0.5, 0.3, 0.7), (1.0, 0, 0)):
+        plan = halo.Plan(1e6, 512, 100, 1e-3, 1e-4, recall=1.0, reworded=share)
+        rows = corpus.rows("distil", plan)(0)
+        assert low <= np.mean(["pass key" in tokenizer.decode(row) for row in rows]) <= high
+
+
 @pytest.mark.parametrize("task", halo.TASKS)
 def test_tasks(task):
     """A task hides as many values as it says, under names of their own, and asks for one by its name; the
