@@ -236,12 +236,16 @@ def release():
 
 def machine(device):
     """What was measured on, and its short name in that of a file: h200, 4090, cpu."""
-    cuda, found = device.type == "cuda", {d.metadata["Name"]: d.version for d in distributions()}
+    cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     kind = re.findall(r"[a-z]*\d+\w*|$", name.lower())[0] or "gpu" if cuda else device.type
     return dict(device=name, dtype=str(dtype_on(device)).removeprefix("torch."), torch=torch.__version__,
-                python=platform.python_version(), triton=found.get("triton"),
-                fla=found.get("flash-linear-attention")), kind
+                python=platform.python_version(), triton=versions().get("triton")), kind
+
+
+def versions():
+    """Of the packages that are installed."""
+    return {d.metadata["Name"]: d.version for d in distributions()}
 
 
 class Table:
@@ -534,6 +538,8 @@ class Trial(halo.Probe):
         super().__init__(teacher, o.tokenizer, plans, o)
 
     def measure(self, stage, plan, module, params, loss_fn, micro):
+        if stage not in self.o.stage:
+            return
         super().measure(stage, plan, module, params, loss_fn, micro)           # finds what fits at once
         device, (micro, speed, _) = params[0].device, self.found[stage]
         micro = min(micro, plan.batch)
@@ -586,7 +592,7 @@ many at once. Used: share of the peak. Hours: for all tokens of the plan.""", pe
                       seconds=seconds, tok_s=speed, operations=each, used=peak and each * speed / peak,
                       tokens=plan.total, hours=plan.total / speed / 3600, **row)
         options = recipe("paper", layers=student.layers, device=o.device, report=report, seconds=o.seconds,
-                         tokenizer=RandomText(teacher.vocab_size))
+                         stage=o.stage, tokenizer=RandomText(teacher.vocab_size))
         try:
             Trial(build(teacher, device), plans, options)
         except (torch.OutOfMemoryError, ValueError) as e:                      # the latter: halo's
@@ -671,7 +677,8 @@ def bench_kernel(o):
     table = Table(o, device, 3, "shape:<24 decay:<10 by:<5 forward:9.3f both:9.3f floor:8.3f of_floor:9.0% "
                   "gb:7.2f o:9.1e dq:9.1e dk:9.1e dv:9.1e dlog_decay:11.1e", f"""copies {rate / 1e12:.3g} TB/s
 ms of a scan in bf16, its shape B, T, H, K, V: forward, and with the backward pass (both). Floor: the bytes of
-a forward pass over the rate of copies. o, dq, ...: relative errors, against fp64.""", copy_rate=rate)
+a forward pass over the rate of copies. o, dq, ...: relative errors, against fp64.""", copy_rate=rate,
+                  fla=versions().get("flash-linear-attention"))
     for shape, decay in itertools.product(SCANS if device.type == "cuda" else CPU_SCANS, DECAYS):
         *tensors, do = scan_inputs(shape, decay, device)
         sliced = [(x[:1, :, :2] if x.dim() > 1 else x[:2]).double() for x in (*tensors, do)]       # two heads
@@ -974,6 +981,8 @@ def get_args(argv):
             add("--jobs", type=tokens, help="runs at once; default 5, on a CPU 1")
             add("--budget", type=positive, default=1.0, metavar="X", help="as for halo.py")
         if name == "train":
+            stages = ("align", "distil", "finetune")
+            add("--stage", nargs="+", choices=stages, default=stages, help="default: all three")
             add("--peak", type=positive, help="operations a second that the device could do")
             add("--seconds", type=positive, default=10.0, help="cut a step that takes longer")
     o = p.parse_args(argv)

@@ -13,7 +13,7 @@ The paper's recipe (arXiv 2601.22156 section 4) is a row of stages, and one loop
     select     which stay attention: the layers that lose most by becoming linear (in place of eq. 8, 9)
     distil     stage 2: the hybrid learns the teacher's predictions (eq. 10); RoPE leaves attention (HyPE)
     finetune   stage 3: longer sequences, no teacher
-    fit        the base a of the logit scaling s_t (eq. 11), on long held-out text
+    fit        the base a of the logit scaling s_t (eq. 11), on long held-out text and pass keys
 
 The article's recipe is progressive: the middle layers are converted in groups; only the newest group and the
 chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
@@ -364,7 +364,9 @@ class Corpus:
             share = plan.recall * plan.batch                       # less than 1: now and then a row
             for row in rows[:int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)]:
                 ask = int(rng.integers(1, 4))
-                task = reworded(rng) if plan.reworded and rng.random() < plan.reworded else "S1"
+                task = "S1"
+                if plan.reworded and rng.random() < plan.reworded:
+                    task = reworded(self.tokenizer.decode(row.tolist()), rng)
                 row[:] = plant(self.tokenizer, row, rng, ask=ask, task=task)[0]
             return rows
         return batch
@@ -410,26 +412,27 @@ TASKS = {                                                           # training h
     "S3": Task(*NUMBER, "0123456789abcdef", 32),
     "multi-key": Task(*NUMBER, "0123456789", needles=4),
 }
-OTHER_WORDS = [                                                     # of S1, for training
-    (TASKS["S1"].needle.replace("pass key", "{name}"), TASKS["S1"].question.replace("pass key", "{name}")),
-    ("\n{name} = {value}\n", "\n{name} ="), ("\n- {name}: {value}\n", "\n- {name}:"),
-    ("\nNote that {name} has number {value}.\n", "\nThe note said that {name} has number")]
+JOINTS = ("", " is", " was", " has", " =", ":", " equals", " of")    # of S1 in other words, for training
 NAMES = ("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble nettle opal "
          "pepper quartz raven saffron thistle").split()
 
 
-def reworded(rng):
-    """S1 in one of OTHER_WORDS, of a name of random letters and a number of 3 to 12 digits. Who has seen the
-    pass key alone knows how to find a pass key; who has seen these, what comes after a name."""
-    name = " ".join("".join(chr(97 + i) for i in rng.integers(0, 26, rng.integers(3, 9)))
-                    for _ in range(rng.integers(1, 4)))
-    needle, question = (text.replace("{name}", name) for text in OTHER_WORDS[rng.integers(len(OTHER_WORDS))])
-    return TASKS["S1"]._replace(needle=needle, question=question, size=int(rng.integers(3, 13)))
+def reworded(text, rng):
+    """S1 in other words: some words of a text, in any order, are followed by a number of 3 to 12 digits;
+    asked for is what follows when they come again. Who has seen the pass key alone can find a pass key; who has
+    seen these, what followed the same words before."""
+    words = re.findall("[A-Za-z]{2,12}", text) or ["number"]
+
+    def some(low, high):
+        return " ".join(words[i] for i in rng.integers(0, len(words), rng.integers(low, high)))
+    lead, phrase = some(0, 5), some(2, 7) + JOINTS[rng.integers(len(JOINTS))]
+    return Task(f"\n{phrase} {{value}}.\n", f"\n{lead}. {phrase}" if lead else f"\n{phrase}",
+                TASKS["S1"].signs, int(rng.integers(3, 13)), prose=False)
 
 
 def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
-    """Hide what a task (its name, or itself) asks for in text (n,), and ask: ids (n,), and how many ids at the end of a question
-    are its answer. depth None: needle and questions at random places (training); else the needle at that
+    """Hide what a task (its name, or itself) asks for in text (n,), and ask: ids (n,), and how many ids at
+    the end of a question are its answer. depth None: needle and questions at random places (training); else the needle at that
     share of the text and the question at its very end (testing). Other needles stand at random places."""
     t = TASKS.get(task, task)
     names = rng.permutation(NAMES)[:t.needles] if t.needles > 1 or "{name}" in t.needle else [""]
@@ -1150,12 +1153,20 @@ def convert_progressive(run, teacher, corpus, plans, o):
 
 
 def fit_logit_base(student, corpus, length, seed):
-    """Held-out loss at a long length by the base a of s_t (paper eq. 11): {a: loss}."""
+    """What each base a of s_t (paper eq. 11) costs at a long length: {a: held-out loss less the mean
+    log-probability of a pass key's tokens}, nats. By loss alone a comes out too large to find keys by."""
     batches, out = held_out(corpus, length, 8, seed), {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
-        out[str(a)] = losses(student, batches).mean().item()
+        R = recall(student, corpus, length, 10, seed)[0].mean().item()
+        out[str(a)] = losses(student, batches).mean().item() - R
     return out
+
+
+def least(fits):
+    """The base that costs least, None or a number."""
+    base = min(fits, key=fits.get)
+    return None if base == "None" else float(base)
 
 
 def evaluate(teacher, student, corpus, o):
@@ -1400,8 +1411,8 @@ def settle(o):
             raise ValueError(message)
     refuse(stray, f"--set {' '.join(stray)}: fields are {', '.join(known)}")
     refuse(not plans_fit,
-           "--plan: tokens, length, batch, lr and warmup must be positive, recall and reworded between 0 and 1,"
-           " weight_decay at least 0")
+           "--plan: tokens, length, batch, lr and warmup must be positive, recall and reworded between 0 and "
+           "1, weight_decay at least 0")
     refuse(not base, f"--logit-base {o.logit_base}: give fit, none or a number above 1")
     refuse(o.fade and not (o.pe == "hype" and staged), "--fade goes with --pe hype, --training staged")
     refuse(o.groups and staged, "--groups goes with --training progressive")
@@ -1489,10 +1500,10 @@ def convert(run, teacher, corpus, plans, o):
         length = 16 * o.length if "group" in plans else 4 * plans["finetune"].length
         length = min(length, student.config.limit())
         fits = run.once("fit", lambda: fit_logit_base(student, corpus, length, o.seed))
-        print(f"held-out loss at {length:,} tokens by logit base: "
+        print(f"held-out loss + loss of a pass key at {length:,} tokens by logit base: "
               + ", ".join(f"{a} {x:.4f}" for a, x in fits.items()) + "\n")
-        base = min(fits, key=fits.get)
-    student.config.logit_base = None if base in ("none", "None") else float(base)
+        base = least(fits)
+    student.config.logit_base = None if base in ("none", None) else float(base)
     report = run.once("report", lambda: dict(
         recipe=o.recipe, teacher=o.teacher, tokens=run.tokens, device=o.device, text=corpus.facts,
         layers=student.config.layers, logit_base=student.config.logit_base,
@@ -1515,9 +1526,8 @@ def pretrain(run, corpus, plans, o):
           objective(model, None, "pretrain", o, alpha=1.0))
     model.eval()
     if o.hybrid and o.logit_base == "fit":
-        fits = fit_logit_base(model, corpus, min(16 * config.max_len, config.limit()), o.seed)
-        base = min(fits, key=fits.get)
-        config.logit_base = None if base == "None" else float(base)
+        length = min(16 * config.max_len, config.limit())
+        config.logit_base = least(fit_logit_base(model, corpus, length, o.seed))
     o.tokenizer.save(run.folder)
     model.save_pretrained(run.folder, torch.bfloat16)     # last: a folder that has it is whole
     T, loss = config.max_len, losses(model, held_out(corpus, config.max_len, o.eval_windows)).mean().item()
@@ -1551,7 +1561,8 @@ def check_length(stage, plan, limit, o):
                          + (f" (--max-ctx {o.max_ctx})" if o.pe == "chunk" else ""))
     if plan.recall:
         try:
-            plant(o.tokenizer, np.zeros(plan.length, np.int64), np.random.default_rng(0))
+            task = Task(" " * 99 + "{value}", " " * 149, "0", 12) if plan.reworded else "S1"     # the longest
+            plant(o.tokenizer, np.zeros(plan.length, np.int64), np.random.default_rng(0), task=task)
         except ValueError as e:
             raise ValueError(f"--plan {stage}.length: {e}, or {stage}.recall=0") from None
 
