@@ -72,6 +72,9 @@ SIZES = {
         batches=((32, 4096), (0, 65536)), kinds=ALL),
     "gpt2-xl": Size("GPT-2 XL", HypeNetConfig(
         "A" * 48, 50257, 1600, 25, 25, 64, 6400, 1024, **FAMILIES["gpt2"]), "even"),
+    "llama-1b": Size("Llama 3.2-1B", HypeNetConfig(
+        "A" * 16, n_embd=2048, n_head=32, n_kv_head=8, head_dim=64, n_hidden=8192, vocab_size=128256,
+        max_len=131072, rope_theta=5e5, **FAMILIES["llama"]), "even"),
     "14b": Size("Qwen3-14B", HypeNetConfig(
         "A" * 40, n_embd=5120, n_head=40, n_hidden=17408, **{**QWEN3, "tied": False}), "even",
         (32768, 131072, 524288)),

@@ -419,8 +419,8 @@ NAMES = ("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kest
 
 def reworded(text, rng):
     """S1 in other words: some words of a text, in any order, are followed by a number of 3 to 12 digits;
-    asked for is what follows when they come again. Who has seen the pass key alone can find a pass key; who has
-    seen these, what followed the same words before."""
+    asked for is what follows when they come again. Who has seen the pass key alone can find a pass key; who
+    has seen these, what followed the same words before."""
     words = re.findall("[A-Za-z]{2,12}", text) or ["number"]
 
     def some(low, high):
@@ -432,8 +432,9 @@ def reworded(text, rng):
 
 def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     """Hide what a task (its name, or itself) asks for in text (n,), and ask: ids (n,), and how many ids at
-    the end of a question are its answer. depth None: needle and questions at random places (training); else the needle at that
-    share of the text and the question at its very end (testing). Other needles stand at random places."""
+    the end of a question are its answer. depth None: needle and questions at random places (training); else
+    the needle at that share of the text and the question at its very end (testing). Other needles stand at
+    random places."""
     t = TASKS.get(task, task)
     names = rng.permutation(NAMES)[:t.needles] if t.needles > 1 or "{name}" in t.needle else [""]
     values = ["".join(t.signs[i] for i in rng.integers(0, len(t.signs), t.size)) for _ in names]

@@ -2615,14 +2615,39 @@ def test_readme_recall_is_that_of_results():
 
 
 def test_readme_kernel_times_are_those_of_results():
-    """Every time in the README's table of scans stands in the log beside it."""
-    log = (HERE / "results" / "kernel-h200.log").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+, \d+, \d+, \d+, \d+) \|(.*)", README, re.M)
-    assert len(rows) == 4
-    for shape, cells in rows:
-        lines = [line for line in log.splitlines() if line.startswith(shape + " ")]
-        for value in re.findall(r"\d+\.\d{3}", cells):
-            assert any(value in line.split() for line in lines), (shape, value)
+    """Every row in the README's table of scans is what the file it names holds."""
+    rows = json.loads((HERE / "results" / "kernel-h200.json").read_text(encoding="utf-8"))["rows"]
+    known = {(", ".join(map(str, r["shape"])), r["decay"], r["by"]): r for r in rows}
+    table = re.findall(r"^\| (\d+(?:, \d+){4}) \| (\w+) \| (.*) \|$", README, re.M)
+    assert len(table) == 8
+    for shape, decay, cells in table:
+        ours, fla, sdpa = (known.get((shape, decay, by)) for by in ("ours", "fla", "sdpa"))
+        times = [f"{r['forward']:.3f} / {r['both']:.3f}" if r else "" for r in (ours, fla, sdpa)]
+        ratios = " / ".join(f"{ours[key] / fla[key]:.2f}" for key in ("forward", "both"))
+        assert cells.split(" | ") == [*times[:2], ratios, times[2], f"{ours['floor']:.3f}",
+                                      f"{ours['gb']:.2f} / {fla['gb']:.2f}"], (shape, decay)
+
+
+def test_readme_small_and_gpt2_results():
+    """The table of the small student and the line on GPT-2's positions are what their files hold."""
+    rows = json.loads((HERE / "results" / "niah-small.json").read_text(encoding="utf-8"))["rows"]
+    names = {"student": "student", "student without s_t": "student without s_t", "teacher": "teacher",
+             "teacher, YaRN": "teacher, YaRN for each length",
+             "teacher, sink + window": "teacher, first 4 tokens + window of 1,024"}
+    for model, name in names.items():
+        hits = [f"{r['value']:.0%}" for r in rows if (r["model"], r["task"]) == (model, "S1")]
+        assert "| ".join([f"| {name} ", *(f"{hit} " for hit in hits)]) in README, (model, hits)
+    r = json.loads((HERE / "results" / "small-paper.json").read_text(encoding="utf-8"))
+    assert "{student:.3f} against the\nteacher's {teacher:.3f}".format(**r["val_loss"]) in README
+    runs = json.loads((HERE / "results" / "tiny-gpt2.json").read_text(encoding="utf-8"))
+    text = " ".join(README.split())
+    for how, first in (("at once loss", 0), ("faded", 2)):
+        one, two = (r["passkey"]["student"] for r in runs[first:first + 2])
+        losses = " and ".join(f"{r['val_loss']['student']:.4f}" for r in runs[first:first + 2])
+        middle = ", pass keys in 4,096 tokens" if first == 0 else ","
+        end = ", in 16,384" if first == 0 else ","
+        assert (f"{how} {losses}{middle} {one['4096']:.0%} and {two['4096']:.0%}{end} {one['16384']:.0%} and "
+                f"{two['16384']:.0%}") in text
 
 
 @pytest.mark.parametrize("recipe", ["paper", "article"])
