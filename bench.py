@@ -243,12 +243,12 @@ def machine(device):
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     kind = re.findall(r"[a-z]*\d+\w*|$", name.lower())[0] or "gpu" if cuda else device.type
     return dict(device=name, dtype=str(dtype_on(device)).removeprefix("torch."), torch=torch.__version__,
-                python=platform.python_version(), triton=versions().get("triton")), kind
+                python=platform.python_version(), triton=installed("triton")), kind
 
 
-def versions():
-    """Of the packages that are installed."""
-    return {d.metadata["Name"]: d.version for d in distributions()}
+def installed(package):
+    """The version of a package, None if it is not there."""
+    return next((d.version for d in distributions() if d.metadata["Name"] == package), None)
 
 
 class Table:
@@ -680,8 +680,7 @@ def bench_kernel(o):
     table = Table(o, device, 3, "shape:<24 decay:<10 by:<5 forward:9.3f both:9.3f floor:8.3f of_floor:9.0% "
                   "gb:7.2f o:9.1e dq:9.1e dk:9.1e dv:9.1e dlog_decay:11.1e", f"""copies {rate / 1e12:.3g} TB/s
 ms of a scan in bf16, its shape B, T, H, K, V: forward, and with the backward pass (both). Floor: the bytes of
-a forward pass over the rate of copies. o, dq, ...: relative errors, against fp64.""", copy_rate=rate,
-                  fla=versions().get("flash-linear-attention"))
+a forward pass over the rate of copies. o, dq, ...: relative errors, against fp64.""", copy_rate=rate)
     for shape, decay in itertools.product(SCANS if device.type == "cuda" else CPU_SCANS, DECAYS):
         *tensors, do = scan_inputs(shape, decay, device)
         sliced = [(x[:1, :, :2] if x.dim() > 1 else x[:2]).double() for x in (*tensors, do)]       # two heads
@@ -695,7 +694,8 @@ a forward pass over the rate of copies. o, dq, ...: relative errors, against fp6
                     raise
                 print(f"{' '.join(map(str, shape)):24s}{decay:10s}{name}: {' '.join(str(e).split())[:150]}")
                 continue
-            table.add(shape=list(shape), decay=decay, by=name, **row, floor=floor,
+            version = dict(version=installed("flash-linear-attention")) if name == "fla" else {}
+            table.add(shape=list(shape), decay=decay, by=name, **row, **version, floor=floor,
                       of_floor=row["forward"] and floor / row["forward"])
     return table
 

@@ -71,8 +71,9 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
                any input is.
 
     Computed in the state's dtype whatever autocast says, but for the Triton kernels, which multiply in bf16
-    where v is bf16 and sum in float32. Differentiable in all five tensors, also through the state
-    returned; the gradient of a log_decay of -inf is 0. Passing the state on splits a sequence anywhere.
+    (the decays of channels in TF32) where v is bf16 and sum in float32. Differentiable in all five tensors,
+    also through the state returned; the gradient of a log_decay of -inf is 0. Passing the state on splits a
+    sequence anywhere.
     Raises ValueError for shapes, dtypes or a backend that do not fit.
     """
     backend, chosen = _check(q, k, v, log_decay, state, scale, backend), backend is None
@@ -355,7 +356,7 @@ def _within_channels(q, k, v, g):
 # with g, exact where g is bf16 (else g goes in two parts). Of the levels that make A, those of larger halves
 # are as at the top; rows of a right half need one factor and rows of a left half the other, so one e^sum
 # serves both. The smallest blocks are done at once, about their middle: e^(g_m + .. + g_i) on one side, its
-# inverse on the other. There a single g counts for no less than -7 in bf16 and -17 in float32, whose e^g is
+# inverse on the other. There a single g counts for no less than -8.5 in bf16 and -17 in float32, whose e^g is
 # below the rounding of either; their sums, at most 8 of the one and 4 of the other, keep e^sum within e^68,
 # which leaves room for gradients of 1e-8 and for products of an input and a gradient up to 1e8.
 if triton:
@@ -376,7 +377,7 @@ if triton:
 
     @triton.jit
     def fine_dot(a, b, DTYPE: tl.constexpr):
-        """Of factors that bf16 would round once more: TF32 where all else is bf16, float32 in float32."""
+        """Product of float32 numbers that bf16 would round once more: in TF32 where all else is bf16."""
         return tl.dot(a, b, input_precision="ieee" if DTYPE == tl.float32 else "tf32")
 
     @triton.jit
@@ -403,7 +404,7 @@ if triton:
         right = i // HALF % 2 == 1
         own = (i // HALF == j // HALF) & ((j <= i) == right)                # from the middle to i, or i to it
         if level == 0:
-            near = sums(own, tl.maximum(g, -7.0 if LEAF == 8 else -17.0), DTYPE, EXACT)
+            near = sums(own, tl.maximum(g, -8.5 if LEAF == 8 else -17.0), DTYPE, EXACT)
             near = tl.where(right, near, -near)
             return exp(near), exp(-near), (i // (2 * HALF) == j // (2 * HALF)) & (i >= j)
         else:
@@ -468,7 +469,7 @@ if triton:
             store_tile(q_out_ptr + at, rows, H * K, keys, left, K, q_out)
             store_tile(k_out_ptr + at, rows, H * K, keys, left, K, k_out)
             tl.store(total_ptr + at_chunk * K + keys, tl.sum(g, 0), mask=keys < K)
-        tl.store(A_ptr + at_chunk * BLOCK_T * BLOCK_T + i * BLOCK_T + j, A.to(A_ptr.dtype.element_ty))
+        tl.store(A_ptr + at_chunk * BLOCK_T * BLOCK_T + i * BLOCK_T + j, A)
 
     @triton.jit
     def scan_kernel(
@@ -931,7 +932,7 @@ def _prepare(q, k, g):
     (B, T, H, K), s = q.shape, _layout(q, k, "key")
     N, C = s["n_chunks"], s["BLOCK_T"]
     qs, ks = q.new_empty(2, B, T, H, K, dtype=_stored(q))
-    A, total = (q.new_empty(B, H, N, *size, dtype=torch.float32) for size in ((C, C), (K,)))
+    A, total = q.new_empty(B, H, N, C, C, dtype=torch.float32), q.new_empty(B, H, N, K, dtype=torch.float32)
     prepare_kernel[(B * H * N,)](q, k, g, qs, ks, A, total, T, H, N, *_strides(q, k, g), K=K,
                                  **_within_chunk(q, g, s), num_warps=1, num_stages=2)
     return qs, ks, total.transpose(1, 2), A
