@@ -2152,7 +2152,7 @@ def test_pretrain(home, tmp_path, monkeypatch):
 
 
 def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
-    """What a base costs is the held-out loss plus the loss of pass keys, none of which the report asks for."""
+    """What a base costs is the held-out loss plus that of pass keys, none of which the report asks for."""
     model, corpus, seeds = tiny(dtype=torch.float32), halo.Corpus(Tokenizer.bytes()), set()
 
     def found(student, corpus, length, trials, seed):
@@ -2675,6 +2675,17 @@ def test_readme_kernel_times_are_those_of_results():
         ratios = " / ".join(f"{ours[key] / fla[key]:.2f}" for key in ("forward", "both"))
         assert cells.split(" | ") == [*times[:2], ratios, times[2], f"{ours['floor']:.3f}",
                                       f"{ours['gb']:.2f} / {fla['gb']:.2f}"], (shape, decay)
+
+
+def test_readme_ablations_are_those_of_results():
+    """The README's table of single changes is the file's, flags and all, and they are those of bench.py."""
+    rows = json.loads((HERE / "results" / "ablate.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) >= 6 and all(r["flags"] == bench.ABLATIONS[r["change"]] for r in rows)
+    for r in rows:
+        name = "none" if r["change"] == "paper" else f"{r['change']} (`{r['flags']}`)"
+        hits = " / ".join(f"{r[f'at_{n}x']:.0%}" for n in (1, 16, 64))
+        assert re.search(f"\\| {re.escape(name)}(, seed {r['seed']})? \\| {r['layers']} \\| {r['gap']:.4f} "
+                         f"\\| {hits} \\|", README), r
 
 
 def test_readme_small_and_gpt2_results():
