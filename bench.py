@@ -24,6 +24,7 @@ import itertools
 import math
 import os
 import platform
+import queue
 import re
 import statistics
 import subprocess
@@ -862,6 +863,8 @@ ABLATIONS = {                                            # options of halo.py: c
     "first and last quarter (4 layers)": "--layers ends",
     "first half (4 layers)": "--layers AAAALLLL",
     "layers by eq. 8": "--layers score",
+    "layers by eq. 8, guarded": "--layers guarded",
+    **{f"layers at random, draw {i}": f"--layers {{draws[{i}]}}" for i in range(1, 6)},
     "alpha 0.5": "--alpha 0.5",
     "KL reversed": "--kl reverse",
     "progressive (with --pe rope, even)": "--training progressive --pe rope --layers even",
@@ -878,6 +881,16 @@ ABLATIONS = {                                            # options of halo.py: c
     "article, retention 0.62": "--recipe article --retention 0.62",
     "article, retention 0.95": "--recipe article --retention 0.95",
 }
+SEEDED = {*halo.RECIPES, "layers by eq. 8", "layers by eq. 8, guarded"}    # with several seeds
+
+
+def draws(n_layer, keep):
+    """Layers that stay attention, at random: strings, ever new."""
+    rng, found = np.random.default_rng(0), {}
+    while len(found) < math.comb(n_layer, keep):
+        stay = rng.choice(n_layer, keep, replace=False)
+        found["".join("LA"[i in stay] for i in range(n_layer))] = True
+    return list(found)
 
 
 def bench_ablate(o):
@@ -889,7 +902,9 @@ def bench_ablate(o):
     plans, T = halo.PLANS[o.teacher.split("-")[0]], config.max_len
     stages = ("align", "distil", "finetune")
     tokens = plans["pretrain"].total + o.budget * sum(plans[stage].total for stage in stages)
-    known = dict(kv=config.n_kv_head, layers=halo.choose_layers("even", len(config.layers)), tokens=tokens)
+    L = len(config.layers)
+    known = dict(kv=config.n_kv_head, layers=halo.choose_layers("even", L), tokens=tokens,
+                 draws=draws(L, max(1, L // 4)))
     o.name = o.name or "ablate"
     table = Table(o, torch.device(o.device), 4, "teacher:<12 budget:<7 change:<36 seed:5 layers:10 gap:9.4f "
                   "at_1x:8.0% at_16x:8.0% at_64x:8.0% minutes:9.1f", f"""teacher {o.teacher}, {T:,} tokens
@@ -898,7 +913,11 @@ Minutes: of one run, {o.jobs} at once.""")
     same = dict(teacher=o.teacher, budget=o.budget)
     done = {(r["change"], r["seed"]) for r in table.rows if r.items() >= same.items()}
     todo = [(name, seed) for seed in range(o.seeds) for name in o.only or ABLATIONS
-            if (seed == 0 or name in halo.RECIPES) and (name, seed) not in done]
+            if (seed == 0 or name in SEEDED) and (name, seed) not in done]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = queue.Queue()                                 # each job takes one, a GPU serves several
+    for i in range(o.jobs):
+        gpus.put(visible.split(",")[i % (visible.count(",") + 1)])
 
     report = os.path.join(path, "report.json")           # of a teacher that was made here
     known_loss = read_json(path, "report.json", "report")["val_loss"] if os.path.exists(report) else None
@@ -907,12 +926,17 @@ Minutes: of one run, {o.jobs} at once.""")
         with tempfile.TemporaryDirectory() as folder:
             flags = ABLATIONS[name].format(**known).split()
             flags += ["--teacher", o.teacher, "--out", folder, "--seed", str(seed), "--device", o.device,
+                      "--trials", str(o.trials),
                       *(["--budget", str(o.budget)] if "--pretrain" not in flags else [])]
+            gpu = gpus.get()
             run = subprocess.run([sys.executable, os.path.join(halo.HERE, "halo.py"), *flags],
+                                 env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
                                  capture_output=True, text=True, check=False)
+            gpus.put(gpu)
             if run.returncode:
                 return run.stderr.strip().splitlines()[-1:]
-            return read_json(folder, "report.json", "report")
+            done = read_json(folder, "run.json", "run")["done"]
+            return dict(read_json(folder, "report.json", "report"), scores=done.get("scores"))
     with ThreadPoolExecutor(o.jobs) as pool, contextlib.ExitStack() as stop:
         stop.callback(pool.shutdown, wait=False, cancel_futures=True)              # Ctrl-C starts no other
         runs = {pool.submit(one, name, seed): (name, seed) for name, seed in todo}
@@ -928,7 +952,8 @@ Minutes: of one run, {o.jobs} at once.""")
                                 if x["teacher_loss"] and x.items() >= same.items()), None)
             table.add(**same, change=name, seed=seed, layers=r["layers"], gap=base and loss - base,
                       **{f"at_{n}x": hits.get(str(n * T)) for n in (1, 16, 64)}, minutes=r["seconds"] / 60,
-                      flags=ABLATIONS[name], teacher_loss=base)
+                      flags=ABLATIONS[name], teacher_loss=base, trials=o.trials, scores=r["scores"],
+                      logit_base=r.get("logit_base"))
     return table
 
 
@@ -981,7 +1006,8 @@ def get_args(argv):
             add("--only", nargs="+", choices=ABLATIONS, metavar="CHANGE",
                 help="of " + ", ".join(map(repr, ABLATIONS)))
             add("--seeds", type=tokens, default=3, metavar="N", help="of the two recipes; default 3")
-            add("--jobs", type=tokens, help="runs at once; default 5, on a CPU 1")
+            add("--jobs", type=tokens, help="runs at once; default 5 a GPU, on a CPU 1")
+            add("--trials", type=tokens, default=20, metavar="N", help="as for halo.py; default 20")
             add("--budget", type=positive, default=1.0, metavar="X", help="as for halo.py")
         if name == "train":
             stages = ("align", "distil", "finetune")
@@ -997,7 +1023,7 @@ def get_args(argv):
         if cuda and not vars(o).get("plain", True):
             fuse()
         if o.what == "ablate":
-            o.teacher, o.jobs = o.teacher or ("mini" if cuda else "tiny"), o.jobs or (5 if cuda else 1)
+            o.teacher, o.jobs = o.teacher or ("mini" if cuda else "tiny"), o.jobs or (5 * torch.cuda.device_count() if cuda else 1)
             if o.teacher not in halo.TEACHERS:
                 raise ValueError(f"--teacher {o.teacher}: give one of {', '.join(halo.TEACHERS)}")
         if o.what in ON_GPU:

@@ -78,8 +78,8 @@ SCORED = ("swap", "guarded", "score")   # ways to choose layers that measure eac
 class Plan:
     """What one stage costs: tokens in all, length of a sequence, batch in sequences, learning rate from lr to
     lr_end by a cosine after a warm-up, and recall: the share of sequences that hide a pass key and ask for
-    it, for recall is what selection and the final table measure; reworded: of these, the share that asks for
-    a number after other words; weight_decay: of matrices."""
+    it, for recall is what selection and the final table measure; varied: of these, the share that has other
+    things to recall instead (reworded, again); weight_decay: of matrices."""
     tokens: float
     length: int
     batch: int
@@ -87,7 +87,7 @@ class Plan:
     lr_end: float
     recall: float = 0.5
     warmup: int = 50
-    reworded: float = 0.0
+    varied: float = 0.0
     weight_decay: float = 0.0
 
     @property
@@ -117,16 +117,16 @@ PLANS = {
         group=Plan(2e6, 256, 16, 3e-3, 1e-4, 0.25)),
     "mini": dict(
         pretrain=Plan(52e6, 512, 128, 3e-3, 1e-4, 0.3, 200, 0.5, weight_decay=0.5),
-        align=Plan(2e6, 512, 32, 3e-3, 1e-4, reworded=0.5),
-        distil=Plan(10e6, 512, 32, 2e-3, 1e-4, 0.25, reworded=0.5),
-        finetune=Plan(3e6, 8192, 2, 3e-4, 3e-5, 0.8, reworded=0.5),
-        group=Plan(15e6, 512, 32, 3e-3, 1e-4, 0.25, reworded=0.5)),
+        align=Plan(2e6, 512, 32, 3e-3, 1e-4, varied=0.5),
+        distil=Plan(10e6, 512, 32, 2e-3, 1e-4, 0.25, varied=0.5),
+        finetune=Plan(3e6, 8192, 2, 3e-4, 3e-5, 0.8, varied=0.5),
+        group=Plan(15e6, 512, 32, 3e-3, 1e-4, 0.25, varied=0.5)),
     "small": dict(
         pretrain=Plan(131e6, 1024, 64, 2e-3, 1e-4, 0.3, 200, 0.5, weight_decay=1.0),
-        align=Plan(6.5e6, 1024, 32, 2e-3, 1e-4, reworded=0.5),
-        distil=Plan(40e6, 1024, 32, 1e-3, 5e-5, 0.25, reworded=0.5),
-        finetune=Plan(16e6, 16384, 2, 2e-4, 2e-5, 0.8, reworded=0.5),
-        group=Plan(60e6, 1024, 32, 2e-3, 1e-4, 0.25, reworded=0.5)),
+        align=Plan(6.5e6, 1024, 32, 2e-3, 1e-4, varied=0.5),
+        distil=Plan(40e6, 1024, 32, 1e-3, 5e-5, 0.25, varied=0.5),
+        finetune=Plan(16e6, 16384, 2, 2e-4, 2e-5, 0.8, varied=0.5),
+        group=Plan(60e6, 1024, 32, 2e-3, 1e-4, 0.25, varied=0.5)),
     "real": dict(
         align=Plan(320e6, 512, 32, 1e-3, 1e-5, 0),
         distil=Plan(1e9, 512, 96, 1e-4, 1e-5, 0),
@@ -363,8 +363,12 @@ class Corpus:
             rng = np.random.default_rng([*key, step])
             share = plan.recall * plan.batch                       # less than 1: now and then a row
             for row in rows[:int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)]:
-                ask, others = int(rng.integers(1, 4)), plan.reworded and rng.random() < plan.reworded
-                task = reworded(self.tokenizer.decode(row.tolist()), rng) if others else "S1"
+                ask, task = int(rng.integers(1, 4)), "S1"
+                if plan.varied and rng.random() < plan.varied:
+                    if rng.random() < 0.5:
+                        again(row, rng, ask)
+                        continue
+                    task = reworded(self.tokenizer.decode(row.tolist()), rng)
                 try:
                     row[:] = plant(self.tokenizer, row, rng, ask=ask, task=task)[0]
                 except ValueError:                                  # no room for so many words
@@ -429,6 +433,14 @@ def reworded(text, rng):
     lead, phrase = some(0, 5), some(2, 7) + JOINTS[rng.integers(len(JOINTS))]
     return Task(f"\n{phrase} {{value}}.\n", f"\n{lead}. {phrase}" if lead else f"\n{phrase}",
                 TASKS["S1"].signs, int(rng.integers(3, 13)), prose=False)
+
+
+def again(row, rng, times):
+    """Passages of a row of ids stand in it once more, later: at so many places, 16 to 128 ids each."""
+    for n in np.minimum(rng.integers(16, 129, times), len(row) // 4):
+        first = rng.integers(0, len(row) - 2 * n + 1)
+        second = rng.integers(first + n, len(row) - n + 1)
+        row[second:second + n] = row[first:first + n]
 
 
 def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
@@ -1404,7 +1416,7 @@ def settle(o):
     except ValueError:
         base = False
     plans_fit = all(min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0 and 0 <= p.recall <= 1
-                    and 0 <= p.reworded <= 1 and p.weight_decay >= 0
+                    and 0 <= p.varied <= 1 and p.weight_decay >= 0
                     and all(map(math.isfinite, vars(p).values())) for p in plans.values())
     scored, staged, stray = o.layers in SCORED, o.training == "staged", sorted(changes.keys() - known)
 
@@ -1413,7 +1425,7 @@ def settle(o):
             raise ValueError(message)
     refuse(stray, f"--set {' '.join(stray)}: fields are {', '.join(known)}")
     refuse(not plans_fit,
-           "--plan: tokens, length, batch, lr and warmup must be positive, recall and reworded between 0 and "
+           "--plan: tokens, length, batch, lr and warmup must be positive, recall and varied between 0 and "
            "1, weight_decay at least 0")
     refuse(not base, f"--logit-base {o.logit_base}: give fit, none or a number above 1")
     refuse(o.fade and not (o.pe == "hype" and staged), "--fade goes with --pe hype, --training staged")

@@ -1420,10 +1420,26 @@ def test_reworded():
     assert "number" in halo.reworded("1 + 1", np.random.default_rng(0)).needle
     corpus = halo.Corpus(tokenizer)
     for length, share, low, high in ((512, 0.0, 1, 1), (512, 0.5, 0.3, 0.7), (512, 1.0, 0, 0),
-                                     (96, 1.0, 0.3, 1)):                    # which has no room for most
-        plan = halo.Plan(1e6, length, 100, 1e-3, 1e-4, recall=1.0, reworded=share)
+                                     (96, 1.0, 0.05, 0.5)):                 # half reworded, with no room for most
+        plan = halo.Plan(1e6, length, 100, 1e-3, 1e-4, recall=1.0, varied=share)
         rows = corpus.rows("distil", plan)(0)
         assert low <= np.mean(["pass key" in tokenizer.decode(row) for row in rows]) <= high
+
+
+def test_again():
+    """Passages that come again: what was there before them is untouched, and each is a copy of 16 ids or more
+    of what stood earlier in the row; a short row still has room."""
+    for seed, length in itertools.product(range(20), (20, 100, 1000)):
+        text = np.arange(length)
+        row = text.copy()
+        halo.again(row, np.random.default_rng(seed), 1)
+        changed = np.flatnonzero(row != text)
+        first, n = changed[0], len(changed)
+        assert min(16, length // 4) <= n <= 128 and (changed == np.arange(first, first + n)).all()
+        assert (np.diff(row[changed]) == 1).all() and row[first] + n <= first
+    row = np.arange(1000)
+    halo.again(row, np.random.default_rng(0), 3)
+    assert len(set(row)) < 1000 - 3 * 16
 
 
 @pytest.mark.parametrize("task", halo.TASKS)
@@ -2489,12 +2505,15 @@ def test_bench_ablate(results, monkeypatch, capsys):
         scratch = dict(layers="LA", seconds=60, val_loss=1.5, passkey=recall)
         with open(os.path.join(o.out, "report.json"), "w") as f:
             json.dump(scratch if o.pretrain else whole, f)
+        with open(os.path.join(o.out, "run.json"), "w") as f:
+            json.dump(dict(done={} if o.pretrain else dict(scores=[[dict(R=-1.0)], -1.0])), f)
         return types.SimpleNamespace(returncode=0)
     monkeypatch.setattr(bench.subprocess, "run", run)
     bench.main("ablate --device cpu --seeds 2 --budget 0.5".split())
     rows = {(r["change"], r["seed"]): r for r in bench_rows(results, "ablate")}
     assert rows.keys() == {(name, 0) for name in bench.ABLATIONS if name != "KL reversed"} | {
-        ("paper", 1), ("article", 1)}
+        (name, 1) for name in bench.SEEDED}
+    assert rows["paper", 0]["scores"][0] == [dict(R=-1.0)] and not rows["from scratch, all tokens", 0]["scores"]
     assert rows["paper", 1]["gap"] == pytest.approx(0.1) and rows["paper", 0]["at_16x"] == 0.5
     assert rows["from scratch, all tokens", 0]["gap"] == pytest.approx(0.5)
     assert "KL reversed, seed 0: failed: halo.py: no luck" in capsys.readouterr().out
@@ -2679,7 +2698,7 @@ def test_readme_kernel_times_are_those_of_results():
 
 def test_readme_ablations_are_those_of_results():
     """The README's table of single changes is the file's, flags and all, and they are those of bench.py."""
-    rows = json.loads((HERE / "results" / "ablate.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((HERE / "results" / "ablate-tiny.json").read_text(encoding="utf-8"))["rows"]
     assert len(rows) >= 6 and all(r["flags"] == bench.ABLATIONS[r["change"]] for r in rows)
     for r in rows:
         name = "none" if r["change"] == "paper" else f"{r['change']} (`{r['flags']}`)"
