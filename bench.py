@@ -872,6 +872,10 @@ ABLATIONS = {                                            # options of halo.py: c
     "window 2,048": "--window 2048",
     "chunk HyPE": "--pe chunk",
     "random linear layers": "--transfer off",
+    "learning rates 3 times": "--plan align.lr={lr[0]:.0e} distil.lr={lr[1]:.0e} finetune.lr={lr[2]:.0e}",
+    "learning rates a third": "--plan align.lr={low[0]:.0e} distil.lr={low[1]:.0e} finetune.lr={low[2]:.0e}",
+    "stage 2 in batches 4 times": "--plan distil.batch={batch[0]}",
+    "stage 2 in batches a quarter": "--plan distil.batch={batch[1]}",
     "0 attention layers": "--layers LLLLLLLL",
     "1 attention layer": "--keep 1",
     "4 attention layers": "--keep 4",
@@ -904,7 +908,9 @@ def bench_ablate(o):
     tokens = plans["pretrain"].total + o.budget * sum(plans[stage].total for stage in stages)
     L = len(config.layers)
     known = dict(kv=config.n_kv_head, layers=halo.choose_layers("even", L), tokens=tokens,
-                 draws=draws(L, max(1, L // 4)))
+                 draws=draws(L, max(1, L // 4)), lr=[3 * plans[stage].lr for stage in stages],
+                 low=[plans[stage].lr / 3 for stage in stages],
+                 batch=(4 * plans["distil"].batch, plans["distil"].batch // 4))
     o.name = o.name or "ablate"
     table = Table(o, torch.device(o.device), 4, "teacher:<12 budget:<7 change:<36 seed:5 layers:10 gap:9.4f "
                   "at_1x:8.0% at_16x:8.0% at_64x:8.0% minutes:9.1f", f"""teacher {o.teacher}, {T:,} tokens

@@ -116,17 +116,17 @@ PLANS = {
         finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
         group=Plan(2e6, 256, 16, 3e-3, 1e-4, 0.25)),
     "mini": dict(
-        pretrain=Plan(52e6, 512, 128, 3e-3, 1e-4, 0.3, 200, 0.5, weight_decay=0.5),
-        align=Plan(2e6, 512, 32, 3e-3, 1e-4, varied=0.5),
-        distil=Plan(10e6, 512, 32, 2e-3, 1e-4, 0.25, varied=0.5),
-        finetune=Plan(3e6, 8192, 2, 3e-4, 3e-5, 0.8, varied=0.5),
-        group=Plan(15e6, 512, 32, 3e-3, 1e-4, 0.25, varied=0.5)),
+        pretrain=Plan(118e6, 512, 128, 3e-3, 1e-4, 0.5, 200, 0.7, weight_decay=0.5),
+        align=Plan(2e6, 512, 32, 3e-3, 1e-4, varied=0.7),
+        distil=Plan(10e6, 512, 32, 2e-3, 1e-4, 0.4, varied=0.7),
+        finetune=Plan(3e6, 16384, 1, 3e-4, 3e-5, 0.8, varied=0.6),
+        group=Plan(15e6, 512, 32, 3e-3, 1e-4, 0.4, varied=0.7)),
     "small": dict(
-        pretrain=Plan(131e6, 1024, 64, 2e-3, 1e-4, 0.3, 200, 0.5, weight_decay=1.0),
-        align=Plan(6.5e6, 1024, 32, 2e-3, 1e-4, varied=0.5),
-        distil=Plan(40e6, 1024, 32, 1e-3, 5e-5, 0.25, varied=0.5),
-        finetune=Plan(16e6, 16384, 2, 2e-4, 2e-5, 0.8, varied=0.5),
-        group=Plan(60e6, 1024, 32, 2e-3, 1e-4, 0.25, varied=0.5)),
+        pretrain=Plan(157e6, 1024, 64, 2e-3, 1e-4, 0.5, 200, 0.7, weight_decay=1.0),
+        align=Plan(6.5e6, 1024, 32, 2e-3, 1e-4, varied=0.7),
+        distil=Plan(40e6, 1024, 32, 1e-3, 5e-5, 0.4, varied=0.7),
+        finetune=Plan(16e6, 32768, 1, 2e-4, 2e-5, 0.8, varied=0.6),
+        group=Plan(60e6, 1024, 32, 2e-3, 1e-4, 0.4, varied=0.7)),
     "real": dict(
         align=Plan(320e6, 512, 32, 1e-3, 1e-5, 0),
         distil=Plan(1e9, 512, 96, 1e-4, 1e-5, 0),
@@ -369,6 +369,7 @@ class Corpus:
                         again(row, rng, ask)
                         continue
                     task = reworded(self.tokenizer.decode(row.tolist()), rng)
+                    ask = 2 * task.needles
                 try:
                     row[:] = plant(self.tokenizer, row, rng, ask=ask, task=task)[0]
                 except ValueError:                                  # no room for so many words
@@ -398,6 +399,10 @@ class Corpus:
         return np.stack([self.held_out[s:s + length] for s in starts]).astype(np.int64)
 
 
+NAMES = ("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble nettle opal "
+         "pepper quartz raven saffron thistle").split()
+
+
 class Task(NamedTuple):
     """Something to find in a text, in the spirit of RULER (arXiv 2404.06654)."""
     needle: str
@@ -405,6 +410,7 @@ class Task(NamedTuple):
     signs: str                       # what a value is drawn from
     size: int = 5                    # and how many of them it has
     needles: int = 1                 # of so many, under different names, the first is asked for
+    names: tuple = tuple(NAMES)
     prose: bool = True               # in natural text; else in text like that of training
 
 
@@ -418,28 +424,31 @@ TASKS = {                                                           # training h
     "multi-key": Task(*NUMBER, "0123456789", needles=4),
 }
 JOINTS = ("", " is", " was", " has", " =", ":", " equals", " of")    # of S1 in other words, for training
-NAMES = ("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble nettle opal "
-         "pepper quartz raven saffron thistle").split()
 
 
 def reworded(text, rng):
-    """S1 in other words: some words of a text, in any order, are followed by a number of 3 to 12 digits;
-    asked for is what follows when they come again. Who has seen the pass key alone can find a pass key; who
-    has seen these, what followed the same words before."""
+    """S1 in other words: up to 4 numbers of 3 to 12 digits, each after some of a few words of a text, in any
+    order; asked for is what follows when the same words come again. Who has seen the pass key alone can find
+    a pass key; who has seen these, what followed the same words before."""
     words = re.findall("[A-Za-z]{2,12}", text) or ["number"]
+    words = [words[i] for i in rng.integers(0, len(words), rng.integers(4, 13))]
 
     def some(low, high):
         return " ".join(words[i] for i in rng.integers(0, len(words), rng.integers(low, high)))
-    lead, phrase = some(0, 5), some(2, 7) + JOINTS[rng.integers(len(JOINTS))]
-    return Task(f"\n{phrase} {{value}}.\n", f"\n{lead}. {phrase}" if lead else f"\n{phrase}",
-                TASKS["S1"].signs, int(rng.integers(3, 13)), prose=False)
+    names = {some(2, 7): True for _ in range(rng.integers(1, 5))}
+    lead, joint = some(0, 5), JOINTS[rng.integers(len(JOINTS))]
+    return Task("\n{name}" + joint + " {value}.\n", f"\n{lead}. " * bool(lead) + "{name}" + joint,
+                TASKS["S1"].signs, int(rng.integers(3, 13)), len(names), tuple(names), prose=False)
 
 
 def again(row, rng, times):
-    """Passages of a row of ids stand in it once more, later: at so many places, 16 to 128 ids each."""
-    for n in np.minimum(rng.integers(16, 129, times), len(row) // 4):
+    """Passages of a row of ids, of 16 to 128 each, stand in it once more, later; every other one with its
+    ids in a random order, both times, so that nothing but the first can tell what the second will be."""
+    for i, n in enumerate(np.minimum(rng.integers(16, 129, times), len(row) // 4)):
         first = rng.integers(0, len(row) - 2 * n + 1)
         second = rng.integers(first + n, len(row) - n + 1)
+        if i % 2:
+            row[first:first + n] = rng.permutation(row[first:first + n])
         row[second:second + n] = row[first:first + n]
 
 
@@ -447,15 +456,16 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     """Hide what a task (its name, or itself) asks for in text (n,), and ask: ids (n,), and how many ids at
     the end of a question are its answer. depth None: needle and questions at random places (training); else
     the needle at that share of the text and the question at its very end (testing). Other needles stand at
-    random places."""
+    random places. The first question is for the first needle, the next ones for the others in turn."""
     t = TASKS[task] if isinstance(task, str) else task
-    names = rng.permutation(NAMES)[:t.needles] if t.needles > 1 or "{name}" in t.needle else [""]
+    names = rng.permutation(t.names)[:t.needles] if "{name}" in t.needle else [""]
     values = ["".join(t.signs[i] for i in rng.integers(0, len(t.signs), t.size)) for _ in names]
     needle, *others = [tokenizer.encode_array(t.needle.format(name=n, value=v))
                        for n, v in zip(names, values)]
-    answer = tokenizer.encode_array(f" {values[0]}")
-    question = tokenizer.encode_array(t.question.format(name=names[0]))
-    pieces = [needle, *others] + [np.concatenate((question, answer))] * ask
+    answers = [tokenizer.encode_array(f" {v}") for v in values]
+    questions = [tokenizer.encode_array(t.question.format(name=n)) for n in names]
+    asked = [np.concatenate(pair) for pair in zip(questions, answers)]
+    pieces = [needle, *others, *(asked[i % len(asked)] for i in range(ask))]
     while sum(map(len, pieces)) > len(text) and len(pieces) > 2 + len(others):
         pieces.pop()                                                # a question
     room = len(text) - sum(map(len, pieces))
@@ -468,7 +478,7 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     for cut, piece in sorted(zip(cuts, pieces), key=lambda pair: pair[0]):
         parts += [text[at:cut], piece]
         at = cut
-    return np.concatenate([*parts, text[at:room]]), len(answer)
+    return np.concatenate([*parts, text[at:room]]), len(answers[0])
 
 
 # ---- transfer: a student out of a teacher's weights --------------------------------------------------------

@@ -377,8 +377,13 @@ if triton:
 
     @triton.jit
     def fine_dot(a, b, DTYPE: tl.constexpr):
-        """Product of float32 numbers that bf16 would round once more: in TF32 where all else is bf16."""
-        return tl.dot(a, b, input_precision="ieee" if DTYPE == tl.float32 else "tf32")
+        """Product of float32 numbers that DTYPE would round once more: each is two of them, a large and a
+        small one, and of the four products that of the small ones is too small to count."""
+        if DTYPE == tl.float32:
+            return tl.dot(a, b, input_precision="ieee")
+        a_large, b_large = a.to(DTYPE), b.to(DTYPE)
+        a_small, b_small = (a - a_large.to(tl.float32)).to(DTYPE), (b - b_large.to(tl.float32)).to(DTYPE)
+        return tl.dot(a_large, b_large) + (tl.dot(a_large, b_small) + tl.dot(a_small, b_large))
 
     @triton.jit
     def exp(x):
