@@ -850,8 +850,15 @@ def draw_niah(facts, rows, path):
 
 ABLATIONS = {                                            # options of halo.py: changes of a recipe
     "paper": "", "article": "--recipe article",
+    "from scratch, all tokens": "--pretrain --layers {layers} --plan pretrain.tokens={tokens}",
     "no RoPE in linear layers": "--set linear_rope=false",
     "RoPE kept in attention": "--pe rope",
+    "layers evenly spaced": "--layers even",
+    "layers by eq. 8": "--layers score",
+    "random linear layers": "--transfer off",
+    "1 attention layer": "--keep 1",
+    "4 attention layers": "--keep 4",
+    "0 attention layers": "--layers LLLLLLLL",
     "no QK-norm in linear layers": "--set linear_qk_norm=false",
     "no output gates": "--set attn_gate=false linear_gate=false",
     "KV heads not cloned": "--set linear_kv_head={kv}",
@@ -859,42 +866,32 @@ ABLATIONS = {                                            # options of halo.py: c
     "decay by data, a channel": "--decay channel",
     "no decay": "--decay none",
     "halved keys": "--state half",
-    "layers evenly spaced": "--layers even",
     "first and last quarter (4 layers)": "--layers ends",
     "first half (4 layers)": "--layers AAAALLLL",
-    "layers by eq. 8": "--layers score",
-    "layers by eq. 8, guarded": "--layers guarded",
-    **{f"layers at random, draw {i}": f"--layers {{draws[{i}]}}" for i in range(1, 6)},
     "alpha 0.5": "--alpha 0.5",
     "KL reversed": "--kl reverse",
     "progressive (with --pe rope, even)": "--training progressive --pe rope --layers even",
     "no s_t": "--logit-base none",
     "window 2,048": "--window 2048",
     "chunk HyPE": "--pe chunk",
-    "random linear layers": "--transfer off",
-    "learning rates 3 times": "--plan align.lr={lr[0]:.0e} distil.lr={lr[1]:.0e} finetune.lr={lr[2]:.0e}",
-    "learning rates a third": "--plan align.lr={low[0]:.0e} distil.lr={low[1]:.0e} finetune.lr={low[2]:.0e}",
-    "stage 2 in batches 4 times": "--plan distil.batch={batch[0]}",
-    "stage 2 in batches a quarter": "--plan distil.batch={batch[1]}",
-    "0 attention layers": "--layers LLLLLLLL",
-    "1 attention layer": "--keep 1",
-    "4 attention layers": "--keep 4",
-    "from scratch, all tokens": "--pretrain --layers {layers} --plan pretrain.tokens={tokens}",
     "article, s_t": "--recipe article --logit-base fit",
     "article, retention 0.50": "--recipe article --retention 0.50",
     "article, retention 0.62": "--recipe article --retention 0.62",
     "article, retention 0.95": "--recipe article --retention 0.95",
+    **{f"layers at random, draw {i + 1}": f"--layers {{draws[{i}]}}" for i in range(5)},
+    "learning rates 3 times": "--plan align.lr={lr[0]:.0e} distil.lr={lr[1]:.0e} finetune.lr={lr[2]:.0e}",
+    "learning rates a third": "--plan align.lr={low[0]:.0e} distil.lr={low[1]:.0e} finetune.lr={low[2]:.0e}",
+    "stage 2 in batches 4 times": "--plan distil.batch={batch[0]}",
+    "stage 2 in batches a quarter": "--plan distil.batch={batch[1]}",
+    "layers by eq. 8, guarded": "--layers guarded",
 }
 SEEDED = {*halo.RECIPES, "layers by eq. 8", "layers by eq. 8, guarded"}    # with several seeds
 
 
 def draws(n_layer, keep):
-    """Layers that stay attention, at random: strings, ever new."""
-    rng, found = np.random.default_rng(0), {}
-    while len(found) < math.comb(n_layer, keep):
-        stay = rng.choice(n_layer, keep, replace=False)
-        found["".join("LA"[i in stay] for i in range(n_layer))] = True
-    return list(found)
+    """Every choice of `keep` layers that stay attention, in a random order: strings."""
+    rng, found = np.random.default_rng(0), list(itertools.combinations(range(n_layer), keep))
+    return ["".join("LA"[i in found[n]] for i in range(n_layer)) for n in rng.permutation(len(found))]
 
 
 def bench_ablate(o):
@@ -920,6 +917,7 @@ Minutes: of one run, {o.jobs} at once.""")
     done = {(r["change"], r["seed"]) for r in table.rows if r.items() >= same.items()}
     todo = [(name, seed) for seed in range(o.seeds) for name in o.only or ABLATIONS
             if (seed == 0 or name in SEEDED) and (name, seed) not in done]
+    todo.sort(key=lambda run: run[0] not in halo.RECIPES)        # the yardstick first
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = queue.Queue()                                 # each job takes one, a GPU serves several
     for i in range(o.jobs):

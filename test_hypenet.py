@@ -2484,11 +2484,12 @@ def test_bench_niah(results, home, runs, monkeypatch, capsys):
 def test_last_loss_is_that_of_one_pass():
     """The loss of a text's end, all before it read in segments, is that of one pass."""
     model, text = tiny(dtype=torch.float32).to(DEVICE), some_ids(2, 40).cpu().numpy()
-    logits = model(torch.from_numpy(text).to(DEVICE))[0][:, :-1].float()
+    with halo.bf16():
+        logits = model(torch.from_numpy(text).to(DEVICE))[0][:, :-1].float()
     for n in (10, 38):
         refs = torch.nn.functional.cross_entropy(logits[:, -n:].mT, torch.from_numpy(text[:, -n:]).to(DEVICE),
                                                  reduction="none").mean(1)
-        assert bench.last_loss(model, text, n) == pytest.approx(refs.tolist(), rel=1e-4)
+        assert bench.last_loss(model, text, n) == pytest.approx(refs.tolist(), rel=5e-3 if GPU else 1e-4)
 
 
 def test_bench_ablate(results, monkeypatch, capsys):
