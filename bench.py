@@ -814,19 +814,19 @@ def draw_niah(facts, rows, path):
         return
     models, tasks, trained = list(COLORS)[:5], list(COLORS)[5:], facts["trained"]
     panels = {"Pass key found (S1)": [(model, "S1", model) for model in models],
-              "The student's other tasks, never trained on": [("student", task, task) for task in tasks],
+              "The student's other tasks, in words it never saw": [("student", task, task) for task in tasks],
               "Held-out loss, nats a token": [(model, "loss", model) for model in models]}
     if not any(r["value"] for r in rows if r["task"] in tasks and r["model"] == "student"):
-        del panels["The student's other tasks, never trained on"]
+        del panels["The student's other tasks, in words it never saw"]
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.9), dpi=150)
     for ax, (title, lines) in zip(axes, panels.items()):
         ax.axvline(trained, color="0.75", lw=0.8)
-        for model, task, label in lines:
+        for z, (model, task, label) in enumerate(reversed(lines), 3):       # the student on top
             mine = sorted((r["context"], r["value"], r["low"], r["high"]) for r in rows
                           if (r["model"], r["task"]) == (model, task))
             if mine:
                 x, y, low, high = zip(*mine)
-                ax.plot(x, y, color=COLORS[label], lw=1.6, marker="o", ms=3, label=label)
+                ax.plot(x, y, color=COLORS[label], lw=1.6, marker="o", ms=3, label=label, zorder=z)
                 ax.fill_between(x, low, high, color=COLORS[label], alpha=0.12, lw=0)
         ax.set_xscale("log", base=2)
         ticks = sorted({r["context"] for r in rows if r["task"] != "loss"})
@@ -838,7 +838,7 @@ def draw_niah(facts, rows, path):
         ax.tick_params(labelsize=8)
         ax.set_title(title, loc="left", fontsize=10)
         ax.set_xlabel("tokens of context", fontsize=9)
-        ax.legend(fontsize=7, frameon=False, loc="best")
+        ax.legend(*(x[::-1] for x in ax.get_legend_handles_labels()), fontsize=7, frameon=False)
     axes[0].annotate("trained", (trained, 0), (2, 0), fontsize=7, color="0.5", textcoords="offset points")
     fig.tight_layout()
     write_file(path, partial(fig.savefig, format="png"))
