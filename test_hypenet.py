@@ -2700,14 +2700,22 @@ def test_readme_kernel_times_are_those_of_results():
 
 
 def test_readme_ablations_are_those_of_results():
-    """The README's table of single changes is the file's, flags and all, and they are those of bench.py."""
-    rows = json.loads((HERE / "results" / "ablate-tiny.json").read_text(encoding="utf-8"))["rows"]
-    assert len(rows) >= 6 and all(r["flags"] == bench.ABLATIONS[r["change"]] for r in rows)
-    for r in rows:
-        name = "none" if r["change"] == "paper" else f"{r['change']} (`{r['flags']}`)"
-        hits = " / ".join(f"{r[f'at_{n}x']:.0%}" for n in (1, 16, 64))
-        assert re.search(f"\\| {re.escape(name)}(, seed {r['seed']})? \\| {r['layers']} \\| {r['gap']:.4f} "
-                         f"\\| {hits} \\|", README), r
+    """The README's table of single changes is what both files hold, flags and all, and bench.py makes it."""
+    rows = {scale: json.loads((HERE / "results" / f"ablate{end}.json").read_text(encoding="utf-8"))["rows"]
+            for scale, end in (("mini", ""), ("tiny", "-tiny"))}
+    titles = {"paper": "**none: the paper's recipe**", "article": "**the article's recipe**"}
+    changes = {r["change"] for scale in rows for r in rows[scale]}
+    for change in changes:
+        cells, flags = [], bench.ABLATIONS[change]
+        for scale in rows:
+            mine = sorted((r for r in rows[scale] if r["change"] == change), key=lambda r: r["seed"])
+            assert all(r["flags"] == flags and r["teacher"] == scale for r in mine)
+            hits = dict.fromkeys(" / ".join(f"{r[f'at_{n}x']:.0%}" for n in (1, 16, 64)) for r in mine)
+            cells += [", ".join(f"{r['gap']:.4f}" for r in mine), ", ".join(hits)]
+        title = titles.get(change, change if "{" in flags else f"{change} (`{flags}`)")
+        assert re.search(rf"^\| {re.escape(title)} \| *" + r" *\| *".join(map(re.escape, cells)) + r" *\|$",
+                         README, re.M), title
+    assert len(changes) >= 20
 
 
 def test_readme_small_and_gpt2_results():
@@ -2719,9 +2727,12 @@ def test_readme_small_and_gpt2_results():
     for model, name in names.items():
         hits = [f"{r['value']:.0%}" for r in rows if (r["model"], r["task"]) == (model, "S1")]
         assert len(hits) >= 5 and "| ".join([f"| {name} ", *(f"{hit} " for hit in hits)]) in README, hits
-    r = json.loads((HERE / "results" / "small-paper.json").read_text(encoding="utf-8"))
     text = " ".join(README.split())
-    assert "{student:.3f} against the teacher's {teacher:.3f}".format(**r["val_loss"]) in text
+    for name, start in (("small", "student's held-out loss is"), ("small-gpt2", "of GPT-2's kind")):
+        log = (HERE / "results" / f"{name}-paper.log").read_text(encoding="utf-8")
+        teacher, student = re.search(r"held-out loss, nats a token +(\S+) +(\S+)", log).groups()
+        whose = "the teacher's " * (name == "small")
+        assert f"{start} {student} against {whose}{teacher}" in text
     runs = json.loads((HERE / "results" / "tiny-gpt2.json").read_text(encoding="utf-8"))
     for how, first in (("at once loss", 0), ("faded", 2)):
         one, two = (r["passkey"]["student"] for r in runs[first:first + 2])
