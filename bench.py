@@ -814,10 +814,10 @@ def draw_niah(facts, rows, path):
         return
     models, tasks, trained = list(COLORS)[:5], list(COLORS)[5:], facts["trained"]
     panels = {"Pass key found (S1)": [(model, "S1", model) for model in models],
-              "The student's other tasks, in words it never saw": [("student", task, task) for task in tasks],
+              "The student's other tasks, in other wordings": [("student", task, task) for task in tasks],
               "Held-out loss, nats a token": [(model, "loss", model) for model in models]}
     if not any(r["value"] for r in rows if r["task"] in tasks and r["model"] == "student"):
-        del panels["The student's other tasks, in words it never saw"]
+        del panels["The student's other tasks, in other wordings"]
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.9), dpi=150)
     for ax, (title, lines) in zip(axes, panels.items()):
         ax.axvline(trained, color="0.75", lw=0.8)
@@ -879,13 +879,15 @@ ABLATIONS = {                                            # options of halo.py: c
     "article, retention 0.62": "--recipe article --retention 0.62",
     "article, retention 0.95": "--recipe article --retention 0.95",
     **{f"layers at random, draw {i + 1}": f"--layers {{draws[{i}]}}" for i in range(5)},
-    "learning rates 3 times": "--plan align.lr={lr[0]:.0e} distil.lr={lr[1]:.0e} finetune.lr={lr[2]:.0e}",
-    "learning rates a third": "--plan align.lr={low[0]:.0e} distil.lr={low[1]:.0e} finetune.lr={low[2]:.0e}",
+    "peak learning rates 3 times": "--plan align.lr={lr[0]:.3g} distil.lr={lr[1]:.3g} "
+                                   "finetune.lr={lr[2]:.3g}",
+    "peak learning rates a third": "--plan align.lr={lr[3]:.3g} distil.lr={lr[4]:.3g} "
+                                   "finetune.lr={lr[5]:.3g}",
     "stage 2 in batches 4 times": "--plan distil.batch={batch[0]}",
     "stage 2 in batches a quarter": "--plan distil.batch={batch[1]}",
     "layers by eq. 8, guarded": "--layers guarded",
 }
-SEEDED = {*halo.RECIPES, "layers by eq. 8", "layers by eq. 8, guarded"}    # with several seeds
+SEEDED = [*halo.RECIPES, "layers by eq. 8", "layers by eq. 8, guarded"]    # with --seeds seeds, else one
 
 
 def draws(n_layer, keep):
@@ -905,23 +907,25 @@ def bench_ablate(o):
     tokens = plans["pretrain"].total + o.budget * sum(plans[stage].total for stage in stages)
     L = len(config.layers)
     known = dict(kv=config.n_kv_head, layers=halo.choose_layers("even", L), tokens=tokens,
-                 draws=draws(L, max(1, L // 4)), lr=[3 * plans[stage].lr for stage in stages],
-                 low=[plans[stage].lr / 3 for stage in stages],
+                 draws=draws(L, max(1, L // 4)),
+                 lr=[x * plans[stage].lr for x in (3, 1 / 3) for stage in stages],
                  batch=(4 * plans["distil"].batch, plans["distil"].batch // 4))
     o.name = o.name or "ablate"
     table = Table(o, torch.device(o.device), 4, "teacher:<12 budget:<7 change:<36 seed:5 layers:10 gap:9.4f "
                   "at_1x:8.0% at_16x:8.0% at_64x:8.0% minutes:9.1f", f"""teacher {o.teacher}, {T:,} tokens
 Gap: held-out loss of student less teacher, nats a token; pass keys found at 1, 16, 64 times that length.
 Minutes: of one run, {o.jobs} at once.""")
-    same = dict(teacher=o.teacher, budget=o.budget)
+    same = dict(teacher=o.teacher, budget=o.budget, trials=o.trials)
     done = {(r["change"], r["seed"]) for r in table.rows if r.items() >= same.items()}
     todo = [(name, seed) for seed in range(o.seeds) for name in o.only or ABLATIONS
             if (seed == 0 or name in SEEDED) and (name, seed) not in done]
     todo.sort(key=lambda run: run[0] not in halo.RECIPES)        # the yardstick first
+    kind, _, index = o.device.partition(":")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    visible = visible.split(",")[int(index or 0):][:1 if index else max(1, torch.cuda.device_count())]
     gpus = queue.Queue()                                 # each job takes one, a GPU serves several
     for i in range(o.jobs):
-        gpus.put(visible.split(",")[i % (visible.count(",") + 1)])
+        gpus.put(visible[i % len(visible)])
 
     report = os.path.join(path, "report.json")           # of a teacher that was made here
     known_loss = read_json(path, "report.json", "report")["val_loss"] if os.path.exists(report) else None
@@ -929,18 +933,20 @@ Minutes: of one run, {o.jobs} at once.""")
     def one(name, seed):
         with tempfile.TemporaryDirectory() as folder:
             flags = ABLATIONS[name].format(**known).split()
-            flags += ["--teacher", o.teacher, "--out", folder, "--seed", str(seed), "--device", o.device,
+            flags += ["--teacher", o.teacher, "--out", folder, "--seed", str(seed), "--device", kind,
                       "--trials", str(o.trials),
                       *(["--budget", str(o.budget)] if "--pretrain" not in flags else [])]
             gpu = gpus.get()
-            run = subprocess.run([sys.executable, os.path.join(halo.HERE, "halo.py"), *flags],
-                                 env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
-                                 capture_output=True, text=True, check=False)
-            gpus.put(gpu)
+            try:
+                run = subprocess.run([sys.executable, os.path.join(halo.HERE, "halo.py"), *flags],
+                                     env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+                                     capture_output=True, text=True, check=False)
+            finally:
+                gpus.put(gpu)
             if run.returncode:
-                return run.stderr.strip().splitlines()[-1:]
-            done = read_json(folder, "run.json", "run")["done"]
-            return dict(read_json(folder, "report.json", "report"), scores=done.get("scores"))
+                return run.stderr.strip().splitlines()[-1:] or [f"exit status {run.returncode}"]
+            scores = read_json(folder, "run.json", "run")["done"].get("scores")
+            return dict(read_json(folder, "report.json", "report"), scores=scores)
     with ThreadPoolExecutor(o.jobs) as pool, contextlib.ExitStack() as stop:
         stop.callback(pool.shutdown, wait=False, cancel_futures=True)              # Ctrl-C starts no other
         runs = {pool.submit(one, name, seed): (name, seed) for name, seed in todo}
@@ -956,7 +962,7 @@ Minutes: of one run, {o.jobs} at once.""")
                                 if x["teacher_loss"] and x.items() >= same.items()), None)
             table.add(**same, change=name, seed=seed, layers=r["layers"], gap=base and loss - base,
                       **{f"at_{n}x": hits.get(str(n * T)) for n in (1, 16, 64)}, minutes=r["seconds"] / 60,
-                      flags=ABLATIONS[name], teacher_loss=base, trials=o.trials, scores=r["scores"],
+                      flags=ABLATIONS[name], teacher_loss=base, scores=r["scores"],
                       logit_base=r.get("logit_base"))
     return table
 
@@ -1009,7 +1015,8 @@ def get_args(argv):
             add("--teacher", help=f"of {', '.join(halo.TEACHERS)}; default: mini, on a CPU tiny")
             add("--only", nargs="+", choices=ABLATIONS, metavar="CHANGE",
                 help="of " + ", ".join(map(repr, ABLATIONS)))
-            add("--seeds", type=tokens, default=3, metavar="N", help="of the two recipes; default 3")
+            add("--seeds", type=tokens, default=3, metavar="N",
+                help=f"of {', '.join(SEEDED)}; of all else one; default 3")
             add("--jobs", type=tokens, help="runs at once; default 5 a GPU, on a CPU 1")
             add("--trials", type=tokens, default=20, metavar="N", help="as for halo.py; default 20")
             add("--budget", type=positive, default=1.0, metavar="X", help="as for halo.py")
@@ -1027,7 +1034,8 @@ def get_args(argv):
         if cuda and not vars(o).get("plain", True):
             fuse()
         if o.what == "ablate":
-            o.teacher, o.jobs = o.teacher or ("mini" if cuda else "tiny"), o.jobs or (5 * torch.cuda.device_count() if cuda else 1)
+            gpus = 1 if ":" in o.device else torch.cuda.device_count()
+            o.teacher, o.jobs = o.teacher or ("mini" if cuda else "tiny"), o.jobs or (5 * gpus if cuda else 1)
             if o.teacher not in halo.TEACHERS:
                 raise ValueError(f"--teacher {o.teacher}: give one of {', '.join(halo.TEACHERS)}")
         if o.what in ON_GPU:

@@ -79,7 +79,7 @@ class Plan:
     """What one stage costs: tokens in all, length of a sequence, batch in sequences, learning rate from lr to
     lr_end by a cosine after a warm-up, and recall: the share of sequences that hide a pass key and ask for
     it, for recall is what selection and the final table measure; varied: of these, the share that has other
-    things to recall instead (reworded, again); weight_decay: of matrices."""
+    things to recall instead, half of them reworded, half again; weight_decay: of matrices."""
     tokens: float
     length: int
     batch: int
@@ -107,7 +107,7 @@ class Plan:
 
 # Of teachers from the hub the paper's (its Table 5), and for groups the article's 2.3B tokens, 2M a step. Of
 # the tiny one what a laptop can do, of the mini one (for ablations) a GPU in a minute, of the small one in
-# five, on half the tokens of its teacher at most; with pass keys, which text alone teaches too slowly.
+# three, on half the tokens of its teacher at most; with pass keys, which text alone teaches too slowly.
 PLANS = {
     "tiny": dict(
         pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
@@ -343,8 +343,9 @@ class Corpus:
 
     def rows(self, stage, plan):
         """The training sequences of a stage, a function: step -> (batch, length + 1) int64, a share
-        plan.recall of them with a pass key to be found. The stage takes cells of each source in turn and cuts
-        them into rows, shuffled in blocks of 2^24 tokens; the last id of one row is the first of the next."""
+        plan.recall of them with something to recall (see Plan). The stage takes cells of each source in turn
+        and cuts them into rows, shuffled in blocks of 2^24 tokens; the last id of one row is the first of the
+        next."""
         total, taken, size = plan.steps * plan.batch, self.taken, max(plan.batch, 2 ** 24 // plan.length)
         key, in_cell = [self.seed, zlib.crc32(stage.encode())], self.cell // plan.length
 
@@ -363,17 +364,19 @@ class Corpus:
             rng = np.random.default_rng([*key, step])
             share = plan.recall * plan.batch                       # less than 1: now and then a row
             for row in rows[:int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)]:
-                ask, task = int(rng.integers(1, 4)), "S1"
+                ask, t = int(rng.integers(1, 4)), self.tokenizer
                 if plan.varied and rng.random() < plan.varied:
                     if rng.random() < 0.5:
                         again(row, rng, ask)
                         continue
-                    task = reworded(self.tokenizer.decode(row.tolist()), rng)
-                    ask = 2 * task.needles
-                try:
-                    row[:] = plant(self.tokenizer, row, rng, ask=ask, task=task)[0]
-                except ValueError:                                  # no room for so many words
-                    row[:] = plant(self.tokenizer, row, rng, ask=ask)[0]
+                    text = row[~np.isin(row, [i for i in (t.end, t.bos) if i is not None])]
+                    task = reworded(t.decode(text.tolist()), rng)
+                    try:
+                        row[:] = plant(t, row, rng, ask=2 * task.needles, task=task)[0]
+                        continue
+                    except ValueError:                              # no room for so many words
+                        pass
+                row[:] = plant(t, row, rng, ask=ask)[0]
             return rows
         return batch
 
@@ -399,8 +402,8 @@ class Corpus:
         return np.stack([self.held_out[s:s + length] for s in starts]).astype(np.int64)
 
 
-NAMES = ("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble nettle opal "
-         "pepper quartz raven saffron thistle").split()
+NAMES = tuple("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble nettle "
+              "opal pepper quartz raven saffron thistle".split())
 
 
 class Task(NamedTuple):
@@ -409,8 +412,8 @@ class Task(NamedTuple):
     question: str
     signs: str                       # what a value is drawn from
     size: int = 5                    # and how many of them it has
-    needles: int = 1                 # of so many, under different names, the first is asked for
-    names: tuple = tuple(NAMES)
+    needles: int = 1                 # of so many, under different names; a test asks for the first
+    names: tuple = NAMES
     prose: bool = True               # in natural text; else in text like that of training
 
 
@@ -429,25 +432,29 @@ JOINTS = ("", " is", " was", " has", " =", ":", " equals", " of")    # of S1 in 
 def reworded(text, rng):
     """S1 in other words: up to 4 numbers of 3 to 12 digits, each after some of a few words of a text, in any
     order; asked for is what follows when the same words come again. Who has seen the pass key alone can find
-    a pass key; who has seen these, what followed the same words before."""
-    words = re.findall("[A-Za-z]{2,12}", text) or ["number"]
+    a pass key; who has seen these, what followed the same words before. Most of a short row is then these."""
+    words = re.findall(r"[^\W\d_]{2,12}", text) or ["number"]
     words = [words[i] for i in rng.integers(0, len(words), rng.integers(4, 13))]
 
     def some(low, high):
         return " ".join(words[i] for i in rng.integers(0, len(words), rng.integers(low, high)))
-    names = {some(2, 7): True for _ in range(rng.integers(1, 5))}
+    names = dict.fromkeys(some(2, 7) for _ in range(rng.integers(1, 5)))
     lead, joint = some(0, 5), JOINTS[rng.integers(len(JOINTS))]
     return Task("\n{name}" + joint + " {value}.\n", f"\n{lead}. " * bool(lead) + "{name}" + joint,
                 TASKS["S1"].signs, int(rng.integers(3, 13)), len(names), tuple(names), prose=False)
 
 
 def again(row, rng, times):
-    """Passages of a row of ids, of 16 to 128 each, stand in it once more, later; every other one with its
-    ids in a random order, both times, so that nothing but the first can tell what the second will be."""
-    for i, n in enumerate(np.minimum(rng.integers(16, 129, times), len(row) // 4)):
-        first = rng.integers(0, len(row) - 2 * n + 1)
-        second = rng.integers(first + n, len(row) - n + 1)
-        if i % 2:
+    """Passages of a row of ids, 16 to 128 each where there is room, stand in it once more, later, and none on
+    another; the second of two or three has its ids in a random order, both times, so that nothing but its
+    first place can tell what its second will be."""
+    lengths = np.minimum(rng.integers(16, 129, times), len(row) // (2 * times))
+    order = rng.permutation(np.repeat(np.arange(times), 2))         # of the places, two for each
+    room = len(row) - lengths[order].sum()
+    ends = np.sort(rng.integers(0, room + 1, 2 * times)) + np.cumsum(lengths[order])
+    for i, n in enumerate(lengths):
+        first, second = ends[order == i] - n
+        if i == 1:
             row[first:first + n] = rng.permutation(row[first:first + n])
         row[second:second + n] = row[first:first + n]
 
@@ -456,7 +463,8 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     """Hide what a task (its name, or itself) asks for in text (n,), and ask: ids (n,), and how many ids at
     the end of a question are its answer. depth None: needle and questions at random places (training); else
     the needle at that share of the text and the question at its very end (testing). Other needles stand at
-    random places. The first question is for the first needle, the next ones for the others in turn."""
+    random places. A test's question is for the first needle; in training all are asked for, in any order."""
+    assert depth is None or ask == 1, "a test has one question, at its end"
     t = TASKS[task] if isinstance(task, str) else task
     names = rng.permutation(t.names)[:t.needles] if "{name}" in t.needle else [""]
     values = ["".join(t.signs[i] for i in rng.integers(0, len(t.signs), t.size)) for _ in names]
@@ -465,7 +473,8 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     answers = [tokenizer.encode_array(f" {v}") for v in values]
     questions = [tokenizer.encode_array(t.question.format(name=n)) for n in names]
     asked = [np.concatenate(pair) for pair in zip(questions, answers)]
-    pieces = [needle, *others, *(asked[i % len(asked)] for i in range(ask))]
+    order = rng.permutation(ask) if others and depth is None else range(ask)
+    pieces = [needle, *others, *(asked[i % len(asked)] for i in order)]
     while sum(map(len, pieces)) > len(text) and len(pieces) > 2 + len(others):
         pieces.pop()                                                # a question
     room = len(text) - sum(map(len, pieces))
@@ -1437,6 +1446,8 @@ def settle(o):
     refuse(not plans_fit,
            "--plan: tokens, length, batch, lr and warmup must be positive, recall and varied between 0 and "
            "1, weight_decay at least 0")
+    refuse(any(p.varied and not p.recall for p in plans.values()),
+           "--plan: varied is a share of the sequences of recall, which are 0")
     refuse(not base, f"--logit-base {o.logit_base}: give fit, none or a number above 1")
     refuse(o.fade and not (o.pe == "hype" and staged), "--fade goes with --pe hype, --training staged")
     refuse(o.groups and staged, "--groups goes with --training progressive")

@@ -71,9 +71,9 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
                any input is.
 
     Computed in the state's dtype whatever autocast says, but for the Triton kernels, which multiply in bf16
-    (the decays of channels in TF32) where v is bf16 and sum in float32. Differentiable in all five tensors,
-    also through the state returned; the gradient of a log_decay of -inf is 0. Passing the state on splits a
-    sequence anywhere.
+    (the decays of channels in two parts each) where v is bf16 and sum in float32. Differentiable in all five
+    tensors, also through the state returned; the gradient of a log_decay of -inf is 0. Passing the state on
+    splits a sequence anywhere.
     Raises ValueError for shapes, dtypes or a backend that do not fit.
     """
     backend, chosen = _check(q, k, v, log_decay, state, scale, backend), backend is None
@@ -377,8 +377,8 @@ if triton:
 
     @triton.jit
     def fine_dot(a, b, DTYPE: tl.constexpr):
-        """Product of float32 numbers that DTYPE would round once more: each is two of them, a large and a
-        small one, and of the four products that of the small ones is too small to count."""
+        """Product of float32 a and b to about 16 bits: a is a_large + a_small, each of DTYPE, and b likewise;
+        the product of the small parts is left out."""
         if DTYPE == tl.float32:
             return tl.dot(a, b, input_precision="ieee")
         a_large, b_large = a.to(DTYPE), b.to(DTYPE)
