@@ -1424,7 +1424,8 @@ def test_reworded():
     assert "number" in halo.reworded("1 + 1", np.random.default_rng(0)).names[0]
     assert set(" ".join(halo.reworded("größer 中文 3", np.random.default_rng(0)).names).split()) == {
         "größer", "中文"}
-    task, orders = halo.Task("\n{name} {value}.\n", "\n{name}", "0123456789", 5, 3, ("one", "two", "three")), set()
+    names, orders = ("one", "two", "three"), set()
+    task = halo.Task("\n{name} {value}.\n", "\n{name}", "0123456789", 5, 3, names)
     for seed in range(40):
         whole = tokenizer.decode(halo.plant(tokenizer, row, np.random.default_rng(seed), ask=6, task=task)[0])
         found = re.findall(r"\n(one|two|three) \d{5}", whole)
@@ -2245,7 +2246,8 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--window -1": "window", "--retention 1": "retention", "--trials 0": "trials", "--budget 0": "budget",
     "--logit-base 1": "logit-base", "--logit-base long": "logit-base", "--logit-base inf": "logit-base",
     "--budget nan": "budget", "--budget inf": "budget", "--plan distil.token=1": "lr_end",
-    "--plan a=1": "distil", "--plan align.recall=0 align.varied=0.5": "varied", "--plan align.tokens=many": "number", "--plan align.tokens=-1": "--plan",
+    "--plan a=1": "distil", "--plan align.recall=0 align.varied=0.5": "varied",
+    "--plan align.tokens=many": "number", "--plan align.tokens=-1": "--plan",
     "--plan align.lr=nan": "--plan", "--plan align.length=40": "align", "--set gate=true": "gate",
     "--set window=0": "window", "--set n_embd=64": "n_embd", "--set linear_kv_head=3": "linear_kv_head",
     "--device tpu": "no such device", "--device mps": "mps", "--data {}/no.txt": "no.txt",
@@ -2750,7 +2752,7 @@ def test_readme_small_and_gpt2_results():
     rows = json.loads((HERE / "results" / "niah-small.json").read_text(encoding="utf-8"))["rows"]
     names = {"student": "student", "student without s_t": "student without s_t", "teacher": "teacher",
              "teacher, YaRN": "teacher, YaRN for each length",
-             "teacher, sink + window": "teacher, first 4 tokens + window of 1,024"}
+             "teacher, sink + window": "teacher, first 4 tokens and the last 1,020"}
     for model, name in names.items():
         hits = [f"{r['value']:.0%}" for r in rows if (r["model"], r["task"]) == (model, "S1")]
         assert len(hits) >= 5 and "| ".join([f"| {name} ", *(f"{hit} " for hit in hits)]) in README, hits
