@@ -743,8 +743,9 @@ def last_loss(model, texts, count):
 
 
 def bench_niah(o):
-    """Rows of two kinds: the tasks of halo.TASKS after so much text; "loss", of the ends of held-out texts
-    after so much of each."""
+    """Rows of two kinds: the tasks of halo.TASKS after so much text, by_depth of those at 0, 1/4, .. of it,
+    the last of which stand right before the question; "loss", of the ends of held-out texts after so much of
+    each."""
     device, report = torch.device(o.device), read_json(o.model, "report.json", "report of halo.py")
     teacher_at = o.teacher or halo.teacher_path(report.get("teacher", "tiny"))
     kind = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -777,10 +778,11 @@ difference to the first.""", trained=T, layers=layers, logit_base=base)
             for n in [n for n in lengths if fits(task, n, corpus)]:
                 if min(n, keep or n) <= model.config.limit() and found[-2:] != [0, 0]:
                     with stretched(model, n / T if yarn else 1):
-                        hits = halo.recall(model, corpus, n, o.trials, task=task, keep=keep)[1].sum().item()
+                        each = halo.recall(model, corpus, n, o.trials, task=task, keep=keep)[1]
+                    hits = each.sum().item()
                     found, (low, high) = [*found, hits], wilson(hits, o.trials)
                     table.add(model=name, task=task, context=n, of=o.trials, value=hits / o.trials, low=low,
-                              high=high)
+                              high=high, by_depth=[each[i::5].mean().item() for i in range(min(5, o.trials))])
         for n in lengths if keep is None else ():
             if n <= min(model.config.limit(), last):
                 with stretched(model, n / T if yarn else 1):
