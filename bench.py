@@ -1019,7 +1019,7 @@ def get_args(argv):
                 help="of " + ", ".join(map(repr, ABLATIONS)))
             add("--seeds", type=tokens, default=3, metavar="N",
                 help=f"of {', '.join(SEEDED)}; of all else one; default 3")
-            add("--jobs", type=tokens, help="runs at once; default 5 a GPU, on a CPU 1")
+            add("--jobs", type=tokens, metavar="N", help="runs at once; default 5 a GPU, on a CPU 1")
             add("--trials", type=tokens, default=20, metavar="N", help="as for halo.py; default 20")
             add("--budget", type=positive, default=1.0, metavar="X", help="as for halo.py")
         if name == "train":

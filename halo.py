@@ -41,6 +41,7 @@ import sysconfig
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -79,7 +80,7 @@ class Plan:
     """What one stage costs: tokens in all, length of a sequence, batch in sequences, learning rate from lr to
     lr_end by a cosine after a warm-up, and recall: the share of sequences that hide a pass key and ask for
     it, for recall is what selection and the final table measure; varied: of these, the share that has other
-    things to recall instead, half of them reworded, half again; weight_decay: of matrices."""
+    things to recall instead (see hide); weight_decay: of matrices."""
     tokens: float
     length: int
     batch: int
@@ -343,7 +344,7 @@ class Corpus:
 
     def rows(self, stage, plan):
         """The training sequences of a stage, a function: step -> (batch, length + 1) int64, a share
-        plan.recall of them with something to recall (see Plan). The stage takes cells of each source in turn
+        plan.recall of them with something to recall (hide). The stage takes cells of each source in turn
         and cuts them into rows, shuffled in blocks of 2^24 tokens; the last id of one row is the first of the
         next."""
         total, taken, size = plan.steps * plan.batch, self.taken, max(plan.batch, 2 ** 24 // plan.length)
@@ -364,19 +365,7 @@ class Corpus:
             rng = np.random.default_rng([*key, step])
             share = plan.recall * plan.batch                       # less than 1: now and then a row
             for row in rows[:int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)]:
-                ask, t = int(rng.integers(1, 4)), self.tokenizer
-                if plan.varied and rng.random() < plan.varied:
-                    if rng.random() < 0.5:
-                        again(row, rng, ask)
-                        continue
-                    text = row[~np.isin(row, [i for i in (t.end, t.bos) if i is not None])]
-                    task = reworded(t.decode(text.tolist()), rng)
-                    try:
-                        row[:] = plant(t, row, rng, ask=2 * task.needles, task=task)[0]
-                        continue
-                    except ValueError:                              # no room for so many words
-                        pass
-                row[:] = plant(t, row, rng, ask=ask)[0]
+                hide(self.tokenizer, row, rng, plan.varied)
             return rows
         return batch
 
@@ -488,6 +477,21 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
         parts += [text[at:cut], piece]
         at = cut
     return np.concatenate([*parts, text[at:room]]), len(answers[0])
+
+
+def hide(tokenizer, row, rng, varied=0.0):
+    """Give a row of ids (n,), in place, something to recall: a pass key; or, with probability `varied`, in
+    equal parts passages that come again and numbers after other words (a pass key if they have no room)."""
+    times = int(rng.integers(1, 4))
+    if varied and rng.random() < varied:
+        if rng.random() < 0.5:
+            return again(row, rng, times)
+        text = row[~np.isin(row, [i for i in (tokenizer.end, tokenizer.bos) if i is not None])]
+        task = reworded(tokenizer.decode(text.tolist()), rng)
+        with suppress(ValueError):                                  # no room
+            row[:] = plant(tokenizer, row, rng, ask=2 * task.needles, task=task)[0]
+            return
+    row[:] = plant(tokenizer, row, rng, ask=times)[0]
 
 
 # ---- transfer: a student out of a teacher's weights --------------------------------------------------------
