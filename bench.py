@@ -815,11 +815,12 @@ def draw_niah(facts, rows, path):
     if (plt := pyplot()) is None:
         return
     models, tasks, trained = list(COLORS)[:5], list(COLORS)[5:], facts["trained"]
+    others = [("student", task, task) for task in tasks]
     panels = {"Pass key found (S1)": [(model, "S1", model) for model in models],
-              "The student's other tasks, in other wordings": [("student", task, task) for task in tasks],
+              "The student's other tasks, in other wordings": others,
               "Held-out loss, nats a token": [(model, "loss", model) for model in models]}
     if not any(r["value"] for r in rows if r["task"] in tasks and r["model"] == "student"):
-        del panels["The student's other tasks, in other wordings"]
+        panels = {title: lines for title, lines in panels.items() if lines is not others}
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.9), dpi=150)
     for ax, (title, lines) in zip(axes, panels.items()):
         ax.axvline(trained, color="0.75", lw=0.8)

@@ -376,14 +376,18 @@ if triton:
         return tl.dot(a.to(DTYPE), b.to(DTYPE), input_precision="ieee")
 
     @triton.jit
+    def rest(x, DTYPE: tl.constexpr):
+        """What DTYPE leaves of float32 x."""
+        return x - x.to(DTYPE).to(tl.float32)
+
+    @triton.jit
     def fine_dot(a, b, DTYPE: tl.constexpr):
-        """Product of float32 a and b to about 16 bits: a is a_large + a_small, each of DTYPE, and b likewise;
-        the product of the small parts is left out."""
-        if DTYPE == tl.float32:
-            return tl.dot(a, b, input_precision="ieee")
-        a_large, b_large = a.to(DTYPE), b.to(DTYPE)
-        a_small, b_small = (a - a_large.to(tl.float32)).to(DTYPE), (b - b_large.to(tl.float32)).to(DTYPE)
-        return tl.dot(a_large, b_large) + (tl.dot(a_large, b_small) + tl.dot(a_small, b_large))
+        """Product of float32 a and b to about 16 bits where DTYPE is bf16: of a and its rest with b and its
+        rest, but for that of both rests."""
+        out = dot(a, b, DTYPE)
+        if DTYPE != tl.float32:
+            out += dot(a, rest(b, DTYPE), DTYPE) + dot(rest(a, DTYPE), b, DTYPE)
+        return out
 
     @triton.jit
     def exp(x):
@@ -395,7 +399,7 @@ if triton:
         DTYPE does not hold all its digits."""
         out = dot(rows, g, DTYPE)
         if not EXACT:
-            out += dot(rows, g - g.to(DTYPE).to(tl.float32), DTYPE)
+            out += dot(rows, rest(g, DTYPE), DTYPE)
         return out
 
     @triton.jit
@@ -567,7 +571,7 @@ if triton:
                     A = tl.load(A_ptr + at_chunk * BLOCK_T * BLOCK_T + i * BLOCK_T + j)
                     o += scale * dot(A, v, DTYPE)
                     if DTYPE != tl.float32:                                 # what bf16 leaves of A
-                        o += scale * dot(A - A.to(DTYPE).to(tl.float32), v, DTYPE)
+                        o += scale * dot(rest(A, DTYPE), v, DTYPE)
                 elif dg_ptr is not None:
                     tl.store(dg_ptr + at_chunk * V + vals, W, mask=vals < V)
                 store_tile(o_ptr + at * V, rows, H * V, vals, left, V, o)
