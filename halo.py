@@ -36,6 +36,7 @@ import random
 import re
 import shutil
 import signal
+import string
 import sys
 import sysconfig
 import time
@@ -415,35 +416,42 @@ TASKS = {                                                           # training h
     "S3": Task(*NUMBER, "0123456789abcdef", 32),
     "multi-key": Task(*NUMBER, "0123456789", needles=4),
 }
-JOINTS = ("", " is", " was", " has", " =", ":", " equals", " of")    # of S1 in other words, for training
+# S1 in other words, for training: what stands between words and value, what a value is made of, and how many
+# tokens there are to each four values, or three passages, in a long row
+JOINTS = ("", " is", " was", " has", " =", ":", " equals", " of")
+SIGNS = string.digits + string.ascii_lowercase
+DENSITY = 2048
 
 
-def reworded(text, rng):
-    """S1 in other words: up to 4 numbers of 3 to 12 digits, each after some of a few words of a text, in any
-    order; asked for is what follows when the same words come again. Who has seen the pass key alone can find
-    a pass key; who has seen these, what followed the same words before. Most of a short row is then these."""
-    words = re.findall(r"[^\W\d_]{2,12}", text) or ["number"]
-    words = [words[i] for i in rng.integers(0, len(words), rng.integers(4, 13))]
+def reworded(text, rng, most=4):
+    """S1 in other words: up to `most` values, of 3 to 24 digits or of some digits and letters, each after
+    some of a few words of a text, in any order; asked for is what follows when the same words come again. Who
+    has seen the pass key alone can find a pass key; who has seen these, what followed the same words before.
+    Most of a short row is then these."""
+    words, n = re.findall(r"[^\W\d_]{2,12}", text) or ["number"], int(rng.integers(1, most + 1))
+    words = [words[i] for i in rng.integers(0, len(words), n + rng.integers(3, 12))]
 
     def some(low, high):
         return " ".join(words[i] for i in rng.integers(0, len(words), rng.integers(low, high)))
-    names = dict.fromkeys(some(2, 7) for _ in range(rng.integers(1, 5)))
+    names = dict.fromkeys(some(2, 7) for _ in range(n))
     lead, joint = some(0, 5), JOINTS[rng.integers(len(JOINTS))]
+    some_signs = rng.permutation(list(SIGNS))[:rng.integers(8, len(SIGNS) + 1)]
+    signs = TASKS["S1"].signs if rng.random() < 0.5 else "".join(some_signs)
     return Task("\n{name}" + joint + " {value}.\n", f"\n{lead}. " * bool(lead) + "{name}" + joint,
-                TASKS["S1"].signs, int(rng.integers(3, 13)), len(names), tuple(names), prose=False)
+                signs, int(rng.integers(3, 25)), len(names), tuple(names), prose=False)
 
 
 def again(row, rng, times):
-    """Passages of a row of ids, 16 to 128 each where there is room, stand in it once more, later, and none on
-    another; the second of two or three has its ids in a random order, both times, so that nothing but its
-    first place can tell what its second will be."""
+    """So many passages of a row of ids, 16 to 128 each where there is room, stand in it once more, later, and
+    none on another; half of them with their ids in a random order, both times, so that nothing but the first
+    place can tell what the second will be."""
     lengths = np.minimum(rng.integers(16, 129, times), len(row) // (2 * times))
     order = rng.permutation(np.repeat(np.arange(times), 2))         # of the places, two for each
     room = len(row) - lengths[order].sum()
     ends = np.sort(rng.integers(0, room + 1, 2 * times)) + np.cumsum(lengths[order])
     for i, n in enumerate(lengths):
         first, second = ends[order == i] - n
-        if i == 1:
+        if rng.random() < 0.5:
             row[first:first + n] = rng.permutation(row[first:first + n])
         row[second:second + n] = row[first:first + n]
 
@@ -481,13 +489,14 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
 
 def hide(tokenizer, row, rng, varied=0.0):
     """Give a row of ids (n,), in place, something to recall: a pass key; or, with probability `varied`, in
-    equal parts passages that come again and numbers after other words (a pass key if they have no room)."""
-    times = int(rng.integers(1, 4))
+    equal parts passages that come again and values after other words (a pass key if they have no room). A row
+    of 4,096 or more has more of these, so that far and near are asked for as often."""
+    times, more = int(rng.integers(1, 4)), max(1, len(row) // DENSITY)
     if varied and rng.random() < varied:
         if rng.random() < 0.5:
-            return again(row, rng, times)
+            return again(row, rng, times * more)
         text = row[~np.isin(row, [i for i in (tokenizer.end, tokenizer.bos) if i is not None])]
-        task = reworded(tokenizer.decode(text.tolist()), rng)
+        task = reworded(tokenizer.decode(text.tolist()), rng, 4 * more)
         with suppress(ValueError):                                  # no room
             row[:] = plant(tokenizer, row, rng, ask=2 * task.needles, task=task)[0]
             return
