@@ -1423,7 +1423,7 @@ def test_reworded():
         numbers.add(task.needles)
         signs.add(task.signs)
     assert len(phrases) > 50 and len(sizes) > 9 and numbers == {1, 2, 3, 4}
-    assert "0123456789" in signs and len(signs) > 9 and all(8 <= len(s) == len(set(s)) <= 36 for s in signs)
+    assert "0123456789" in signs and len(signs) > 9 and all(6 <= len(s) == len(set(s)) <= 36 for s in signs)
     assert "number" in halo.reworded("1 + 1", np.random.default_rng(0)).names[0]
     assert set(" ".join(halo.reworded("größer 中文 3", np.random.default_rng(0)).names).split()) == {
         "größer", "中文"}
@@ -2194,7 +2194,8 @@ def test_pretrain(home, tmp_path, monkeypatch):
 
 
 def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
-    """What a base costs is the held-out loss plus that of pass keys, none of which the report asks for."""
+    """What a base costs is the held-out loss plus that of pass keys, none of which the report asks for. None
+    is tried after one that is 0.02 worse than the best."""
     model, corpus, seeds = tiny(dtype=torch.float32), halo.Corpus(Tokenizer.bytes()), set()
 
     def found(student, corpus, length, trials, seed):
@@ -2205,6 +2206,8 @@ def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
     fits = halo.fit_logit_base(model, corpus, 64, seed=0)
     assert (fits["None"], fits["100"], fits["50"], fits["20"]) == (11, 11, 3, 4) and seeds == {1}
     assert halo.least(fits) == 50.0 and halo.least({"None": 1.0, "20": 2.0}) is None
+    monkeypatch.setattr(halo, "losses", lambda model, _: -1e-4 * torch.tensor([model.config.logit_base or 1e5]))
+    assert list(halo.fit_logit_base(model, corpus, 64, seed=0)) == ["None", "10000"]
 
 
 def test_teacher_is_made_once(home, tmp_path, monkeypatch, capsys):
