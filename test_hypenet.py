@@ -2206,7 +2206,7 @@ def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
     fits = halo.fit_logit_base(model, corpus, 64, seed=0)
     assert (fits["None"], fits["100"], fits["50"], fits["20"]) == (11, 11, 3, 4) and seeds == {1}
     assert halo.least(fits) == 50.0 and halo.least({"None": 1.0, "20": 2.0}) is None
-    monkeypatch.setattr(halo, "losses", lambda model, _: -1e-4 * torch.tensor([model.config.logit_base or 1e5]))
+    monkeypatch.setattr(halo, "losses", lambda m, _: -1e-4 * torch.tensor([m.config.logit_base or 1e5]))
     assert list(halo.fit_logit_base(model, corpus, 64, seed=0)) == ["None", "10000"]
 
 
