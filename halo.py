@@ -423,12 +423,14 @@ SIGNS = string.digits + string.ascii_lowercase
 DENSITY = 2048
 
 
-def reworded(text, rng, most=4):
+def reworded(tokenizer, ids, rng, most=4):
     """S1 in other words: up to `most` values, of 3 to 24 digits or of some digits and letters, each after
     some of a few words of a text, in any order; asked for is what follows when the same words come again. Who
     has seen the pass key alone can find a pass key; who has seen these, what followed the same words before.
     Most of a short row is then these."""
-    words, n = re.findall(r"[^\W\d_]{2,12}", text) or ["number"], int(rng.integers(1, most + 1))
+    ends = [i for i in (tokenizer.end, tokenizer.bos) if i is not None]
+    text, n = tokenizer.decode(ids[~np.isin(ids, ends)].tolist()), int(rng.integers(1, most + 1))
+    words = re.findall(r"[^\W\d_]{2,12}", text) or ["number"]
     words = [words[i] for i in rng.integers(0, len(words), n + rng.integers(3, 12))]
 
     def some(low, high):
@@ -487,6 +489,15 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     return np.concatenate([*parts, text[at:room]]), len(answers[0])
 
 
+def fits(task, n, corpus):
+    """Whether a text of n tokens has room for a task."""
+    try:
+        plant(corpus.tokenizer, np.zeros(n, np.int64), np.random.default_rng(0), 0.5, task=task)
+    except ValueError:
+        return False
+    return True
+
+
 def hide(tokenizer, row, rng, varied=0.0):
     """Give a row of ids (n,), in place, something to recall: a pass key; or, with probability `varied`, in
     equal parts passages that come again and values after other words (a pass key if they have no room). A row
@@ -495,8 +506,7 @@ def hide(tokenizer, row, rng, varied=0.0):
     if varied and rng.random() < varied:
         if rng.random() < 0.5:
             return again(row, rng, 2 * times * more)
-        text = row[~np.isin(row, [i for i in (tokenizer.end, tokenizer.bos) if i is not None])]
-        task = reworded(tokenizer.decode(text.tolist()), rng, 4 * more)
+        task = reworded(tokenizer, row, rng, 4 * more)
         with suppress(ValueError):                                  # no room
             row[:] = plant(tokenizer, row, rng, ask=2 * task.needles, task=task)[0]
             return
@@ -735,37 +745,42 @@ def objective(student, teacher, stage, o, alpha):
 
 @torch.no_grad()
 def answers(model, prompts, n_answer):
-    """Prompts (B,n) that end in their answers -> log-probability of each answer token (B, n_answer), and
-    whether greedy decoding would give the whole answer (B,)."""
+    """Prompts (B,n) that end in their answers -> log-probability of each answer token, and whether it is the
+    likeliest after those before it, (B, n_answer) each."""
     state, cut = model.init_state(len(prompts), prompts.size(1)), prompts.size(1) - n_answer - 1
     for part in prompts[:, :cut].split(8192 if prompts.is_cuda else 1024, dim=1):
         model.hidden(part, state)
     logits = model(prompts[:, cut:-1], state=state, all_logits=True)[0].float()     # (B, n_answer, V)
     target = prompts[:, -n_answer:]
     logp = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
-    return logp, (logits.argmax(-1) == target).all(1)
+    return logp, logits.argmax(-1) == target
 
 
-def recall(model, corpus, length, trials, seed=0, task="S1", keep=None):
+def recall(model, corpus, length, trials, seed=0, task="S1", keep=None, varied=0.0):
     """Ask for what a task hides at five depths, in turn, of held-out text. At one context length: the mean
-    log-probability of an answer's tokens, and whether it was answered in full, (trials,) each. keep: of
-    longer contexts only the first 4 and the last keep - 4 tokens are read."""
-    rng, logp, hits = np.random.default_rng([seed, length]), torch.zeros(trials), torch.zeros(trials)
-    rows, n_answer = [], []
+    log-probability of an answer's tokens, and whether greedy decoding gives it in full, (trials,) each. keep:
+    of longer contexts only the first 4 and the last keep - 4 tokens are read. varied: the share of values
+    after other words (reworded) in place of the task, as far as there is room."""
+    rng, rows, n_answer = np.random.default_rng([seed, length]), [], []
     for i, text in enumerate(corpus.windows(rng, trials, length, TASKS[task].prose)):
-        ids, n = plant(corpus.tokenizer, text, rng, (i % 5) / 4, task=task)
+        depth, made = i % 5 / 4, None
+        if varied and rng.random() < varied:
+            with suppress(ValueError):                              # no room
+                made = plant(corpus.tokenizer, text, rng, depth, task=reworded(corpus.tokenizer, text, rng))
+        ids, n = made or plant(corpus.tokenizer, text, rng, depth, task=task)
         rows.append(ids)
         n_answer.append(n)
     prompts = torch.from_numpy(np.stack(rows)).to(model.wte.weight.device)
     if keep and keep < length:
         prompts = torch.cat((prompts[:, :4], prompts[:, 4 - keep:]), 1)
-    for n in set(n_answer):                                # five digits are more tokens or fewer
-        those = torch.tensor([i for i, m in enumerate(n_answer) if m == n])
-        for part in those.split(max(1, 65536 // length)):
-            with bf16():
-                found, hit = answers(model, prompts[part], n)
-            logp[part], hits[part] = found.mean(1).cpu(), hit.cpu().float()
-    return logp, hits
+    most, logp, right = max(n_answer), [], []
+    for part in prompts.split(max(1, 65536 // length)):
+        with bf16():
+            found = answers(model, part, most)
+        logp += found[0].cpu()
+        right += found[1].cpu()
+    return (torch.stack([x[most - n:].mean() for x, n in zip(logp, n_answer)]),
+            torch.stack([x[most - n:].all().float() for x, n in zip(right, n_answer)]))
 
 
 @torch.no_grad()
@@ -1045,16 +1060,18 @@ def align(run, teacher, config, corpus, plan, o):
 
 def swap_scores(teacher, twins, config, corpus, o):
     """R and C of paper eq. 8, measured with what is built in. For every layer, of the model in which it alone
-    is linear: mean log-probability of a pass key's tokens (R) and minus the held-out loss (C), with their
-    standard errors; for "swap" also those of the model in which it alone is what it would be if it stayed:
-    with HyPE, attention without positions. RoPE is left out; learned positions entered at the input, so the
-    layer reads the stream less wpe: gone is what they added themselves, not what layers before made of it.
-    Returns these and the teacher's own C. A swap is made in place; config tells the kind of layer i."""
+    is linear: mean log-probability of an answer's tokens (R: of what training hides, see recall) and minus
+    the held-out loss (C), with their standard errors; for "swap" also those of the model in which it alone is
+    what it would be if it stayed: with HyPE, attention without positions. RoPE is left out; learned positions
+    entered at the input, so the layer reads the stream less wpe: gone is what they added themselves, not what
+    layers before made of it. Returns these and the teacher's own C. A swap is made in place; config tells the
+    kind of layer i."""
     own, scores = teacher.config, []
     batches = held_out(corpus, o.length, max(2, o.eval_windows // 2))
 
     def both(kind=""):
-        R, C = recall(teacher, corpus, o.length, o.trials * 2)[0], -losses(teacher, batches)
+        R = recall(teacher, corpus, o.length, o.trials * 2, varied=o.varied)[0]
+        C = -losses(teacher, batches)
         return {f"R{kind}": R.mean().item(), f"R{kind}_se": R.std().item() / len(R) ** 0.5,
                 f"C{kind}": C.mean().item(), f"C{kind}_se": C.std().item() / len(C) ** 0.5}
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
@@ -1198,15 +1215,15 @@ def convert_progressive(run, teacher, corpus, plans, o):
 # ---- the logit base, the report ----------------------------------------------------------------------------
 
 
-def fit_logit_base(student, corpus, length, seed):
+def fit_logit_base(student, corpus, length, seed, varied=0.0):
     """What each base a of s_t (paper eq. 11) costs at a long length: {a: held-out loss less the mean
-    log-probability of a pass key's tokens}, nats; the sum that `choose_layers` "swap" goes by. From None, no
+    log-probability of an answer's tokens}, nats; the sum that `choose_layers` "swap" goes by. From None, no
     scaling, to ever more, until one costs 0.02 more than the best so far."""
     batches, out = held_out(corpus, length, 8, seed), {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
-        R = recall(student, corpus, length, 10, seed + 1)[0].mean().item()      # not the keys of the report
-        out[str(a)] = losses(student, batches).mean().item() - R
+        R = recall(student, corpus, length, 10, seed + 1, varied=varied)[0]     # not the keys of the report
+        out[str(a)] = (losses(student, batches).mean() - R.mean()).item()
         if out[str(a)] > min(out.values()) + 0.02:
             break
     return out
@@ -1218,17 +1235,30 @@ def least(fits):
     return None if base == "None" else float(base)
 
 
+def found(model, corpus, lengths, o):
+    """What share of answers a model finds, {length: share, None past the last position it knows or without
+    room}, for each of two fields of report.json: pass keys, and, if training had more to find than these, one
+    number of four."""
+    def share(n, task):
+        if n > model.config.limit() or not fits(task, n, corpus):
+            return None
+        dear = o.device == "cpu" and n > 16 * o.length             # minutes, on a CPU
+        trials = max(1, o.trials // 4) if dear else o.trials
+        return recall(model, corpus, n, trials, task=task)[1].mean().item()
+    fields = {"passkey": "S1", "multikey": "multi-key"} if o.varied else {"passkey": "S1"}
+    return {field: {str(n): share(n, task) for n in lengths} for field, task in fields.items()}
+
+
 def evaluate(teacher, student, corpus, o):
-    """The numbers of the final table and of report.json. Pass keys are asked at 1 to 16 times the length of
-    distillation, and of the student at 64 times too; None: past the last position a model knows."""
-    T, found = o.length, dict(teacher={}, student={})
-    for n in tqdm((T, 2 * T, 4 * T, 16 * T, 64 * T), desc="pass keys", dynamic_ncols=True):
-        trials = max(1, o.trials * 16 * T // max(n, 16 * T))       # the longest are dear
+    """The numbers of the final table and of report.json. What is hidden is asked for at 1 to 16 times the
+    length of distillation, of the student at 64 times too."""
+    T, both = o.length, {}
+    for n in tqdm((T, 2 * T, 4 * T, 16 * T, 64 * T), desc="recall   ", dynamic_ncols=True):
         for name, model in dict(teacher=teacher, student=student).items():
             if n <= 16 * T or name == "student":
-                known = n <= model.config.limit()
-                found[name][str(n)] = recall(model, corpus, n, trials)[1].mean().item() if known else None
-    return dict(**compare(teacher, student, held_out(corpus, T, o.eval_windows)), passkey=found)
+                for field, shares in found(model, corpus, [n], o).items():
+                    both.setdefault(field, dict(teacher={}, student={}))[name].update(shares)
+    return dict(**compare(teacher, student, held_out(corpus, T, o.eval_windows)), **both)
 
 
 def print_report(r):
@@ -1236,17 +1266,18 @@ def print_report(r):
         width = max(10, len(r["layers"]) + 2, len(f"{r['params']['student']:,}") + 1)
         print(f"{title:34s}{teacher:>{width}s}{student:>{width}s}")
 
-    def found(model, n):
-        hits = r["passkey"][model].get(n)
-        return "-" if hits is None else f"{hits:.0%}"
+    def percent(field, model, n):
+        share = r[field][model].get(n)
+        return "-" if share is None else f"{share:.0%}"
     row("", "teacher", "student")
     row("layers", "A" * len(r["layers"]), r["layers"])
     row("parameters", *(f"{r['params'][m]:,}" for m in ("teacher", "student")))
     row("held-out loss, nats a token", *(f"{r['val_loss'][m]:.4f}" for m in ("teacher", "student")))
     row("KL to the teacher, nats a token", "", f"{r['kl']:.4f}")
     row("same likeliest next token", "", f"{r['top1_agreement']:.1%}")
-    for n in r["passkey"]["student"]:
-        row(f"pass key found in {int(n):,} tokens", found("teacher", n), found("student", n))
+    for field, what in dict(passkey="pass key found", multikey="one of four found").items():
+        for n in r[field]["student"] if field in r else ():
+            row(f"{what} in {int(n):,} tokens", *(percent(field, m, n) for m in ("teacher", "student")))
     peak = f", peak memory {r['peak_gb']:.1f} GB" if r["peak_gb"] else ""
     print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, "
           + (f"logit base {r['logit_base']:g}\n" if r["logit_base"] else "no logit scaling\n"))
@@ -1495,7 +1526,9 @@ def settle(o):
             hours = hours_on_a_cpu(weight / 2 or n_params(TEACHERS[o.teacher]), [plans[s] for s in todo])
             raise ValueError(f"--teacher {o.teacher} wants a GPU: about {hours:,.1f} hours on this CPU; "
                              "--teacher tiny takes minutes, --device cpu tries it all the same")
-    return {stage: plans[stage] for stage in todo if o.pretrain or stage != "pretrain"}, changes
+    plans = {stage: plans[stage] for stage in todo if o.pretrain or stage != "pretrain"}
+    o.varied = max(plan.varied for plan in plans.values())
+    return plans, changes
 
 
 def n_params(config):
@@ -1551,8 +1584,8 @@ def convert(run, teacher, corpus, plans, o):
     if base == "fit":
         length = 16 * o.length if "group" in plans else max(o.length, 4 * plans["finetune"].length)
         length = min(length, student.config.limit())
-        fits = run.once("fit", lambda: fit_logit_base(student, corpus, length, o.seed))
-        print(f"held-out loss + loss of a pass key at {length:,} tokens by logit base: "
+        fits = run.once("fit", lambda: fit_logit_base(student, corpus, length, o.seed, o.varied))
+        print(f"held-out loss + loss of an answer at {length:,} tokens by logit base: "
               + ", ".join(f"{a} {x:.4f}" for a, x in fits.items()) + "\n")
         base = least(fits)
     student.config.logit_base = None if base in ("none", None) else float(base)
@@ -1570,6 +1603,7 @@ def convert(run, teacher, corpus, plans, o):
 def pretrain(run, corpus, plans, o):
     """Train a teacher (or, with --layers, a hybrid) from random weights on text and pass keys; returns it."""
     config = replace(TEACHERS[o.teacher], max_len=plans["pretrain"].length)
+    o.length = config.max_len
     if o.hybrid:
         config = student_config(config, choose_layers(o.layers, len(config.layers), keep=o.keep), o)
     torch.manual_seed(o.seed)
@@ -1579,17 +1613,17 @@ def pretrain(run, corpus, plans, o):
     model.eval()
     if o.hybrid and o.logit_base == "fit":
         length = min(16 * config.max_len, config.limit())
-        config.logit_base = least(fit_logit_base(model, corpus, length, o.seed))
+        config.logit_base = least(fit_logit_base(model, corpus, length, o.seed, o.varied))
     o.tokenizer.save(run.folder)
     model.save_pretrained(run.folder, torch.bfloat16)     # last: a folder that has it is whole
     T, loss = config.max_len, losses(model, held_out(corpus, config.max_len, o.eval_windows)).mean().item()
     lengths = [n for n in (T, 16 * T, 64 * T)[:3 if o.hybrid else 1] if n <= model.config.limit()]
-    hits = {str(n): recall(model, corpus, n, o.trials)[1].mean().item() for n in lengths}
+    shares = found(model, corpus, lengths, o)
     write_json(run.path("report.json"), dict(
         teacher=o.teacher, tokens=run.tokens, device=o.device, text=corpus.facts, layers=config.layers,
-        params=model.n_params(), val_loss=loss, passkey=hits, seconds=run.seconds()))
+        params=model.n_params(), val_loss=loss, **shares, seconds=run.seconds()))
     print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, pass key found in "
-          + ", ".join(f"{int(n):,} tokens {hit:.0%}" for n, hit in hits.items())
+          + ", ".join(f"{int(n):,} tokens {share:.0%}" for n, share in shares["passkey"].items())
           + f"; {run.seconds() / 60:.1f} minutes")
     print(f"python sample.py --model {run.folder}" if o.hybrid else f"python halo.py --teacher {run.folder}")
     return model

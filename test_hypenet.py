@@ -1409,8 +1409,8 @@ def test_reworded():
     tokenizer, phrases, sizes, numbers, signs = Tokenizer.bytes(), set(), set(), set(), set()
     for seed in range(30):
         text = "".join(f"word{chr(97 + i % 26)}{chr(97 + i % 7)}=(42, )\n" for i in range(120))
-        task = halo.reworded(text, np.random.default_rng(seed))
         rng, row = np.random.default_rng(seed), tokenizer.encode_array(text)
+        task = halo.reworded(tokenizer, row, np.random.default_rng(seed))
         ids, n = halo.plant(tokenizer, row, rng, ask=2 * task.needles, task=task)
         whole, joint = tokenizer.decode(ids), task.question.split("{name}")[1]
         pattern = "(?<!word.. ){} (?!word)(\\w+)"               # not the words of another one
@@ -1424,9 +1424,11 @@ def test_reworded():
         signs.add(task.signs)
     assert len(phrases) > 50 and len(sizes) > 9 and numbers == {1, 2, 3, 4}
     assert "0123456789" in signs and len(signs) > 9 and all(6 <= len(s) == len(set(s)) <= 36 for s in signs)
-    assert "number" in halo.reworded("1 + 1", np.random.default_rng(0)).names[0]
-    assert set(" ".join(halo.reworded("größer 中文 3", np.random.default_rng(0)).names).split()) == {
-        "größer", "中文"}
+
+    def words(text):
+        names = halo.reworded(tokenizer, tokenizer.encode_array(text), np.random.default_rng(0)).names
+        return set(" ".join(names).split())
+    assert words("1 + 1") == {"number"} and words("größer 中文 3") == {"größer", "中文"}
     names, orders = ("one", "two", "three"), set()
     task = halo.Task("\n{name} {value}.\n", "\n{name}", "0123456789", 5, 3, names)
     for seed in range(40):
@@ -1526,9 +1528,9 @@ def test_answers_are_those_of_a_full_pass():
     for i in range(T - 3, T):                                               # rows 0, 1 say what is likeliest
         prompts[:2, i] = model(prompts[:2, :i])[0][:, -1].argmax(-1)
     prompts[1, -3] = (prompts[1, -3] + 1) % 61                              # row 1 but for its first token
-    logp, hit = halo.answers(model, prompts, 3)
+    logp, right = halo.answers(model, prompts, 3)
     full = model(prompts)[0].log_softmax(-1)[:, -4:-1].gather(-1, prompts[:, -3:, None])[..., 0]
-    assert rmse(logp, full) < 1e-4 and hit.tolist() == [True] + [False] * 5
+    assert rmse(logp, full) < 1e-4 and right.all(1).tolist() == [True] + [False] * 5
     idx, targets, other = prompts[:, :-1], prompts[:, 1:], tiny(1, torch.float32)
     batches = [(idx[:2], targets[:2]), (idx[2:], targets[2:])]
     same, pair = (halo.compare(model, m, batches) for m in (model, other))
@@ -1553,9 +1555,56 @@ def test_recall_of_answers_of_many_lengths():
     for i, text in enumerate(windows(rng, 9, 128)):
         ids, n = halo.plant(corpus.tokenizer, text, rng, depth=(i % 5) / 4)
         one = halo.answers(model, torch.from_numpy(ids)[None], n)
-        assert logp[i].item() == pytest.approx(one[0].mean().item(), rel=1e-4) and hits[i] == one[1].float()
+        assert logp[i].item() == pytest.approx(one[0].mean().item(), rel=1e-4) and hits[i] == one[1].all()
         lengths.add(n)
     assert len(lengths) > 1
+
+
+def test_recall_of_what_training_hides(monkeypatch):
+    """A share of the answers are values after other words, where these have room."""
+    model, corpus, asked = tiny(dtype=torch.float32, vocab_size=300), halo.Corpus(Tokenizer.bytes()), []
+
+    def plant(tokenizer, text, rng, depth, task, plain=halo.plant):
+        found = plain(tokenizer, text, rng, depth, task=task)
+        asked.append((task, depth))
+        return found
+    monkeypatch.setattr(halo, "plant", plant)
+    for length, varied, low, high in ((512, 0.0, 40, 40), (512, 0.5, 8, 32), (512, 1.0, 0, 0),
+                                      (140, 1.0, 1, 30)):
+        asked.clear()
+        logp, hits = halo.recall(model, corpus, length, 40, varied=varied)
+        assert len(logp) == len(hits) == len(asked) == 40
+        assert [depth for _, depth in asked] == [0, 0.25, 0.5, 0.75, 1] * 8
+        assert low <= sum(task == "S1" for task, _ in asked) <= high
+
+
+def test_what_is_found_is_reported(monkeypatch, capsys):
+    """Pass keys, and one number of four where training had more than pass keys; the longest texts, on a CPU,
+    a quarter as often; past what a model knows there is no share. Each is a row of the last table."""
+    model, asked = tiny(dtype=torch.float32, vocab_size=300, layers="AA", max_len=1024), []
+    corpus = types.SimpleNamespace(tokenizer=Tokenizer.bytes())
+
+    def recall(model, corpus, length, trials, task):
+        asked.append((length, trials, task))
+        return None, torch.ones(trials) / (4 if task == "S1" else 2)
+    monkeypatch.setattr(halo, "recall", recall)
+    monkeypatch.setattr(model.config, "limit", lambda: 4000, raising=False)
+    for device, varied in itertools.product(("cpu", "cuda"), (0.0, 0.3)):
+        asked.clear()
+        o = types.SimpleNamespace(device=device, varied=varied, trials=20, length=96)
+        shares = halo.found(model, corpus, [96, 2048, 9999], o)
+        assert shares.pop("passkey") == {"96": 0.25, "2048": 0.25, "9999": None}
+        assert shares == ({"multikey": {"96": None, "2048": 0.5, "9999": None}} if varied else {})
+        assert asked[:2] == [(96, 20, "S1"), (2048, 5 if device == "cpu" else 20, "S1")]
+    report = dict(layers="LA", params=dict(teacher=1, student=2), val_loss=dict(teacher=1.0, student=2.0),
+                  kl=0.1, top1_agreement=0.5, tokens=10, seconds=60, peak_gb=None, logit_base=None,
+                  passkey=dict(teacher={"64": 1.0}, student={"64": 0.5, "128": 0.25}))
+    halo.print_report(report)
+    plain = capsys.readouterr().out
+    halo.print_report(report | dict(multikey=dict(teacher={"64": None}, student={"64": 0.75})))
+    table = capsys.readouterr().out
+    assert re.search(r"pass key found in 128 tokens +- +25%", plain) and "four" not in plain
+    assert re.search(r"one of four found in 64 tokens +- +75%", table)
 
 
 @pytest.mark.parametrize("how, lost, layers", [
@@ -2102,8 +2151,8 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
     def distil_loss(student, teacher, idx, targets, kl, alpha, *rest, plain=halo.distil_loss):
         losses.add((kl, alpha))
         return plain(student, teacher, idx, targets, kl, alpha, *rest)
-    def recall(model, corpus, length, *rest, plain=halo.recall):         # short texts, for speed
-        return plain(model, corpus, length if "--max-ctx" in row else min(length, 192), *rest)
+    def recall(model, corpus, length, *rest, plain=halo.recall, **kind):  # short texts, for speed
+        return plain(model, corpus, length if "--max-ctx" in row else min(length, 192), *rest, **kind)
     monkeypatch.setattr(halo, "distil_loss", distil_loss)
     monkeypatch.setattr(halo, "recall", recall)
     teacher, flags = (flags[1], []) if flags[0] == "--teacher" else ("teacher", flags)
@@ -2198,13 +2247,13 @@ def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
     is tried after one that is 0.02 worse than the best."""
     model, corpus, seeds = tiny(dtype=torch.float32), halo.Corpus(Tokenizer.bytes()), set()
 
-    def found(student, corpus, length, trials, seed):
-        seeds.add(seed)
+    def found(student, corpus, length, trials, seed, varied):
+        seeds.add((seed, varied))
         return torch.full((trials,), -9.0 if (student.config.logit_base or 1e9) > 50 else -1.0), None
     monkeypatch.setattr(halo, "recall", found)
     monkeypatch.setattr(halo, "losses", lambda model, _: torch.tensor([model.config.logit_base == 20]) + 2.0)
-    fits = halo.fit_logit_base(model, corpus, 64, seed=0)
-    assert (fits["None"], fits["100"], fits["50"], fits["20"]) == (11, 11, 3, 4) and seeds == {1}
+    fits = halo.fit_logit_base(model, corpus, 64, seed=0, varied=0.5)
+    assert (fits["None"], fits["100"], fits["50"], fits["20"]) == (11, 11, 3, 4) and seeds == {(1, 0.5)}
     assert halo.least(fits) == 50.0 and halo.least({"None": 1.0, "20": 2.0}) is None
     monkeypatch.setattr(halo, "losses", lambda m, _: -1e-4 * torch.tensor([m.config.logit_base or 1e5]))
     assert list(halo.fit_logit_base(model, corpus, 64, seed=0)) == ["None", "10000"]
@@ -2506,7 +2555,7 @@ def test_bench_niah(results, home, runs, monkeypatch, capsys):
         assert rmse(teacher(idx)[0], before) > 1e-3
     assert teacher(idx)[0].equal(before)
     corpus = types.SimpleNamespace(tokenizer=Tokenizer.bytes())
-    assert bench.fits("S1", 128, corpus) and not bench.fits("multi-key", 40, corpus)
+    assert halo.fits("S1", 128, corpus) and not halo.fits("multi-key", 40, corpus)
     assert bench.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
     assert bench.wilson(0, 20)[0] == 0 and bench.wilson(20, 20) == pytest.approx((0.8389, 1), abs=1e-3)
 
@@ -2537,10 +2586,10 @@ def test_bench_ablate(results, monkeypatch, capsys):
             raise OSError("Cannot allocate memory")
         if o.kl == "reverse":
             return types.SimpleNamespace(returncode=2, stderr="halo.py: no luck\n")
-        recall = {"256": 1.0, "4096": 0.5, "16384": 0.25}
+        recall, four = {"256": 1.0, "4096": 0.5, "16384": 0.25}, {"256": 0.75, "4096": 0.0}
         whole = dict(layers="LA", seconds=60, val_loss=dict(teacher=1.0, student=1.0 + 0.1 * o.seed),
-                     passkey=dict(student=recall))
-        scratch = dict(layers="LA", seconds=60, val_loss=1.5, passkey=recall)
+                     passkey=dict(student=recall), **dict(multikey=dict(student=four)) if o.seed else {})
+        scratch = dict(layers="LA", seconds=60, val_loss=1.5, passkey=recall, multikey=four)
         with open(os.path.join(o.out, "report.json"), "w") as f:
             json.dump(scratch if o.pretrain else whole, f)
         with open(os.path.join(o.out, "run.json"), "w") as f:
@@ -2556,6 +2605,9 @@ def test_bench_ablate(results, monkeypatch, capsys):
     assert not rows["from scratch, all tokens", 0]["scores"] and seen == {("a", 7), ("b", 7)}
     assert rows["paper", 1]["gap"] == pytest.approx(0.1) and rows["paper", 0]["at_16x"] == 0.5
     assert rows["from scratch, all tokens", 0]["gap"] == pytest.approx(0.5)
+    fours = [[row[f"four_{n}x"] for n in (1, 16, 64)] for row in (
+        rows["from scratch, all tokens", 0], rows["paper", 1], rows["paper", 0])]
+    assert fours == [[0.75, 0.0, None], [0.75, 0.0, None], [None, None, None]]
     assert "KL reversed, seed 0: failed: halo.py: no luck" in capsys.readouterr().out
     calls.clear()
     bench.main(command.split())
