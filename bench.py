@@ -891,7 +891,8 @@ def draws(n_layer, keep):
 
 
 def bench_ablate(o):
-    """Every run is a process of halo.py on the same teacher and tokens; so many run at once."""
+    """Every run is a process of halo.py on the same teacher and tokens; so many run at once. Rows of another
+    teacher of that name, as its loss tells, do not stay in the file."""
     path, config = halo.teacher_path(o.teacher), halo.TEACHERS[o.teacher]
     if not os.path.exists(os.path.join(path, "model.safetensors")):
         raise ValueError(f"--teacher {o.teacher} is not there yet: python halo.py --pretrain --teacher "
@@ -911,6 +912,9 @@ def bench_ablate(o):
 Gap: held-out loss of student less teacher, nats a token. At 1, 16, 64 times that length: pass keys found; one
 number of four found, if training had more than pass keys.
 Minutes: of one run, {o.jobs} at once.""")
+    report = os.path.join(path, "report.json")           # of a teacher that was made here
+    made = read_json(path, "report.json", "report")["val_loss"] if os.path.exists(report) else None
+    table.rows = [r for r in table.rows if r["teacher"] != o.teacher or made in (None, r["teacher_loss"])]
     same = dict(teacher=o.teacher, budget=o.budget, trials=o.trials)
     done = {(r["change"], r["seed"]) for r in table.rows if r.items() >= same.items()}
     todo = [(name, seed) for seed in range(o.seeds) for name in o.only or ABLATIONS
@@ -922,9 +926,6 @@ Minutes: of one run, {o.jobs} at once.""")
     gpus = queue.Queue()                                 # each job takes one, a GPU serves several
     for i in range(o.jobs):
         gpus.put(visible[i % len(visible)])
-
-    report = os.path.join(path, "report.json")           # of a teacher that was made here
-    known_loss = read_json(path, "report.json", "report")["val_loss"] if os.path.exists(report) else None
 
     def one(name, seed):
         with tempfile.TemporaryDirectory() as folder:
@@ -951,10 +952,11 @@ Minutes: of one run, {o.jobs} at once.""")
             if isinstance(r, list):
                 print(f"{name}, seed {seed}: failed: {' '.join(r)}", flush=True)
                 continue
-            loss, found, own = r["val_loss"], [r["passkey"], r.get("multikey", {})], known_loss
+            loss, found, base = r["val_loss"], [r["passkey"], r.get("multikey", {})], made
             if isinstance(loss, dict):                   # not from scratch
-                loss, own, found = loss["student"], loss["teacher"], [x.get("student", {}) for x in found]
-            base = own or next((x["teacher_loss"] for x in table.rows
+                loss, base = loss["student"], made or loss["teacher"]
+                found = [x.get("student", {}) for x in found]
+            base = base or next((x["teacher_loss"] for x in table.rows
                                 if x["teacher_loss"] and x.items() >= same.items()), None)
             table.add(**same, change=name, seed=seed, layers=r["layers"], gap=base and loss - base,
                       **{f"{name}_{n}x": shares.get(str(n * T)) for name, shares in zip(("at", "four"), found)

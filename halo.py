@@ -425,9 +425,9 @@ DENSITY = 2048
 
 def reworded(tokenizer, ids, rng, most=4):
     """S1 in other words: up to `most` values, of 3 to 24 digits or of some digits and letters, each after
-    some of a few words of a text, in any order; asked for is what follows when the same words come again. Who
-    has seen the pass key alone can find a pass key; who has seen these, what followed the same words before.
-    Most of a short row is then these."""
+    some of a few words of a text, the first of which all have in common; asked for, in any order, is what
+    follows when the same words come again. Who has seen the pass key alone can find a pass key; who has seen
+    these, what followed the same words before. Most of a short row is then these."""
     ends = [i for i in (tokenizer.end, tokenizer.bos) if i is not None]
     text, n = tokenizer.decode(ids[~np.isin(ids, ends)].tolist()), int(rng.integers(1, most + 1))
     words = re.findall(r"[^\W\d_]{2,12}", text) or ["number"]
@@ -435,11 +435,11 @@ def reworded(tokenizer, ids, rng, most=4):
 
     def some(low, high):
         return " ".join(words[i] for i in rng.integers(0, len(words), rng.integers(low, high)))
-    names = dict.fromkeys(some(2, 7) for _ in range(n))
-    lead, joint = some(0, 5), JOINTS[rng.integers(len(JOINTS))]
+    head, lead, joint = some(0, 6), some(0, 5), JOINTS[rng.integers(len(JOINTS))]
+    names = dict.fromkeys(f"{head} {some(1, 4)}".strip() for _ in range(n))
     some_signs = rng.permutation(list(SIGNS))[:rng.integers(6, len(SIGNS) + 1)]
     signs = TASKS["S1"].signs if rng.random() < 0.5 else "".join(some_signs)
-    return Task("\n{name}" + joint + " {value}.\n", f"\n{lead}. " * bool(lead) + "{name}" + joint,
+    return Task("\n{name}" + joint + " {value}.\n", "\n" + f"{lead}. " * bool(lead) + "{name}" + joint,
                 signs, int(rng.integers(3, 25)), len(names), tuple(names), prose=False)
 
 

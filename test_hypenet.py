@@ -2571,7 +2571,7 @@ def test_last_loss_is_that_of_one_pass():
         assert bench.last_loss(model, text, n) == pytest.approx(refs.tolist(), rel=5e-3 if GPU else 1e-4)
 
 
-def test_bench_ablate(results, monkeypatch, capsys):
+def test_bench_ablate(results, tmp_path, monkeypatch, capsys):
     """Each change is a run of halo.py with its flags on one teacher, on one of the GPUs; what is there is not
     run again; a run that fails is a line, and no row; what cannot be run at all ends it."""
     calls, seen, broken = [], set(), []
@@ -2612,6 +2612,14 @@ def test_bench_ablate(results, monkeypatch, capsys):
     calls.clear()
     bench.main(command.split())
     assert len(calls) == 1 and "reverse" in calls[0]
+    made = tmp_path / "teacher"                                             # another teacher of that name
+    made.mkdir()
+    (made / "model.safetensors").touch()
+    (made / "report.json").write_text(json.dumps(dict(val_loss=1.25)))
+    monkeypatch.setattr(bench.halo, "teacher_path", lambda name: str(made))
+    bench.main([*command.split(), "--only", "paper"])
+    rows = {(r["change"], r["seed"], r["teacher_loss"]) for r in bench_rows(results, "ablate")}
+    assert rows == {("paper", 0, 1.25), ("paper", 1, 1.25)} and len(calls) == 3
     broken.append(True)
     with pytest.raises(SystemExit) as stop:
         bench.main(["ablate", "--device", "cpu"])
