@@ -1341,20 +1341,20 @@ def print_plan(folder, config, corpus, plans, o, found):
         print(f"text {' '.join(paths)}: {n:,} tokens to train on, of which this run reads {read:,.0f}"
               + f" ({read / n:.1f} rounds, each in a new order)" * bool(read > n)
               + f"; {len(source.held_out):,} held out")
-    measured = f"   {'at once':>7s}{'peak GB':>9s}{'tok/s':>9s}{'hours':>8s}" if found else ""
+    seconds = sum(plan.total / found[name][1] for name, plan in plans.items()) if found else 0
+    unit, a_unit = ("hours", 3600) if seconds >= 3600 else ("minutes", 60)
+    measured = f"   {'at once':>7s}{'peak GB':>9s}{'tok/s':>9s}{unit:>8s}" if found else ""
     print(f"{'stage':10s}{'tokens':>14s}{'steps':>8s}{'length':>8s}{'batch':>7s}   learning rate{measured}")
-    hours = 0
     for name, plan in plans.items():
         row = f"{name:10s}{plan.total:14,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}"
         row += f"   {plan.lr:.0e}->{plan.lr_end:.0e}"
         if found:
             at_once, speed, peak = found[name]
-            hours += plan.total / speed / 3600
-            row += f"{at_once:11,}{peak:9.1f}{speed:9,.0f}{plan.total / speed / 3600:8.2f}"
+            row += f"{at_once:11,}{peak:9.1f}{speed:9,.0f}{plan.total / speed / a_unit:8.2f}"
         print(row)
     if found:
-        print(f"{hours:.1f} hours in all, measuring aside. at once: how many sequences of a batch go "
-              "through together; more are taken one after the other, with the same result")
+        print(f"{seconds / a_unit:.1f} {unit} in all, measuring aside. at once: how many sequences of a batch "
+              "go through together; more are taken one after the other, with the same result")
     print(flush=True)
 
 

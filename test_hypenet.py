@@ -1560,6 +1560,21 @@ def test_recall_of_answers_of_many_lengths():
     assert len(lengths) > 1
 
 
+@pytest.mark.parametrize("speed, rows, total", [
+    (1e4, ("10.00", "1.67"), "11.7 minutes in all"), (1e3, ("1.67", "0.28"), "1.9 hours in all")])
+def test_plan_says_how_long(speed, rows, total, capsys):
+    """Where the stages have been tried, a plan has their times: minutes, or hours from one on."""
+    corpus = types.SimpleNamespace(paths=[["text"]], shares=[1.0], sources=[
+        types.SimpleNamespace(sizes=[100], held_out=range(7))])
+    plans = dict(align=halo.Plan(6e6, 100, 10, 1e-3, 1e-4), distil=halo.Plan(1e6, 100, 10, 1e-3, 1e-4))
+    o = types.SimpleNamespace(teacher="t", recipe="paper", device="cuda")
+    halo.print_plan("out/t", HypeNetConfig(layers="AA"), corpus, plans, o,
+                    {stage: (10, speed, 1.5) for stage in plans})
+    out = capsys.readouterr().out
+    assert total in out and all(re.search(rf"^{stage} .* {x}$", out, re.M) for stage, x in zip(plans, rows))
+    assert "of which this run reads 7,000,000 (70000.0 rounds, each in a new order); 7 held out" in out
+
+
 def test_recall_of_what_training_hides(monkeypatch):
     """A share of the answers are values after other words, where these have room."""
     model, corpus, asked = tiny(dtype=torch.float32, vocab_size=300), halo.Corpus(Tokenizer.bytes()), []
@@ -2803,33 +2818,52 @@ def test_readme_kernel_times_are_those_of_results():
 
 
 def test_readme_ablations_are_those_of_results():
-    """The README's table of single changes is what both files hold, flags and all, and bench.py makes it."""
-    rows = {scale: json.loads((HERE / "results" / f"ablate{end}.json").read_text(encoding="utf-8"))["rows"]
-            for scale, end in (("mini", ""), ("tiny", "-tiny"))}
+    """The README's table of single changes is what three files hold, flags and all, and bench.py makes it:
+    runs of the mini teacher, those only an older one has (marked), and of the tiny one."""
+    files = {"mini": "ablate", "older": "ablate-pass-keys", "tiny": "ablate-tiny"}
+    rows = {scale: json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+            for scale, name in files.items()}
     titles = {"paper": "**none: the paper's recipe**", "article": "**the article's recipe**"}
     changes = {r["change"] for scale in rows for r in rows[scale]}
+
+    def cells(mine, tasks, mark=""):
+        yield ", ".join(f"{r['gap']:.4f}" for r in mine) + mark
+        for task in tasks:
+            known = [[r.get(f"{task}_{n}x") for n in (1, 16, 64)] for r in mine]
+            yield ", ".join(dict.fromkeys(" / ".join(f"{x:.0%}" for x in row)
+                                          for row in known if None not in row))
     for change in changes:
-        cells, flags = [], bench.ABLATIONS[change]
+        mine, flags = {}, bench.ABLATIONS[change]
         for scale in rows:
-            mine = sorted((r for r in rows[scale] if r["change"] == change), key=lambda r: r["seed"])
-            assert all(r["flags"] == flags and r["teacher"] == scale for r in mine)
-            hits = dict.fromkeys(" / ".join(f"{r[f'at_{n}x']:.0%}" for n in (1, 16, 64)) for r in mine)
-            cells += [", ".join(f"{r['gap']:.4f}" for r in mine), ", ".join(hits)]
+            mine[scale] = sorted((r for r in rows[scale] if r["change"] == change), key=lambda r: r["seed"])
+            assert all(r["flags"] == flags for r in mine[scale])
+            assert {r["teacher"] for r in mine[scale]} <= {"tiny" if scale == "tiny" else "mini"}
+        old = mine["older"] and not mine["mini"]
+        row = [*cells(mine["older" if old else "mini"], ("at", "four"), " †" * bool(old)),
+               *cells(mine["tiny"], ("at",))]
         title = titles.get(change, change if "{" in flags else f"{change} (`{flags}`)")
-        assert re.search(rf"^\| {re.escape(title)} \| *" + r" *\| *".join(map(re.escape, cells)) + r" *\|$",
+        assert re.search(rf"^\| {re.escape(title)} \| *" + r" *\| *".join(map(re.escape, row)) + r" *\|$",
                          README, re.M), title
     assert len(changes) >= 20
 
 
 def test_readme_small_and_gpt2_results():
     """The table of the small student and the line on GPT-2's positions are what their files hold."""
-    rows = json.loads((HERE / "results" / "niah-small.json").read_text(encoding="utf-8"))["rows"]
+    rows, gpt2 = (json.loads((HERE / "results" / f"niah-{name}.json").read_text(encoding="utf-8"))["rows"]
+                  for name in ("small", "small-gpt2"))
     names = {"student": "student", "student without s_t": "student without s_t", "teacher": "teacher",
              "teacher, YaRN": "teacher, YaRN for each length",
              "teacher, sink + window": "teacher, first 4 tokens and the last 1,020"}
-    for model, name in names.items():
-        hits = [f"{r['value']:.0%}" for r in rows if (r["model"], r["task"]) == (model, "S1")]
-        assert len(hits) >= 5 and "| ".join([f"| {name} ", *(f"{hit} " for hit in hits)]) in README, hits
+    asked = [(rows, model, "S1", name) for model, name in names.items()]
+    asked.append((gpt2, "student", "S1", "student of a teacher of GPT-2's kind"))
+    for task, title in {"S2": ", another wording, in prose", "multi-key": ", one of four",
+                        "S3": ", 32 hexadecimal digits"}.items():
+        asked += [(rows, "student", task, f"{task}{title}: student"),
+                  (rows, "teacher", task, f"{task}: teacher"),
+                  (gpt2, "student", task, f"{task}: student of GPT-2's kind")]
+    for file, model, task, name in asked:
+        hits = [f"{r['value']:.0%}" for r in file if (r["model"], r["task"]) == (model, task)]
+        assert len(hits) >= 3 and "| ".join([f"| {name} ", *(f"{hit} " for hit in hits)]) in README, name
     text = " ".join(README.split())
     for name, start in (("small", "student's held-out loss is"), ("small-gpt2", "of GPT-2's kind")):
         log = (HERE / "results" / f"{name}-paper.log").read_text(encoding="utf-8")
