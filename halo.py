@@ -416,11 +416,9 @@ TASKS = {                                                           # training h
     "S3": Task(*NUMBER, "0123456789abcdef", 32),
     "multi-key": Task(*NUMBER, "0123456789", needles=4),
 }
-# S1 in other words, for training: what stands between words and value, what a value is made of, and in a long
-# row how many tokens there are to each four values, or six passages, at most
+# S1 in other words, for training: what stands between words and value, and what a value is made of
 JOINTS = ("", " is", " was", " has", " =", ":", " equals", " of")
 SIGNS = string.digits + string.ascii_lowercase
-DENSITY = 2048
 
 
 def reworded(tokenizer, ids, rng, most=4):
@@ -500,9 +498,9 @@ def fits(task, n, corpus):
 
 def hide(tokenizer, row, rng, varied=0.0):
     """Give a row of ids (n,), in place, something to recall: a pass key; or, with probability `varied`, in
-    equal parts passages that come again and values after other words (a pass key if they have no room). A row
-    of 4,096 or more has more of these, so that far and near are asked for as often."""
-    times, more = int(rng.integers(1, 4)), max(1, len(row) // DENSITY)
+    equal parts passages that come again and values after other words (a pass key if they have no room). Of
+    these there are the more the longer the row is, as the root of its length: far and near are asked for."""
+    times, more = int(rng.integers(1, 4)), max(1, round((len(row) / 256) ** 0.5))
     if varied and rng.random() < varied:
         if rng.random() < 0.5:
             return again(row, rng, 2 * times * more)
@@ -1353,8 +1351,8 @@ def print_plan(folder, config, corpus, plans, o, found):
             row += f"{at_once:11,}{peak:9.1f}{speed:9,.0f}{plan.total / speed / a_unit:8.2f}"
         print(row)
     if found:
-        print(f"{seconds / a_unit:.1f} {unit} in all, measuring aside. at once: how many sequences of a batch "
-              "go through together; more are taken one after the other, with the same result")
+        print(f"{seconds / a_unit:.1f} {unit} in all, measuring aside. at once: how many sequences of a "
+              "batch go through together; more are taken one after the other, with the same result")
     print(flush=True)
 
 
