@@ -775,7 +775,7 @@ difference to the first.""", trained=T, layers=layers, logit_base=base)
         model.config.logit_base, first = a, None
         for task in tasks:
             found = []
-            for n in [n for n in lengths if halo.fits(task, n, corpus)]:
+            for n in [n for n in lengths if halo.has_room(task, n, corpus)]:
                 if min(n, keep or n) <= model.config.limit() and found[-2:] != [0, 0]:
                     with stretched(model, n / T if yarn else 1):
                         each = halo.recall(model, corpus, n, o.trials, task=task, keep=keep)[1]
@@ -914,7 +914,8 @@ number of four found, if training had more than pass keys.
 Minutes: of one run, {o.jobs} at once.""")
     report = os.path.join(path, "report.json")           # of a teacher that was made here
     made = read_json(path, "report.json", "report")["val_loss"] if os.path.exists(report) else None
-    table.rows = [r for r in table.rows if r["teacher"] != o.teacher or made in (None, r["teacher_loss"])]
+    table.rows = [r for r in table.rows if r["teacher"] != o.teacher
+                  or made is None or abs((r["teacher_loss"] or made) - made) < 1e-3]
     same = dict(teacher=o.teacher, budget=o.budget, trials=o.trials)
     done = {(r["change"], r["seed"]) for r in table.rows if r.items() >= same.items()}
     todo = [(name, seed) for seed in range(o.seeds) for name in o.only or ABLATIONS
@@ -952,14 +953,14 @@ Minutes: of one run, {o.jobs} at once.""")
             if isinstance(r, list):
                 print(f"{name}, seed {seed}: failed: {' '.join(r)}", flush=True)
                 continue
-            loss, found, base = r["val_loss"], [r["passkey"], r.get("multikey", {})], made
+            loss, found, base = r["val_loss"], dict(at=r["passkey"], four=r.get("multikey", {})), made
             if isinstance(loss, dict):                   # not from scratch
-                loss, base = loss["student"], made or loss["teacher"]
-                found = [x.get("student", {}) for x in found]
+                loss, base = loss["student"], loss["teacher"]
+                found = {start: x.get("student", {}) for start, x in found.items()}
             base = base or next((x["teacher_loss"] for x in table.rows
                                 if x["teacher_loss"] and x.items() >= same.items()), None)
             table.add(**same, change=name, seed=seed, layers=r["layers"], gap=base and loss - base,
-                      **{f"{name}_{n}x": shares.get(str(n * T)) for name, shares in zip(("at", "four"), found)
+                      **{f"{start}_{n}x": shares.get(str(n * T)) for start, shares in found.items()
                          for n in (1, 16, 64)}, minutes=r["seconds"] / 60,
                       flags=ABLATIONS[name], teacher_loss=base, scores=r["scores"],
                       logit_base=r.get("logit_base"))

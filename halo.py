@@ -13,7 +13,7 @@ The paper's recipe (arXiv 2601.22156 section 4) is a row of stages, and one loop
     select     which stay attention: the layers that lose most by becoming linear (in place of eq. 8, 9)
     distil     stage 2: the hybrid learns the teacher's predictions (eq. 10); RoPE leaves attention (HyPE)
     finetune   stage 3: longer sequences, no teacher
-    fit        the base a of the logit scaling s_t (eq. 11), on long held-out text and pass keys
+    fit        the base a of the logit scaling s_t (eq. 11), on long held-out text and recall
 
 The article's recipe is progressive: the middle layers are converted in groups; only the newest group and the
 chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
@@ -417,15 +417,15 @@ TASKS = {                                                           # training h
     "multi-key": Task(*NUMBER, "0123456789", needles=4),
 }
 # S1 in other words, for training: what stands between words and value, and what a value is made of
-JOINTS = ("", " is", " was", " has", " =", ":", " equals", " of")
+JOINTS = (" is", " was", " has", " =", ":", " equals", " of")
 SIGNS = string.digits + string.ascii_lowercase
 
 
 def reworded(tokenizer, ids, rng, most=4):
     """S1 in other words: up to `most` values, of 3 to 24 digits or of some digits and letters, each after
-    some of a few words of a text, the first of which all have in common; asked for, in any order, is what
-    follows when the same words come again. Who has seen the pass key alone can find a pass key; who has seen
-    these, what followed the same words before. Most of a short row is then these."""
+    some of a few words of a text, the first of which (up to 5) all have in common; asked for, in any order,
+    is what follows when the same words come again. Who has seen the pass key alone can find a pass key; who
+    has seen these, what followed the same words before. Most of a short row is then these."""
     ends = [i for i in (tokenizer.end, tokenizer.bos) if i is not None]
     text, n = tokenizer.decode(ids[~np.isin(ids, ends)].tolist()), int(rng.integers(1, most + 1))
     words = re.findall(r"[^\W\d_]{2,12}", text) or ["number"]
@@ -435,10 +435,10 @@ def reworded(tokenizer, ids, rng, most=4):
         return " ".join(words[i] for i in rng.integers(0, len(words), rng.integers(low, high)))
     head, lead, joint = some(0, 6), some(0, 5), JOINTS[rng.integers(len(JOINTS))]
     names = dict.fromkeys(f"{head} {some(1, 4)}".strip() for _ in range(n))
-    some_signs = rng.permutation(list(SIGNS))[:rng.integers(6, len(SIGNS) + 1)]
-    signs = TASKS["S1"].signs if rng.random() < 0.5 else "".join(some_signs)
+    some_signs = "".join(rng.permutation(list(SIGNS))[:rng.integers(6, len(SIGNS) + 1)])
+    signs, size = rng.choice((string.digits, some_signs)), int(rng.integers(3, 25))
     return Task("\n{name}" + joint + " {value}.\n", "\n" + f"{lead}. " * bool(lead) + "{name}" + joint,
-                signs, int(rng.integers(3, 25)), len(names), tuple(names), prose=False)
+                signs, size, len(names), tuple(names), prose=False)
 
 
 def again(row, rng, times):
@@ -487,10 +487,11 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     return np.concatenate([*parts, text[at:room]]), len(answers[0])
 
 
-def fits(task, n, corpus):
-    """Whether a text of n tokens has room for a task."""
+def has_room(task, n, corpus):
+    """Whether a text of n tokens has room for a task, whatever the names and values."""
     try:
-        plant(corpus.tokenizer, np.zeros(n, np.int64), np.random.default_rng(0), 0.5, task=task)
+        for seed in range(50):
+            plant(corpus.tokenizer, np.zeros(n, np.int64), np.random.default_rng(seed), 0.5, task=task)
     except ValueError:
         return False
     return True
@@ -499,7 +500,7 @@ def fits(task, n, corpus):
 def hide(tokenizer, row, rng, varied=0.0):
     """Give a row of ids (n,), in place, something to recall: a pass key; or, with probability `varied`, in
     equal parts passages that come again and values after other words (a pass key if they have no room). Of
-    these there are the more the longer the row is, as the root of its length: far and near are asked for."""
+    these a long row has more than a short one, as the root of its length."""
     times, more = int(rng.integers(1, 4)), max(1, round((len(row) / 256) ** 0.5))
     if varied and rng.random() < varied:
         if rng.random() < 0.5:
@@ -1058,12 +1059,12 @@ def align(run, teacher, config, corpus, plan, o):
 
 def swap_scores(teacher, twins, config, corpus, o):
     """R and C of paper eq. 8, measured with what is built in. For every layer, of the model in which it alone
-    is linear: mean log-probability of an answer's tokens (R: of what training hides, see recall) and minus
-    the held-out loss (C), with their standard errors; for "swap" also those of the model in which it alone is
-    what it would be if it stayed: with HyPE, attention without positions. RoPE is left out; learned positions
-    entered at the input, so the layer reads the stream less wpe: gone is what they added themselves, not what
-    layers before made of it. Returns these and the teacher's own C. A swap is made in place; config tells the
-    kind of layer i."""
+    is linear: mean log-probability of an answer's tokens (R: of pass keys and, in the share that training
+    has, of values after other words, see recall) and minus the held-out loss (C), with their standard errors;
+    for "swap" also those of the model in which it alone is what it would be if it stayed: with HyPE,
+    attention without positions. RoPE is left out; learned positions entered at the input, so the layer reads
+    the stream less wpe: gone is what they added themselves, not what layers before made of it. Returns these
+    and the teacher's own C. A swap is made in place; config tells the kind of layer i."""
     own, scores = teacher.config, []
     batches = held_out(corpus, o.length, max(2, o.eval_windows // 2))
 
@@ -1233,30 +1234,34 @@ def least(fits):
     return None if base == "None" else float(base)
 
 
-def found(model, corpus, lengths, o):
+def shares(model, corpus, lengths, o):
     """What share of answers a model finds, {length: share, None past the last position it knows or without
     room}, for each of two fields of report.json: pass keys, and, if training had more to find than these, one
     number of four."""
-    def share(n, task):
-        if n > model.config.limit() or not fits(task, n, corpus):
-            return None
-        dear = o.device == "cpu" and n > 16 * o.length             # minutes, on a CPU
-        trials = max(1, o.trials // 4) if dear else o.trials
-        return recall(model, corpus, n, trials, task=task)[1].mean().item()
-    fields = {"passkey": "S1", "multikey": "multi-key"} if o.varied else {"passkey": "S1"}
-    return {field: {str(n): share(n, task) for n in lengths} for field, task in fields.items()}
+    tasks = {"passkey": "S1", "multikey": "multi-key"} if o.varied else {"passkey": "S1"}
+    out = {field: dict.fromkeys(map(str, lengths)) for field in tasks}
+    for field, n in tqdm([*itertools.product(tasks, lengths)], desc="recall   ", dynamic_ncols=True):
+        if n <= model.config.limit() and has_room(tasks[field], n, corpus):
+            dear = o.device == "cpu" and n > 16 * o.length         # minutes, on a CPU
+            trials = max(1, o.trials // 4) if dear else o.trials
+            out[field][str(n)] = recall(model, corpus, n, trials, task=tasks[field])[1].mean().item()
+    return out
 
 
 def evaluate(teacher, student, corpus, o):
     """The numbers of the final table and of report.json. What is hidden is asked for at 1 to 16 times the
     length of distillation, of the student at 64 times too."""
-    T, both = o.length, {}
-    for n in tqdm((T, 2 * T, 4 * T, 16 * T, 64 * T), desc="recall   ", dynamic_ncols=True):
-        for name, model in dict(teacher=teacher, student=student).items():
-            if n <= 16 * T or name == "student":
-                for field, shares in found(model, corpus, [n], o).items():
-                    both.setdefault(field, dict(teacher={}, student={}))[name].update(shares)
-    return dict(**compare(teacher, student, held_out(corpus, T, o.eval_windows)), **both)
+    lengths = [n * o.length for n in (1, 2, 4, 16, 64)]
+    theirs, ours = shares(teacher, corpus, lengths[:4], o), shares(student, corpus, lengths, o)
+    return dict(**compare(teacher, student, held_out(corpus, o.length, o.eval_windows)),
+                **{field: dict(teacher=theirs[field], student=ours[field]) for field in ours})
+
+
+FOUND = {"passkey": "pass key found", "multikey": "one of four found"}
+
+
+def percent(share):
+    return "-" if share is None else f"{share:.0%}"
 
 
 def print_report(r):
@@ -1264,18 +1269,15 @@ def print_report(r):
         width = max(10, len(r["layers"]) + 2, len(f"{r['params']['student']:,}") + 1)
         print(f"{title:34s}{teacher:>{width}s}{student:>{width}s}")
 
-    def percent(field, model, n):
-        share = r[field][model].get(n)
-        return "-" if share is None else f"{share:.0%}"
     row("", "teacher", "student")
     row("layers", "A" * len(r["layers"]), r["layers"])
     row("parameters", *(f"{r['params'][m]:,}" for m in ("teacher", "student")))
     row("held-out loss, nats a token", *(f"{r['val_loss'][m]:.4f}" for m in ("teacher", "student")))
     row("KL to the teacher, nats a token", "", f"{r['kl']:.4f}")
     row("same likeliest next token", "", f"{r['top1_agreement']:.1%}")
-    for field, what in dict(passkey="pass key found", multikey="one of four found").items():
-        for n in r[field]["student"] if field in r else ():
-            row(f"{what} in {int(n):,} tokens", *(percent(field, m, n) for m in ("teacher", "student")))
+    for field, what in FOUND.items():
+        for n, share in r[field]["student"].items() if field in r else ():
+            row(f"{what} in {int(n):,} tokens", percent(r[field]["teacher"].get(n)), percent(share))
     peak = f", peak memory {r['peak_gb']:.1f} GB" if r["peak_gb"] else ""
     print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, "
           + (f"logit base {r['logit_base']:g}\n" if r["logit_base"] else "no logit scaling\n"))
@@ -1388,7 +1390,7 @@ def get_args(argv):
     add("--plain", action="store_true",
         help="run small operations one by one: on a GPU, all but the tiny teachers have them compiled "
              "(torch.compile), which takes up to a minute")
-    add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and hours, and end")
+    add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and time, and end")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of every random choice")
     add("--budget", type=number(float, 1e-6), default=1.0, metavar="X",
         help="multiply the tokens of every stage by this")
@@ -1426,7 +1428,7 @@ def get_args(argv):
     add("--max-ctx", type=number(int, 1), default=65536 + 1024, metavar="N",
         help="positions that a chunk HyPE model knows, context and answer together")
     add("--trials", type=number(int, 1), default=20, metavar="N",
-        help="pass keys asked for at each length; a quarter of them at 64 times the length; default 20")
+        help="questions asked at each length, on a CPU a quarter of them at 64 times the length; default 20")
     add("--eval-windows", type=number(int, 2), default=256, metavar="N",
         help="held-out sequences that losses are measured on; default 256")
     add("--set", **many, default=[], metavar="FIELD=X",
@@ -1525,7 +1527,7 @@ def settle(o):
             raise ValueError(f"--teacher {o.teacher} wants a GPU: about {hours:,.1f} hours on this CPU; "
                              "--teacher tiny takes minutes, --device cpu tries it all the same")
     plans = {stage: plans[stage] for stage in todo if o.pretrain or stage != "pretrain"}
-    o.varied = max(plan.varied for plan in plans.values())
+    o.varied = next(plans[stage].varied for stage in ("distil", "group", "pretrain") if stage in plans)
     return plans, changes
 
 
@@ -1616,13 +1618,14 @@ def pretrain(run, corpus, plans, o):
     model.save_pretrained(run.folder, torch.bfloat16)     # last: a folder that has it is whole
     T, loss = config.max_len, losses(model, held_out(corpus, config.max_len, o.eval_windows)).mean().item()
     lengths = [n for n in (T, 16 * T, 64 * T)[:3 if o.hybrid else 1] if n <= model.config.limit()]
-    shares = found(model, corpus, lengths, o)
+    found = shares(model, corpus, lengths, o)
     write_json(run.path("report.json"), dict(
         teacher=o.teacher, tokens=run.tokens, device=o.device, text=corpus.facts, layers=config.layers,
-        params=model.n_params(), val_loss=loss, **shares, seconds=run.seconds()))
-    print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, pass key found in "
-          + ", ".join(f"{int(n):,} tokens {share:.0%}" for n, share in shares["passkey"].items())
-          + f"; {run.seconds() / 60:.1f} minutes")
+        params=model.n_params(), val_loss=loss, **found, seconds=run.seconds()))
+    said = [f"{what} in {int(n):,} tokens {percent(share)}" for field, what in FOUND.items()
+            for n, share in found.get(field, {}).items()]
+    print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, "
+          + ", ".join([*said, f"{run.seconds() / 60:.1f} minutes"]))
     print(f"python sample.py --model {run.folder}" if o.hybrid else f"python halo.py --teacher {run.folder}")
     return model
 
@@ -1720,6 +1723,9 @@ def run_main(argv):
     try:
         if run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"]:
             raise ValueError(f"--resume {o.resume}: the text has changed since it began; start a new run")
+        now = {stage: vars(plan) for stage, plan in plans.items()}
+        if run.once("plans", lambda: now) != now:
+            raise ValueError(f"--resume {o.resume}: its stages are not this version's; start a new run")
         if o.pretrain:
             pretrain(run, corpus, plans, o)
         else:

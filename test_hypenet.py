@@ -1402,7 +1402,7 @@ def test_plant(depth, ask):
         halo.plant(tokenizer, text[:20], np.random.default_rng(0))
 
 
-def test_reworded():
+def test_reworded(monkeypatch):
     """Training also asks for values that follow other words: words of the text, in whatever alphabet. Each
     value is asked for twice, in any order; a question ends in what stands before its value. A plan says how
     often, and what ends a document is no word. A long row has more of them."""
@@ -1439,11 +1439,21 @@ def test_reworded():
     assert False in orders
     with pytest.raises(AssertionError):
         halo.plant(tokenizer, row, rng, 0.5, ask=2)
-    long, asked = np.tile(row, 16), []
-    for seed in range(20):
-        halo.hide(tokenizer, ids := long.copy(), np.random.default_rng(seed), varied=1.0)
-        asked.append((ids != long).sum())
-    assert len(ids) == len(long) and max(asked) > 1500                      # 16K tokens: many in one row
+
+    def most(length):
+        asked = []
+
+        def plant(tokenizer, row, rng, ask, task="S1", plain=halo.plant):
+            asked.append(ask)
+            return plain(tokenizer, row, rng, ask=ask, task=task)
+        monkeypatch.setattr(halo, "plant", plant)
+        monkeypatch.setattr(halo, "again", lambda row, rng, times: asked.append(times))
+        for seed in range(60):
+            halo.hide(tokenizer, np.resize(row, length), np.random.default_rng(seed), varied=1.0)
+        return max(asked)
+    small, middle, long = (most(length) for length in (256, 1024, 16384))   # 2 times 4 at most, 8, 32
+    assert small == 8 < 10 < middle <= 16 < 40 < long <= 64
+    monkeypatch.undo()
     corpus = halo.Corpus(tokenizer)
     for length, share, low, high in ((512, 0.0, 1, 1), (512, 0.5, 0.3, 0.7), (512, 1.0, 0, 0),
                                      (160, 1.0, 0.05, 0.45)):                # half reworded, no room for many
@@ -1591,6 +1601,9 @@ def test_recall_of_what_training_hides(monkeypatch):
         assert len(logp) == len(hits) == len(asked) == 40
         assert [depth for _, depth in asked] == [0, 0.25, 0.5, 0.75, 1] * 8
         assert low <= sum(task == "S1" for task, _ in asked) <= high
+    monkeypatch.undo()
+    assert halo.has_room("S1", 128, corpus) and halo.has_room("multi-key", 280, corpus)
+    assert not halo.has_room("multi-key", 266, corpus)                      # of long names, and has of short
 
 
 def test_what_is_found_is_reported(monkeypatch, capsys):
@@ -1607,7 +1620,7 @@ def test_what_is_found_is_reported(monkeypatch, capsys):
     for device, varied in itertools.product(("cpu", "cuda"), (0.0, 0.3)):
         asked.clear()
         o = types.SimpleNamespace(device=device, varied=varied, trials=20, length=96)
-        shares = halo.found(model, corpus, [96, 2048, 9999], o)
+        shares = halo.shares(model, corpus, [96, 2048, 9999], o)
         assert shares.pop("passkey") == {"96": 0.25, "2048": 0.25, "9999": None}
         assert shares == ({"multikey": {"96": None, "2048": 0.5, "9999": None}} if varied else {})
         assert asked[:2] == [(96, 20, "S1"), (2048, 5 if device == "cpu" else 20, "S1")]
@@ -2187,6 +2200,28 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
         assert config["logit_base"] == halo.least(fits)
 
 
+def test_layers_and_base_are_chosen_by_what_training_hides(home, tmp_path, monkeypatch, capsys):
+    """Where stage 2 hides values after other words, selection and base ask for them in the same share, and
+    the report for one number of four too; a run whose stages have changed does not go on."""
+    shares = {}
+
+    def recall(model, corpus, length, trials, seed=0, task="S1", varied=0.0, plain=halo.recall):
+        shares.setdefault((seed, task), set()).add(varied)
+        return plain(model, corpus, min(length, 400), trials, seed, task, varied=varied)
+    monkeypatch.setattr(halo, "recall", recall)
+    report = convert(home, tmp_path / "run", "--logit-base", "fit", "--plan", "distil.varied=0.4", steps=2)
+    assert shares == {(0, "S1"): {0.4, 0.0}, (1, "S1"): {0.4}, (0, "multi-key"): {0.0}}
+    assert report["multikey"]["student"].keys() == report["passkey"]["student"].keys()
+    assert "one of four found in 1,536 tokens" in capsys.readouterr().out
+    file = tmp_path / "run" / "run.json"
+    run = json.loads(file.read_text())
+    run["done"]["plans"]["finetune"]["tokens"] *= 2
+    file.write_text(json.dumps(run))
+    with pytest.raises(SystemExit) as stop:
+        halo.main(["--resume", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "stages are not" in capsys.readouterr().err
+
+
 @needs_transformers
 @pytest.mark.parametrize("recipe", halo.RECIPES)
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "llama"])
@@ -2258,8 +2293,8 @@ def test_pretrain(home, tmp_path, monkeypatch):
 
 
 def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
-    """What a base costs is the held-out loss plus that of pass keys, none of which the report asks for. None
-    is tried after one that is 0.02 worse than the best."""
+    """What a base costs is the held-out loss plus that of answers, none of which the report asks for. None is
+    tried after one that is 0.02 worse than the best."""
     model, corpus, seeds = tiny(dtype=torch.float32), halo.Corpus(Tokenizer.bytes()), set()
 
     def found(student, corpus, length, trials, seed, varied):
@@ -2569,8 +2604,6 @@ def test_bench_niah(results, home, runs, monkeypatch, capsys):
     with bench.stretched(teacher, 2.0):
         assert rmse(teacher(idx)[0], before) > 1e-3
     assert teacher(idx)[0].equal(before)
-    corpus = types.SimpleNamespace(tokenizer=Tokenizer.bytes())
-    assert halo.fits("S1", 128, corpus) and not halo.fits("multi-key", 40, corpus)
     assert bench.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
     assert bench.wilson(0, 20)[0] == 0 and bench.wilson(20, 20) == pytest.approx((0.8389, 1), abs=1e-3)
 
@@ -2632,9 +2665,15 @@ def test_bench_ablate(results, tmp_path, monkeypatch, capsys):
     (made / "model.safetensors").touch()
     (made / "report.json").write_text(json.dumps(dict(val_loss=1.25)))
     monkeypatch.setattr(bench.halo, "teacher_path", lambda name: str(made))
-    bench.main([*command.split(), "--only", "paper"])
-    rows = {(r["change"], r["seed"], r["teacher_loss"]) for r in bench_rows(results, "ablate")}
-    assert rows == {("paper", 0, 1.25), ("paper", 1, 1.25)} and len(calls) == 3
+    path = results / "ablate.json"
+    file = json.loads(path.read_text())
+    same = next(r for r in file["rows"] if r["change"] == "1 attention layer")
+    same["teacher_loss"] = 1.25004                                          # measured by another run
+    path.write_text(json.dumps(file))
+    bench.main([*command.split(), "--only", "paper", "from scratch, all tokens"])
+    rows = {(r["change"], r["seed"]): r["teacher_loss"] for r in bench_rows(results, "ablate")}
+    assert rows == {("1 attention layer", 0): 1.25004, ("paper", 0): 1.0, ("paper", 1): 1.0,
+                    ("from scratch, all tokens", 0): 1.25} and len(calls) == 4
     broken.append(True)
     with pytest.raises(SystemExit) as stop:
         bench.main(["ablate", "--device", "cpu"])
