@@ -1595,7 +1595,7 @@ def test_recall_of_what_training_hides(monkeypatch):
         return found
     monkeypatch.setattr(halo, "plant", plant)
     for length, varied, low, high in ((512, 0.0, 40, 40), (512, 0.5, 8, 32), (512, 1.0, 0, 0),
-                                      (140, 1.0, 1, 30)):
+                                      (140, 1.0, 1, 39)):
         asked.clear()
         logp, hits = halo.recall(model, corpus, length, 40, varied=varied)
         assert len(logp) == len(hits) == len(asked) == 40
