@@ -108,8 +108,8 @@ class Plan:
 
 
 # Of teachers from the hub the paper's (its Table 5), and for groups the article's 2.3B tokens, 2M a step. Of
-# the tiny one what a laptop can do, of the mini one (for ablations) a GPU in a minute, of the small one in
-# three, on half the tokens of its teacher at most; with pass keys, which text alone teaches too slowly.
+# the tiny one what a laptop can do, of the mini one (for ablations) a GPU in two minutes, of the small one in
+# four, on half the tokens of its teacher at most; with pass keys, which text alone teaches too slowly.
 PLANS = {
     "tiny": dict(
         pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
@@ -488,10 +488,11 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
 
 
 def has_room(task, n, corpus):
-    """Whether a text of n tokens has room for a task, whatever the names and values."""
+    """Whether a text of n tokens has room for a task, in 50 draws of names and values."""
     try:
+        text = np.zeros(min(n, 4096), np.int64)                     # none needs more
         for seed in range(50):
-            plant(corpus.tokenizer, np.zeros(n, np.int64), np.random.default_rng(seed), 0.5, task=task)
+            plant(corpus.tokenizer, text, np.random.default_rng(seed), 0.5, task=task)
     except ValueError:
         return False
     return True
@@ -1234,17 +1235,22 @@ def least(fits):
     return None if base == "None" else float(base)
 
 
+# Fields of report.json: the task asked for, and what a table calls it. The second is for models whose
+# training had more to find than pass keys.
+ASKED = {"passkey": ("S1", "pass key found"), "multikey": ("multi-key", "one of four found")}
+
+
 def shares(model, corpus, lengths, o):
-    """What share of answers a model finds, {length: share, None past the last position it knows or without
-    room}, for each of two fields of report.json: pass keys, and, if training had more to find than these, one
-    number of four."""
-    tasks = {"passkey": "S1", "multikey": "multi-key"} if o.varied else {"passkey": "S1"}
-    out = {field: dict.fromkeys(map(str, lengths)) for field in tasks}
-    for field, n in tqdm([*itertools.product(tasks, lengths)], desc="recall   ", dynamic_ncols=True):
-        if n <= model.config.limit() and has_room(tasks[field], n, corpus):
+    """What share of answers a model finds: {field of ASKED: {length: share, None past the last position it
+    knows or without room}}."""
+    fields = list(ASKED)[:2 if o.varied else 1]
+    out = {field: dict.fromkeys(map(str, lengths)) for field in fields}
+    for field, n in tqdm([*itertools.product(fields, lengths)], desc="recall   ", dynamic_ncols=True):
+        task, _ = ASKED[field]
+        if n <= model.config.limit() and has_room(task, n, corpus):
             dear = o.device == "cpu" and n > 16 * o.length         # minutes, on a CPU
             trials = max(1, o.trials // 4) if dear else o.trials
-            out[field][str(n)] = recall(model, corpus, n, trials, task=tasks[field])[1].mean().item()
+            out[field][str(n)] = recall(model, corpus, n, trials, task=task)[1].mean().item()
     return out
 
 
@@ -1255,9 +1261,6 @@ def evaluate(teacher, student, corpus, o):
     theirs, ours = shares(teacher, corpus, lengths[:4], o), shares(student, corpus, lengths, o)
     return dict(**compare(teacher, student, held_out(corpus, o.length, o.eval_windows)),
                 **{field: dict(teacher=theirs[field], student=ours[field]) for field in ours})
-
-
-FOUND = {"passkey": "pass key found", "multikey": "one of four found"}
 
 
 def percent(share):
@@ -1275,7 +1278,7 @@ def print_report(r):
     row("held-out loss, nats a token", *(f"{r['val_loss'][m]:.4f}" for m in ("teacher", "student")))
     row("KL to the teacher, nats a token", "", f"{r['kl']:.4f}")
     row("same likeliest next token", "", f"{r['top1_agreement']:.1%}")
-    for field, what in FOUND.items():
+    for field, (_, what) in ASKED.items():
         for n, share in r[field]["student"].items() if field in r else ():
             row(f"{what} in {int(n):,} tokens", percent(r[field]["teacher"].get(n)), percent(share))
     peak = f", peak memory {r['peak_gb']:.1f} GB" if r["peak_gb"] else ""
@@ -1603,7 +1606,7 @@ def convert(run, teacher, corpus, plans, o):
 def pretrain(run, corpus, plans, o):
     """Train a teacher (or, with --layers, a hybrid) from random weights on text and pass keys; returns it."""
     config = replace(TEACHERS[o.teacher], max_len=plans["pretrain"].length)
-    o.length = config.max_len
+    T = o.length = config.max_len
     if o.hybrid:
         config = student_config(config, choose_layers(o.layers, len(config.layers), keep=o.keep), o)
     torch.manual_seed(o.seed)
@@ -1612,18 +1615,17 @@ def pretrain(run, corpus, plans, o):
           objective(model, None, "pretrain", o, alpha=1.0))
     model.eval()
     if o.hybrid and o.logit_base == "fit":
-        length = min(16 * config.max_len, config.limit())
+        length = min(16 * T, config.limit())
         config.logit_base = least(fit_logit_base(model, corpus, length, o.seed, o.varied))
     o.tokenizer.save(run.folder)
     model.save_pretrained(run.folder, torch.bfloat16)     # last: a folder that has it is whole
-    T, loss = config.max_len, losses(model, held_out(corpus, config.max_len, o.eval_windows)).mean().item()
-    lengths = [n for n in (T, 16 * T, 64 * T)[:3 if o.hybrid else 1] if n <= model.config.limit()]
-    found = shares(model, corpus, lengths, o)
+    loss = losses(model, held_out(corpus, T, o.eval_windows)).mean().item()
+    found = shares(model, corpus, (T, 16 * T, 64 * T)[:3 if o.hybrid else 1], o)
     write_json(run.path("report.json"), dict(
         teacher=o.teacher, tokens=run.tokens, device=o.device, text=corpus.facts, layers=config.layers,
         params=model.n_params(), val_loss=loss, **found, seconds=run.seconds()))
-    said = [f"{what} in {int(n):,} tokens {percent(share)}" for field, what in FOUND.items()
-            for n, share in found.get(field, {}).items()]
+    said = [f"{ASKED[field][1]} in {int(n):,} tokens {percent(share)}" for field in found
+            for n, share in found[field].items()]
     print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, "
           + ", ".join([*said, f"{run.seconds() / 60:.1f} minutes"]))
     print(f"python sample.py --model {run.folder}" if o.hybrid else f"python halo.py --teacher {run.folder}")

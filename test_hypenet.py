@@ -2886,6 +2886,28 @@ def test_readme_ablations_are_those_of_results():
     assert len(changes) >= 20
 
 
+def test_readme_on_single_changes():
+    """The sentences under that table: seeds of the recipe, scores of layers, decays by data."""
+    def read(name):
+        found = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, list) else found["rows"]
+
+    def paper(name):
+        return sorted((r for r in read(name) if r["change"] == "paper"), key=lambda r: r["seed"])
+
+    def listed(numbers, end=" and "):
+        *most, last = numbers
+        return ", ".join(most) + end + last
+    text = " ".join(README.split())
+    for name, start in (("ablate-pass-keys", "three seeds had "), ("ablate-10ec784", "4 and 7, and lost ")):
+        assert start + listed([f"{r['gap']:.4f}" for r in paper(name)]) in text
+    for layer in (4, 1):
+        scores = [f"{r['scores'][0][layer]['score']:.3f}" for r in paper("ablate")]
+        assert f"layer {layer} {listed(scores, ', ')}" in text
+    gaps = [f"{r['val_loss']['student'] - r['val_loss']['teacher']:.4f}" for r in read("tiny-decay")]
+    assert f"with seed 1, {gaps[1]}, where the recipe has 0.0479 and {gaps[0]}" in text
+
+
 def test_readme_small_and_gpt2_results():
     """The table of the small student and the line on GPT-2's positions are what their files hold."""
     rows, gpt2 = (json.loads((HERE / "results" / f"niah-{name}.json").read_text(encoding="utf-8"))["rows"]
