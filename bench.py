@@ -765,8 +765,8 @@ difference to the first.""", trained=T, layers=layers, logit_base=base)
     last, every, one = min(lengths[-1], 64 * T), list(halo.TASKS), ["S1"]
     texts = corpus.windows(np.random.default_rng(0), o.windows, last)
     kinds = [("student", student, every, base, None), ("student without s_t", student, one, None, None),
-             ("teacher", teacher, every, None, None), ("teacher, YaRN", teacher, one, None, None),
-             ("teacher, sink + window", teacher, one, None, T)]
+             ("teacher", teacher, every, None, None), ("teacher, YaRN", teacher, every, None, None),
+             ("teacher, sink + window", teacher, every, None, T)]
     for name, model, tasks, a, keep in kinds:
         yarn = name == "teacher, YaRN"
         if name == "student without s_t" and base is None or yarn and not (

@@ -124,11 +124,11 @@ PLANS = {
         finetune=Plan(3e6, 16384, 1, 3e-4, 3e-5, 0.8, varied=0.8),
         group=Plan(15e6, 512, 32, 3e-3, 1e-4, 0.6, varied=0.8)),
     "small": dict(
-        pretrain=Plan(157e6, 1024, 64, 2e-3, 1e-4, 0.7, 200, 0.8, weight_decay=1.0),
+        pretrain=Plan(200e6, 1024, 64, 2e-3, 1e-4, 0.7, 200, 0.8, weight_decay=1.0),
         align=Plan(6.5e6, 1024, 32, 2e-3, 1e-4, 0.7, varied=0.8),
-        distil=Plan(40e6, 1024, 32, 1e-3, 5e-5, 0.6, varied=0.8),
-        finetune=Plan(24e6, 32768, 1, 2e-4, 2e-5, 0.8, varied=0.8),
-        group=Plan(70e6, 1024, 32, 2e-3, 1e-4, 0.6, varied=0.8)),
+        distil=Plan(50e6, 1024, 32, 1e-3, 5e-5, 0.6, varied=0.8),
+        finetune=Plan(32e6, 32768, 1, 2e-4, 2e-5, 0.8, varied=0.8),
+        group=Plan(88e6, 1024, 32, 2e-3, 1e-4, 0.6, varied=0.8)),
     "real": dict(
         align=Plan(320e6, 512, 32, 1e-3, 1e-5, 0),
         distil=Plan(1e9, 512, 96, 1e-4, 1e-5, 0),
@@ -460,7 +460,8 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     """Hide what a task (its name, or itself) asks for in text (n,), and ask: ids (n,), and how many ids at
     the end of a question are its answer. depth None: needle and questions at random places (training); else
     the needle at that share of the text and the question at its very end (testing). Other needles stand at
-    random places. A test's question is for the first needle; in training all are asked for, in any order."""
+    random places. A test's question is for the first needle; in training all are asked for, in any order, and
+    of several most stand early."""
     assert depth is None or ask == 1, "a test has one question, at its end"
     t = TASKS[task] if isinstance(task, str) else task
     names = rng.permutation(t.names)[:t.needles] if "{name}" in t.needle else [""]
@@ -478,8 +479,11 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     if room < 0:
         raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
                          f"{len(text) - room} tokens; use a longer length")
-    cuts = sorted(rng.integers(0, room + 1, len(pieces))) if depth is None else [
-        int(depth * room), *rng.integers(0, max(1, room), len(others)), room]
+    if depth is None:
+        cuts = np.sort(rng.integers(0, room + 1, len(pieces)))
+        cuts = cuts ** 2 // max(1, room) if others else cuts        # or a long row's start would have none
+    else:
+        cuts = [int(depth * room), *rng.integers(0, max(1, room), len(others)), room]
     parts, at = [], 0
     for cut, piece in sorted(zip(cuts, pieces), key=lambda pair: pair[0]):
         parts += [text[at:cut], piece]
@@ -727,15 +731,14 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
                            targets.flatten()) / len(xs)
 
 
-def objective(student, teacher, stage, o, alpha):
-    """The loss function of a stage (see backward). Chunk HyPE gets a random start for each sequence, so that
-    the embedding of every chunk is trained."""
-    def loss_fn(idx, targets, step, first=0):
+def objective(student, teacher, o, alpha):
+    """The loss function of a stage (see backward). Chunk HyPE starts each sequence somewhere, so that the
+    embedding of every chunk is trained; where, its own ids tell, like a random number."""
+    def loss_fn(idx, targets, step):
         c, offset = student.config, None
         if c.chunk:
-            rng = np.random.default_rng([o.seed, zlib.crc32(stage.encode()), step, 1])
             most = max(0, c.chunk * c.n_chunks - idx.size(1)) + 1
-            offset = torch.from_numpy(rng.integers(0, most, first + len(idx))[first:]).to(idx.device)
+            offset = (idx * torch.arange(1, idx.size(1) + 1, device=idx.device) ** 2).sum(1) % most
         yield distil_loss(student, teacher, idx, targets, o.kl, alpha, offset)
     return loss_fn
 
@@ -912,12 +915,12 @@ def ahead(make, steps, device):
 
 def backward(loss_fn, rows, step, micro):
     """Add up the gradients of the mean loss of a batch, rows (batch, length + 1), `micro` of them at a time;
-    returns the loss. loss_fn(idx, targets, step, first) yields terms of the loss of rows from number `first`
-    on. Each is backpropagated as it comes, so that memory holds the graph of one alone."""
+    returns the loss. loss_fn(idx, targets, step) yields terms of the loss of some rows. Each is backpropagated
+    as it comes, so that memory holds the graph of one alone."""
     total = 0.0
     for first in range(0, len(rows), micro):
         part = rows[first:first + micro]
-        terms = loss_fn(part[:, :-1], part[:, 1:], step, first)
+        terms = loss_fn(part[:, :-1], part[:, 1:], step)
         while True:
             with bf16():
                 term = next(terms, None)
@@ -961,6 +964,27 @@ def fitted(stage, module, micro, work):
                    + ", blocks checkpointed" * (bool(blocks) and "forward" in vars(blocks[0])))
 
 
+def recorded(work, rows, options):
+    """work(rows), tensors to a tensor, as a CUDA graph for rows of this shape: a small model's step is a thousand
+    launches, which cost the host more than the card. None where work is not the same kernels every time
+    (--fade), with --plain, on other devices, or if the memory has no room for it twice. A replay writes the
+    gradients anew."""
+    if not rows.is_cuda or options["plain"] or options["fade"]:
+        return None
+    torch.cuda.empty_cache()
+    if torch.cuda.max_memory_reserved(rows.device) > torch.cuda.mem_get_info(rows.device)[0]:
+        return None
+    graph, still = torch.cuda.CUDAGraph(), rows.clone()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):      # a thread pins memory meanwhile
+        out = work(still)
+
+    def replay(rows):
+        still.copy_(rows)
+        graph.replay()
+        return out
+    return replay
+
+
 def train(run, stage, plan, corpus, module, groups, loss_fn):
     """The one training loop (AdamW 0.9/0.95; the weights of matrices decay only where a plan says so, in no
     stage of paper appendix B). groups: lists of parameters, each clipped to a gradient norm of 1 alone; all
@@ -981,7 +1005,7 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
     opt = torch.optim.AdamW([dict(params=[p for p in params if p.dim() > 1], weight_decay=plan.weight_decay),
                              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)],
                             lr=plan.lr, betas=(0.9, 0.95), fused=True)
-    file, first, mean = run.path(f"{stage}.pt"), 0, None
+    file, first, mean, replay = run.path(f"{stage}.pt"), 0, None, None
     if os.path.exists(file):
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -1005,27 +1029,37 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
         except (OSError, RuntimeError) as e:                       # torch's own on a full disk
             raise ValueError(f"{file}: {e}; free some disk, then --resume {run.folder}") from None
         run.save()
+
+    def gradients(rows, step, micro):                              # clipped; loss and norm (2,)
+        loss = backward(loss_fn, rows, step, micro)
+        norms = [nn.utils.clip_grad_norm_(g, 1.0) for g in groups]
+        return torch.stack((loss, torch.stack(norms).max()))       # NaN if any is
     bar = tqdm(range(first, plan.steps), desc=f"{stage:9s}", initial=first, total=plan.steps, mininterval=0.5,
                dynamic_ncols=True, disable=first == plan.steps)
     saved_at, pause, tick = time.time(), 120.0, time.time()
     for step, rows in zip(bar, ahead(corpus.rows(stage, plan), range(first, plan.steps), device)):
-        loss, micro = fitted(stage, module, micro, partial(backward, loss_fn, rows, step))
-        norm = torch.stack([nn.utils.clip_grad_norm_(g, 1.0) for g in groups]).max()     # NaN if any is
-        value = loss.item()
+        if replay:
+            both = replay(rows)
+        else:
+            both, micro = fitted(stage, module, micro, partial(gradients, rows, step))
+        value, norm = both.tolist()
         if not (math.isfinite(value) and math.isfinite(norm)):
             good = f"last checkpoint {file}" if os.path.exists(file) else "no checkpoint yet"
             flag = f"--plan {stage.rstrip('0123456789')}.lr={plan.lr / 3:.0e}"
-            raise ValueError(f"{stage}: loss {value:.3g}, gradient norm {float(norm):.3g} at step "
+            raise ValueError(f"{stage}: loss {value:.3g}, gradient norm {norm:.3g} at step "
                              f"{step + 1}, {good}; start anew with {flag}")
         lr = plan.rate(step)
         for group in opt.param_groups:
             group["lr"] = lr
         opt.step()
-        opt.zero_grad(set_to_none=True)
+        if not replay:
+            opt.zero_grad(set_to_none=True)
+            if step == first + 1:                                  # all is compiled
+                replay = recorded(partial(gradients, step=step, micro=micro), rows, run.options)
         mean = value if mean is None else 0.95 * mean + 0.05 * value
         now = time.time()
         ms, tick = 1000 * (now - tick), now
-        run.log(stage=stage, step=step + 1, loss=value, norm=float(norm), lr=lr, ms=round(ms, 2))
+        run.log(stage=stage, step=step + 1, loss=value, norm=norm, lr=lr, ms=round(ms, 2))
         if (step + 1) % max(1, plan.steps // 4) == 0 or step + 1 == plan.steps:
             tqdm.write(f"{stage:9s}{step + 1:6,}/{plan.steps:,} | loss {mean:.4f} | norm {norm:.2f} | "
                        f"lr {lr:.1e} | {ms:,.0f} ms | {1000 * plan.total / plan.steps / ms:,.0f} tok/s")
@@ -1037,6 +1071,7 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
             pause = max(pause, 20 * (saved_at - now))              # large models: at most 5% of the time
     for p in params:
         p.requires_grad_(False)
+        p.grad = None
     checkpoint_blocks(module, on=False)
     corpus.advance(plan)
 
@@ -1051,7 +1086,7 @@ def align(run, teacher, config, corpus, plan, o):
     before the teacher runs the next."""
     twins, squares = make_twins(teacher, config, corpus, plan, o)
 
-    def loss_fn(idx, targets, step, first=0):
+    def loss_fn(idx, targets, step):
         for twin, square, (_, x, where, y) in zip(twins, squares, teacher_layers(teacher, config, idx)):
             yield (twin(x, where).float() - y.float()).square().mean() / square
     train(run, "align", plan, corpus, twins, [list(t.parameters()) for t in twins], loss_fn)
@@ -1151,15 +1186,15 @@ def convert_staged(run, teacher, corpus, plans, o):
                                          for b, twin, kind in zip(teacher.blocks, twins, layers)])
     twins = None                                                   # frees those of layers that stay attention
     everything, fade = [list(student.parameters())], round(o.fade * plans["distil"].steps)
-    distil = objective(student, teacher, "distil", o, o.alpha)
+    distil = objective(student, teacher, o, o.alpha)
 
-    def fading(idx, targets, step, first=0):                       # RoPE (or wpe) leaves attention slowly
+    def fading(idx, targets, step):                                # RoPE (or wpe) leaves attention slowly
         student.config.attn_pe = max(0.0, 1 - step / fade)
-        yield from distil(idx, targets, step, first)
+        yield from distil(idx, targets, step)
     train(run, "distil", plans["distil"], corpus, student, everything, fading if fade else distil)
     student.config.attn_pe = config.attn_pe
     train(run, "finetune", plans["finetune"], corpus, student, everything,
-          objective(student, teacher, "finetune", o, alpha=1.0))
+          objective(student, teacher, o, alpha=1.0))
     return student
 
 
@@ -1200,7 +1235,7 @@ def convert_progressive(run, teacher, corpus, plans, o):
         student, stage = assemble(student, replace(config, layers=now), mixers), f"group{g}"
         params = [p for i in group for p in student.blocks[i].mixer.parameters()]
         params += [p for name, p in student.named_parameters() if "chunk_embd" in name]
-        train(run, stage, plan, corpus, student, [params], objective(student, teacher, stage, o, o.alpha))
+        train(run, stage, plan, corpus, student, [params], objective(student, teacher, o, o.alpha))
 
         def usable():
             student.save_pretrained(run.path(stage))
@@ -1315,7 +1350,14 @@ class Probe:
                 torch.cuda.reset_peak_memory_stats(aside.device)
             began = time.time()
             _, micro = fitted(stage, module, micro, lambda n: backward(loss_fn, rows[:n], 0, n).item())
-        speed = min(micro, plan.batch) * plan.length / (time.time() - began)
+        rows = rows[:micro]
+        for p in params:
+            p.grad = None
+        replay = recorded(lambda rows: backward(loss_fn, rows, 0, micro), rows, self.options)
+        for _ in range(2 * bool(replay)):
+            began = time.time()
+            replay(rows).item()
+        speed = len(rows) * plan.length / (time.time() - began)
         for p in params:
             p.grad = None
         self.found[stage.rstrip("0123456789")] = min(micro, plan.batch), speed, peak_gb(aside.device.type)
@@ -1612,7 +1654,7 @@ def pretrain(run, corpus, plans, o):
     torch.manual_seed(o.seed)
     model = HypeNet(config).to(o.device)
     train(run, "pretrain", plans["pretrain"], corpus, model, [list(model.parameters())],
-          objective(model, None, "pretrain", o, alpha=1.0))
+          objective(model, None, o, alpha=1.0))
     model.eval()
     if o.hybrid and o.logit_base == "fit":
         length = min(16 * T, config.limit())

@@ -1439,6 +1439,12 @@ def test_reworded(monkeypatch):
     assert False in orders
     with pytest.raises(AssertionError):
         halo.plant(tokenizer, row, rng, 0.5, ask=2)
+    task, firsts, early = task._replace(needles=16, names=tuple(f"n{i}" for i in range(16))), [], 0
+    for seed in range(20):                                                  # of a long row most stand early
+        ids, _ = halo.plant(tokenizer, np.resize(row, 32768), np.random.default_rng(seed), ask=32, task=task)
+        places = [m.start() for m in re.finditer(r"\nn\d+ \d{5}\.", tokenizer.decode(ids))]
+        firsts, early = firsts + places[:1], early + sum(place < 1024 for place in places)
+    assert np.median(firsts) < 100 and early > 0.2 * 20 * 16
 
     def most(length):
         asked = []
@@ -1881,7 +1887,7 @@ def test_gradients_do_not_depend_on_micro(kind, monkeypatch):
         module, loss_fn = made
     else:
         module = HypeNet(halo.student_config(teacher.config, "LALL", o))
-        loss_fn = halo.objective(module, teacher, "distil", o, 0.5)
+        loss_fn = halo.objective(module, teacher, o, 0.5)
     module.requires_grad_(True)
     whole = sum(loss_fn(rows[:, :-1], rows[:, 1:], 3))
     whole.backward()
@@ -1898,7 +1904,7 @@ def test_checkpointed_blocks_have_the_same_gradients():
     """Blocks that are computed again in the backward pass give the same gradients, run twice, and leave no
     trace when it is over."""
     model, rows = tiny(dtype=torch.float32).requires_grad_(), some_ids(3, 20)
-    def loss_fn(idx, targets, step, first=0):
+    def loss_fn(idx, targets, step):
         yield model(idx, targets)[1]
     calls = []
     model.blocks[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -1915,7 +1921,7 @@ def test_out_of_memory_is_halved_then_checkpointed_then_said(capsys):
     """Where the device runs out of memory a step is repeated with half the rows, at one row with blocks
     checkpointed, then it ends in one line; gradients are those of one whole pass."""
     model, rows, tries = tiny(dtype=torch.float32).requires_grad_(), some_ids(6, 20), []
-    def loss_fn(idx, targets, step, first=0):
+    def loss_fn(idx, targets, step):
         tries.append((len(idx), "forward" in vars(model.blocks[0])))
         loss = model(idx, targets)[1]
         if len(idx) > limit:
@@ -2046,6 +2052,37 @@ def held_out_loss(home, out):
     """The held-out loss of the model in a folder, measured anew."""
     batches = halo.held_out(halo.Corpus(Tokenizer.load(out), data_of(home)), 96, 4)
     return pytest.approx(halo.losses(HypeNet.from_pretrained(out), batches).mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "article"])
+def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
+    """From the third step on each is the replay of a recording (on CPUs a stand-in: the step itself, gradients
+    written anew), and the losses are those of steps taken one by one. Not with --plain or --fade."""
+    made = []
+    def train(run, stage, plan, corpus, module, groups, loss_fn, plain=halo.train, record=halo.recorded):
+        def recorded(work, rows, options):
+            assert all(p.grad is None for p in module.parameters())
+            made.append(stage)
+            def replay(rows):
+                for p in module.parameters():
+                    p.grad = None
+                return work(rows)
+            return record(work, rows, options) if GPU else replay
+        patch.setattr(halo, "recorded", recorded)
+        plain(run, stage, plan, corpus, module, groups, loss_fn)
+        assert all(p.grad is None for p in module.parameters())
+    argv = "--recipe", recipe, "--device", DEVICE
+    with monkeypatch.context() as patch:
+        patch.setattr(halo, "recorded", lambda *_: None)
+        convert(home, tmp_path / "one by one", *argv)
+    with monkeypatch.context() as patch:
+        patch.setattr(halo, "train", train)
+        convert(home, tmp_path / "recorded", *argv)
+    assert len(made) == (3 if recipe == "paper" else 2)
+    a, b = (log_of(tmp_path / name) for name in ("one by one", "recorded"))
+    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=0.05 if GPU else 1e-6)
+    for off in (dict(plain=True, fade=0.0), dict(plain=False, fade=0.5)):
+        assert halo.recorded(None, torch.zeros(1, device=DEVICE), off) is None
 
 
 @pytest.fixture(scope="session")
