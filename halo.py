@@ -915,8 +915,8 @@ def ahead(make, steps, device):
 
 def backward(loss_fn, rows, step, micro):
     """Add up the gradients of the mean loss of a batch, rows (batch, length + 1), `micro` of them at a time;
-    returns the loss. loss_fn(idx, targets, step) yields terms of the loss of some rows. Each is backpropagated
-    as it comes, so that memory holds the graph of one alone."""
+    returns the loss. loss_fn(idx, targets, step) yields terms of the loss of some rows. Each is
+    backpropagated as it comes, so that memory holds the graph of one alone."""
     total = 0.0
     for first in range(0, len(rows), micro):
         part = rows[first:first + micro]
@@ -965,10 +965,10 @@ def fitted(stage, module, micro, work):
 
 
 def recorded(work, rows, options):
-    """work(rows), tensors to a tensor, as a CUDA graph for rows of this shape: a small model's step is a thousand
-    launches, which cost the host more than the card. None where work is not the same kernels every time
-    (--fade), with --plain, on other devices, or if the memory has no room for it twice. A replay writes the
-    gradients anew."""
+    """work, a function of rows, as a CUDA graph for rows of this shape: a small model's step is a thousand
+    launches, which cost the host more than the card. A replay writes gradients anew. None on other devices,
+    with --plain, where work is not the same kernels every time (--fade), and if memory has no room for what
+    it takes twice."""
     if not rows.is_cuda or options["plain"] or options["fade"]:
         return None
     torch.cuda.empty_cache()

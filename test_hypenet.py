@@ -2056,8 +2056,8 @@ def held_out_loss(home, out):
 
 @pytest.mark.parametrize("recipe", ["paper", "article"])
 def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
-    """From the third step on each is the replay of a recording (on CPUs a stand-in: the step itself, gradients
-    written anew), and the losses are those of steps taken one by one. Not with --plain or --fade."""
+    """From the third step on each is the replay of a recording (on CPUs of a stand-in: the step itself,
+    gradients written anew), and losses are those of steps taken one by one. Not with --plain or --fade."""
     made = []
     def train(run, stage, plan, corpus, module, groups, loss_fn, plain=halo.train, record=halo.recorded):
         def recorded(work, rows, options):
