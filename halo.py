@@ -416,28 +416,34 @@ TASKS = {                                                           # training h
     "S3": Task(*NUMBER, "0123456789abcdef", 32),
     "multi-key": Task(*NUMBER, "0123456789", needles=4),
 }
-# S1 in other words, for training: what stands between words and value, and what a value is made of
+# S1 in other words, for training: what stands between words and value, what before the words of a question,
+# and what a value is made of
 JOINTS = (" is", " was", " has", " =", ":", " equals", " of")
+STOPS = ".?!:;,"
 SIGNS = string.digits + string.ascii_lowercase
 
 
 def reworded(tokenizer, ids, rng, most=4):
     """S1 in other words: up to `most` values, of 3 to 24 digits or of some digits and letters, each after
-    some of a few words of a text, the first of which (up to 5) all have in common; asked for, in any order,
-    is what follows when the same words come again. Who has seen the pass key alone can find a pass key; who
-    has seen these, what followed the same words before. Most of a short row is then these."""
+    some words of a text, the first of which (up to 5) all have in common; asked for is what follows when the
+    same words come again. The words are a few drawn at random, so that names are alike, or stand in a row as
+    in the text, so that what usually follows them is not what did here. Who has seen the pass key alone
+    can find a pass key; who has seen these, what followed the same words before. Most of a short row is
+    these."""
     ends = [i for i in (tokenizer.end, tokenizer.bos) if i is not None]
     text, n = tokenizer.decode(ids[~np.isin(ids, ends)].tolist()), int(rng.integers(1, most + 1))
     words = re.findall(r"[^\W\d_]{2,12}", text) or ["number"]
-    words = [words[i] for i in rng.integers(0, len(words), n + rng.integers(3, 12))]
+    few, in_a_row = rng.integers(0, len(words), n + rng.integers(3, 12)), rng.random() < 0.5
 
     def some(low, high):
-        return " ".join(words[i] for i in rng.integers(0, len(words), rng.integers(low, high)))
-    head, lead, joint = some(0, 6), some(0, 5), JOINTS[rng.integers(len(JOINTS))]
+        size, first = rng.integers(low, high), rng.integers(len(words))
+        return " ".join(words[first:first + size] if in_a_row else [words[i] for i in rng.choice(few, size)])
+    head, lead = some(0, 6), some(0, 5)
+    joint, stop = JOINTS[rng.integers(len(JOINTS))], STOPS[rng.integers(len(STOPS))]
     names = dict.fromkeys(f"{head} {some(1, 4)}".strip() for _ in range(n))
     some_signs = "".join(rng.permutation(list(SIGNS))[:rng.integers(6, len(SIGNS) + 1)])
     signs, size = rng.choice((string.digits, some_signs)), int(rng.integers(3, 25))
-    return Task("\n{name}" + joint + " {value}.\n", "\n" + f"{lead}. " * bool(lead) + "{name}" + joint,
+    return Task("\n{name}" + joint + " {value}.\n", "\n" + f"{lead}{stop} " * bool(lead) + "{name}" + joint,
                 signs, size, len(names), tuple(names), prose=False)
 
 
@@ -460,35 +466,38 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     """Hide what a task (its name, or itself) asks for in text (n,), and ask: ids (n,), and how many ids at
     the end of a question are its answer. depth None: needle and questions at random places (training); else
     the needle at that share of the text and the question at its very end (testing). Other needles stand at
-    random places. A test's question is for the first needle; in training all are asked for, in any order, and
-    of several most stand early."""
+    random places. A test's question is for the first needle; in training all are asked for, and of several
+    needles and questions more stand near the ends of the text, where a test has its own."""
     assert depth is None or ask == 1, "a test has one question, at its end"
     t = TASKS[task] if isinstance(task, str) else task
     names = rng.permutation(t.names)[:t.needles] if "{name}" in t.needle else [""]
     values = ["".join(t.signs[i] for i in rng.integers(0, len(t.signs), t.size)) for _ in names]
-    needle, *others = [tokenizer.encode_array(t.needle.format(name=n, value=v))
-                       for n, v in zip(names, values)]
+    needles = [tokenizer.encode_array(t.needle.format(name=n, value=v)) for n, v in zip(names, values)]
     answers = [tokenizer.encode_array(f" {v}") for v in values]
-    questions = [tokenizer.encode_array(t.question.format(name=n)) for n in names]
-    asked = [np.concatenate(pair) for pair in zip(questions, answers)]
-    order = rng.permutation(ask) if others and depth is None else range(ask)
-    pieces = [needle, *others, *(asked[i % len(asked)] for i in order)]
-    while sum(map(len, pieces)) > len(text) and len(pieces) > 2 + len(others):
-        pieces.pop()                                                # a question
-    room = len(text) - sum(map(len, pieces))
-    if room < 0:
+    asked = [np.concatenate((tokenizer.encode_array(t.question.format(name=n)), answer))
+             for n, answer in zip(names, answers)]
+    order = [*range(len(names)), *(i % len(names) for i in range(ask))]        # of names: told, and asked for
+
+    def room():
+        return len(text) - sum(map(len, needles)) - sum(len(asked[i]) for i in order[len(names):])
+    while room() < 0 and len(order) > len(names) + 1:
+        order.pop()                                                 # a question
+    left = room()
+    if left < 0:
         raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
-                         f"{len(text) - room} tokens; use a longer length")
+                         f"{len(text) - left} tokens; use a longer length")
     if depth is None:
-        cuts = np.sort(rng.integers(0, room + 1, len(pieces)))
-        cuts = cuts ** 2 // max(1, room) if others else cuts        # or a long row's start would have none
+        cuts = np.sort(rng.integers(0, left + 1, len(order)))
+        if len(names) > 1:                                          # in any order, more near both ends
+            order = rng.permutation(order)
+            cuts = (left * np.sin(np.pi / 2 * cuts / max(1, left)) ** 2).astype(int)
     else:
-        cuts = [int(depth * room), *rng.integers(0, max(1, room), len(others)), room]
-    parts, at = [], 0
-    for cut, piece in sorted(zip(cuts, pieces), key=lambda pair: pair[0]):
-        parts += [text[at:cut], piece]
-        at = cut
-    return np.concatenate([*parts, text[at:room]]), len(answers[0])
+        cuts = [int(depth * left), *rng.integers(0, max(1, left), len(names) - 1), left]
+    parts, at, told = [], 0, set()
+    for cut, i in sorted(zip(cuts, order), key=lambda pair: pair[0]):
+        parts += [text[at:cut], (asked if i in told else needles)[i]]
+        told, at = told | {i}, cut
+    return np.concatenate([*parts, text[at:left]]), len(answers[0])
 
 
 def has_room(task, n, corpus):

@@ -1406,7 +1406,7 @@ def test_reworded(monkeypatch):
     """Training also asks for values that follow other words: words of the text, in whatever alphabet. Each
     value is asked for twice, in any order; a question ends in what stands before its value. A plan says how
     often, and what ends a document is no word. A long row has more of them."""
-    tokenizer, phrases, sizes, numbers, signs = Tokenizer.bytes(), set(), set(), set(), set()
+    tokenizer, phrases, sizes, numbers, signs, stops = Tokenizer.bytes(), set(), set(), set(), set(), set()
     for seed in range(30):
         text = "".join(f"word{chr(97 + i % 26)}{chr(97 + i % 7)}=(42, )\n" for i in range(120))
         rng, row = np.random.default_rng(seed), tokenizer.encode_array(text)
@@ -1422,7 +1422,9 @@ def test_reworded(monkeypatch):
         phrases, sizes = phrases | set(task.names), sizes | {task.size}
         numbers.add(task.needles)
         signs.add(task.signs)
+        stops.update(re.findall("(.) {name}", task.question))
     assert len(phrases) > 50 and len(sizes) > 9 and numbers == {1, 2, 3, 4}
+    assert stops == set(halo.STOPS) >= {".", "?"}
     assert "0123456789" in signs and len(signs) > 9 and all(6 <= len(s) == len(set(s)) <= 36 for s in signs)
 
     def words(text):
@@ -1433,18 +1435,22 @@ def test_reworded(monkeypatch):
     task = halo.Task("\n{name} {value}.\n", "\n{name}", "0123456789", 5, 3, names)
     for seed in range(40):
         whole = tokenizer.decode(halo.plant(tokenizer, row, np.random.default_rng(seed), ask=6, task=task)[0])
-        found = re.findall(r"\n(one|two|three) \d{5}", whole)
-        assert sorted(found[3:]) == sorted(2 * task.names)
-        orders.add(tuple(found[3:]) == tuple(2 * found[:3]))
-    assert False in orders
+        seen, values = [], {}
+        for name, value, dot in re.findall(r"\n(one|two|three) (\d{5})(\.?)", whole):
+            assert (dot == ".") == (name not in seen) and values.setdefault(name, value) == value
+            seen.append(name)                                               # told, then asked for
+        assert sorted(seen) == sorted(3 * names)
+        orders.add(tuple(seen))
+    assert len(orders) > 30
     with pytest.raises(AssertionError):
         halo.plant(tokenizer, row, rng, 0.5, ask=2)
-    task, firsts, early = task._replace(needles=16, names=tuple(f"n{i}" for i in range(16))), [], 0
-    for seed in range(20):                                                  # of a long row most stand early
+    task, near, firsts = task._replace(needles=16, names=tuple(f"n{i}" for i in range(16))), [], []
+    for seed in range(20):                                                  # of a long row more at the ends
         ids, _ = halo.plant(tokenizer, np.resize(row, 32768), np.random.default_rng(seed), ask=32, task=task)
-        places = [m.start() for m in re.finditer(r"\nn\d+ \d{5}\.", tokenizer.decode(ids))]
-        firsts, early = firsts + places[:1], early + sum(place < 1024 for place in places)
-    assert np.median(firsts) < 100 and early > 0.2 * 20 * 16
+        places = np.array([m.start() for m in re.finditer(r"\nn\d+ \d{5}", tokenizer.decode(ids))])
+        near.append([(places < 1024).mean(), (places > 31744).mean()])
+        firsts.append(places[0])
+    assert len(places) == 48 and (np.mean(near, 0) > 0.08).all() and np.median(firsts) < 64
 
     def most(length):
         asked = []
