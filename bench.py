@@ -832,9 +832,13 @@ def draw_niah(facts, rows, path):
         ax.tick_params(labelsize=8)
         ax.set_title(title, loc="left", fontsize=10)
         ax.set_xlabel("tokens of context", fontsize=9)
-        ax.legend(*(x[::-1] for x in ax.get_legend_handles_labels()), fontsize=7, frameon=False)
+        where = ax if lines is others else fig if ax is axes[0] else None        # models: once, below all
+        if where:
+            names = [x[::-1] for x in ax.get_legend_handles_labels()]
+            where.legend(*names, loc="lower left" if where is ax else "lower center", fontsize=8,
+                         ncol=1 if where is ax else 5, frameon=False)
     axes[0].annotate("trained", (trained, 0), (2, 0), fontsize=7, color="0.5", textcoords="offset points")
-    fig.tight_layout()
+    fig.tight_layout(rect=(0, 0.06, 1, 1))
     write_file(path, partial(fig.savefig, format="png"))
     plt.close(fig)
     print(f"\nfigure in {os.path.relpath(path)}")

@@ -1397,14 +1397,14 @@ def print_plan(folder, config, corpus, plans, o, found):
               + f"; {len(source.held_out):,} held out")
     seconds = sum(plan.total / found[name][1] for name, plan in plans.items()) if found else 0
     unit, a_unit = ("hours", 3600) if seconds >= 3600 else ("minutes", 60)
-    measured = f"   {'at once':>7s}{'peak GB':>9s}{'tok/s':>9s}{unit:>8s}" if found else ""
+    measured = f"   {'at once':>8s}{'peak GB':>9s}{'tok/s':>11s}{unit:>9s}" if found else ""
     print(f"{'stage':10s}{'tokens':>14s}{'steps':>8s}{'length':>8s}{'batch':>7s}   learning rate{measured}")
     for name, plan in plans.items():
         row = f"{name:10s}{plan.total:14,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}"
         row += f"   {plan.lr:.0e}->{plan.lr_end:.0e}"
         if found:
             at_once, speed, peak = found[name]
-            row += f"{at_once:11,}{peak:9.1f}{speed:9,.0f}{plan.total / speed / a_unit:8.2f}"
+            row += f"{at_once:12,}{peak:9.1f}{speed:11,.0f}{plan.total / speed / a_unit:9.2f}"
         print(row)
     if found:
         print(f"{seconds / a_unit:.1f} {unit} in all, measuring aside. at once: how many sequences of a "

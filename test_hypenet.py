@@ -2900,55 +2900,48 @@ def test_readme_kernel_times_are_those_of_results():
 
 
 def test_readme_ablations_are_those_of_results():
-    """The README's table of single changes is what three files hold, flags and all, and bench.py makes it:
-    runs of the mini teacher, those only an older one has (marked), and of the tiny one."""
-    files = {"mini": "ablate", "older": "ablate-pass-keys", "tiny": "ablate-tiny"}
+    """The README's table of single changes is what two files hold, of the mini and of the tiny teacher, flags
+    and all, and every run that bench.py makes of the mini one is there."""
     rows = {scale: json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
-            for scale, name in files.items()}
+            for scale, name in dict(mini="ablate", tiny="ablate-tiny").items()}
     titles = {"paper": "**none: the paper's recipe**", "article": "**the article's recipe**"}
-    changes = {r["change"] for scale in rows for r in rows[scale]}
 
-    def cells(mine, tasks, mark=""):
-        yield ", ".join(f"{r['gap']:.4f}" for r in mine) + mark
+    def cells(mine, tasks):
+        yield ", ".join(f"{r['gap']:.4f}" for r in mine)
         for task in tasks:
             known = [[r.get(f"{task}_{n}x") for n in (1, 16, 64)] for r in mine]
             yield ", ".join(dict.fromkeys(" / ".join(f"{x:.0%}" for x in row)
                                           for row in known if None not in row))
-    for change in changes:
-        mine, flags = {}, bench.ABLATIONS[change]
-        for scale in rows:
-            mine[scale] = sorted((r for r in rows[scale] if r["change"] == change), key=lambda r: r["seed"])
-            assert all(r["flags"] == flags for r in mine[scale])
-            assert {r["teacher"] for r in mine[scale]} <= {"tiny" if scale == "tiny" else "mini"}
-        old = mine["older"] and not mine["mini"]
-        row = [*cells(mine["older" if old else "mini"], ("at", "four"), " †" * bool(old)),
-               *cells(mine["tiny"], ("at",))]
+    for change, flags in bench.ABLATIONS.items():
+        mini, tiny = (sorted((r for r in rows[scale] if r["change"] == change), key=lambda r: r["seed"])
+                      for scale in ("mini", "tiny"))
+        assert all(r["flags"] == flags for r in mini + tiny)
+        assert [r["seed"] for r in mini] == list(range(3 if change in bench.SEEDED else 1))
         title = titles.get(change, change if "{" in flags else f"{change} (`{flags}`)")
+        row = [*cells(mini, ("at", "four")), *cells(tiny, ("at",))]
         assert re.search(rf"^\| {re.escape(title)} \| *" + r" *\| *".join(map(re.escape, row)) + r" *\|$",
                          README, re.M), title
-    assert len(changes) >= 20
+    assert {r["teacher"] for r in rows["mini"]} == {"mini"} and {r["teacher"] for r in rows["tiny"]} == {"tiny"}
 
 
 def test_readme_on_single_changes():
-    """The sentences under that table: seeds of the recipe, scores of layers, decays by data."""
+    """The sentences under that table: how many runs, seeds of eq. 8, scores of layers, decays by data."""
     def read(name):
         found = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
         return found if isinstance(found, list) else found["rows"]
 
-    def paper(name):
-        return sorted((r for r in read(name) if r["change"] == "paper"), key=lambda r: r["seed"])
-
-    def listed(numbers, end=" and "):
-        *most, last = numbers
-        return ", ".join(most) + end + last
-    text = " ".join(README.split())
-    for name, start in (("ablate-pass-keys", "three seeds had "), ("ablate-10ec784", "4 and 7, and lost ")):
-        assert start + listed([f"{r['gap']:.4f}" for r in paper(name)]) in text
-    for layer in (4, 1):
-        scores = [f"{r['scores'][0][layer]['score']:.3f}" for r in paper("ablate")]
-        assert f"layer {layer} {listed(scores, ', ')}" in text
+    def seeds(change):
+        return sorted((r for r in read("ablate") if r["change"] == change), key=lambda r: r["seed"])
+    text, minutes = " ".join(README.split()), sorted(r["minutes"] for r in read("ablate"))
+    assert f"all {len(minutes)} in 7.7 minutes, {minutes[0]:.1f} to {minutes[-2]:.1f} minutes each" in text
+    assert ", ".join(f"{r['gap']:.4f}" for r in seeds("layers by eq. 8")) + ", everything found" in text
+    for layer in (1, 4, 7, 5, 6):
+        scores = dict.fromkeys(f"{r['scores'][0][layer]['score']:.3f}" for r in seeds("paper"))
+        assert f"layer {layer} {', '.join(scores)}" in text
     gaps = [f"{r['val_loss']['student'] - r['val_loss']['teacher']:.4f}" for r in read("tiny-decay")]
     assert f"with seed 1, {gaps[1]}, where the recipe has 0.0479 and {gaps[0]}" in text
+    by_head, by_channel = (seeds(f"decay by data, a {what}")[0]["gap"] for what in ("head", "channel"))
+    assert f"{by_head:.4f} and {by_channel:.4f}, by 0.006 (mini" in text
 
 
 def test_readme_small_and_gpt2_results():
@@ -2964,6 +2957,7 @@ def test_readme_small_and_gpt2_results():
                         "S3": ", 32 hexadecimal digits"}.items():
         asked += [(rows, "student", task, f"{task}{title}: student"),
                   (rows, "teacher", task, f"{task}: teacher"),
+                  (rows, "teacher, YaRN", task, f"{task}: teacher, YaRN"),
                   (gpt2, "student", task, f"{task}: student of GPT-2's kind")]
     for file, model, task, name in asked:
         hits = [f"{r['value']:.0%}" for r in file if (r["model"], r["task"]) == (model, task)]
