@@ -1442,8 +1442,8 @@ def get_args(argv):
         help="sequences of a batch that go through the models at once, at most; default: as many as fit, of "
         "up to 131,072 tokens")
     add("--plain", action="store_true",
-        help="run small operations one by one: on a GPU, all but the tiny teachers have them compiled "
-             "(torch.compile), which takes up to a minute")
+        help="on a GPU, run every operation by itself: none is compiled (torch.compile, up to a minute; for "
+             "the tiny teachers never), no step is recorded (CUDA graph)")
     add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and time, and end")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of every random choice")
     add("--budget", type=number(float, 1e-6), default=1.0, metavar="X",
