@@ -551,7 +551,7 @@ class Trial(halo.Probe):
         rows = torch.randint(self.n_vocab, (batch, plan.length + 1), device=device)
         opt = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-        def step(micro):                                                       # as in halo.train
+        def step(micro):                                                       # as halo.train's first
             _, micro = halo.fitted(stage, module, micro, partial(halo.backward, loss_fn, rows, 0))
             nn.utils.clip_grad_norm_(params, 1.0)
             opt.step()

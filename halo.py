@@ -108,8 +108,8 @@ class Plan:
 
 
 # Of teachers from the hub the paper's (its Table 5), and for groups the article's 2.3B tokens, 2M a step. Of
-# the tiny one what a laptop can do, of the mini one (for ablations) a GPU in two minutes, of the small one in
-# four, on half the tokens of its teacher at most; with pass keys, which text alone teaches too slowly.
+# the tiny one what a laptop can do, of the mini one (for ablations) a GPU in a minute, of the small one in
+# two, on half the tokens of its teacher at most; with things to recall, which text alone teaches too slowly.
 PLANS = {
     "tiny": dict(
         pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
@@ -467,7 +467,7 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     the end of a question are its answer. depth None: needle and questions at random places (training); else
     the needle at that share of the text and the question at its very end (testing). Other needles stand at
     random places. A test's question is for the first needle; in training all are asked for, and of several
-    needles and questions more stand near the ends of the text, where a test has its own."""
+    needles and questions more stand near its two ends, of which a long text would have few."""
     assert depth is None or ask == 1, "a test has one question, at its end"
     t = TASKS[task] if isinstance(task, str) else task
     names = rng.permutation(t.names)[:t.needles] if "{name}" in t.needle else [""]
@@ -478,11 +478,9 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
              for n, answer in zip(names, answers)]
     order = [*range(len(names)), *(i % len(names) for i in range(ask))]        # of names: told, and asked for
 
-    def room():
-        return len(text) - sum(map(len, needles)) - sum(len(asked[i]) for i in order[len(names):])
-    while room() < 0 and len(order) > len(names) + 1:
+    free = len(text) - sum(map(len, needles))
+    while (left := free - sum(len(asked[i]) for i in order[len(names):])) < 0 and len(order) > len(names) + 1:
         order.pop()                                                 # a question
-    left = room()
     if left < 0:
         raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
                          f"{len(text) - left} tokens; use a longer length")
@@ -742,7 +740,8 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
 
 def objective(student, teacher, o, alpha):
     """The loss function of a stage (see backward). Chunk HyPE starts each sequence somewhere, so that the
-    embedding of every chunk is trained; where, its own ids tell, like a random number."""
+    embedding of every chunk is trained; where, its own ids tell, as good as at random, in a recorded step
+    too."""
     def loss_fn(idx, targets, step):
         c, offset = student.config, None
         if c.chunk:
@@ -945,7 +944,7 @@ def checkpoint_blocks(module, on=True):
     """Let each block of a model keep its input alone, and make the rest again in the backward pass."""
     for block in getattr(module, "blocks", []):
         if on:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         else:
             vars(block).pop("forward", None)
 
@@ -976,12 +975,13 @@ def fitted(stage, module, micro, work):
 def recorded(work, rows, options):
     """work, a function of rows, as a CUDA graph for rows of this shape: a small model's step is a thousand
     launches, which cost the host more than the card. A replay writes gradients anew. None on other devices,
-    with --plain, where work is not the same kernels every time (--fade), and if memory has no room for what
-    it takes twice."""
+    with --plain or --fade (which changes the kernels of stage 2), or if memory has no room for as much as it
+    holds now."""
     if not rows.is_cuda or options["plain"] or options["fade"]:
         return None
+    held = torch.cuda.memory_reserved(rows.device)
     torch.cuda.empty_cache()
-    if torch.cuda.max_memory_reserved(rows.device) > torch.cuda.mem_get_info(rows.device)[0]:
+    if held > torch.cuda.mem_get_info(rows.device)[0]:
         return None
     graph, still = torch.cuda.CUDAGraph(), rows.clone()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):      # a thread pins memory meanwhile
@@ -1063,7 +1063,7 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
         opt.step()
         if not replay:
             opt.zero_grad(set_to_none=True)
-            if step == first + 1:                                  # all is compiled
+            if step == first + 1 < plan.steps - 1 and micro >= len(rows):        # all is compiled, and fits
                 replay = recorded(partial(gradients, step=step, micro=micro), rows, run.options)
         mean = value if mean is None else 0.95 * mean + 0.05 * value
         now = time.time()
@@ -1359,14 +1359,17 @@ class Probe:
                 torch.cuda.reset_peak_memory_stats(aside.device)
             began = time.time()
             _, micro = fitted(stage, module, micro, lambda n: backward(loss_fn, rows[:n], 0, n).item())
+            seconds = time.time() - began
         rows = rows[:micro]
         for p in params:
             p.grad = None
-        replay = recorded(lambda rows: backward(loss_fn, rows, 0, micro), rows, self.options)
+        replay = micro >= plan.batch and recorded(lambda rows: backward(loss_fn, rows, 0, micro), rows,
+                                                  self.options)
         for _ in range(2 * bool(replay)):
             began = time.time()
             replay(rows).item()
-        speed = len(rows) * plan.length / (time.time() - began)
+            seconds = time.time() - began
+        speed = len(rows) * plan.length / seconds
         for p in params:
             p.grad = None
         self.found[stage.rstrip("0123456789")] = min(micro, plan.batch), speed, peak_gb(aside.device.type)
@@ -1431,7 +1434,7 @@ def get_args(argv):
     add("--recipe", default="paper", choices=RECIPES, help="the paper's (default) or the article's")
     add("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
     add("--resume", metavar="RUN",
-        help="go on with the run in this folder; of its options only --device can change")
+        help="go on with the run in this folder; of its options --device can change and --plain be added")
     add("--data", **many, metavar="PATH[:WEIGHT]",
         help="text to train on: stdlib (source of Python's standard library), fineweb (fetched as needed), "
              ".txt, .jsonl (field text), .gz of either, .bin (llm.c's shards of GPT-2 tokens; val in the "
@@ -1707,14 +1710,16 @@ def check_length(stage, plan, limit, o):
 
 
 def resumed(o, argv):
-    """The options of a run that was stopped; only the device may be another."""
-    given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in ("--resume", "--device")]
+    """The options of a run that was stopped; only the device may be another, and --plain be added."""
+    free = "--resume", "--device", "--plain"
+    given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in free]
     if given:
         raise ValueError(f"--resume takes its options from the run; leave out {' '.join(given)}")
     try:
         with open(os.path.join(o.resume, "run.json"), encoding="utf-8") as f:
             options = vars(get_args([])) | json.load(f)["options"]
-        return argparse.Namespace(**{**options, "resume": o.resume, "device": o.device or options["device"]})
+        return argparse.Namespace(**{**options, "resume": o.resume, "device": o.device or options["device"],
+                                     "plain": o.plain or options["plain"]})
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--resume {o.resume}: no run there (no run.json that can be read)") from None
 

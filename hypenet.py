@@ -1349,12 +1349,15 @@ def number(kind, low, high=math.inf):
 
 
 def default_device(name=None):
-    """The device asked for (ValueError if there is no such one), else CUDA or Apple's, else the CPU."""
+    """The device asked for (ValueError if there is no such one), else CUDA or Apple's, else the CPU. A GPU
+    that is asked for by number becomes the current one, on which graphs are recorded."""
     if name is None:
         mps = torch.backends.mps.is_available()
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.empty(0, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name}: there is no such device here; use {default_device()}") from None
     return name

@@ -1407,6 +1407,7 @@ def test_reworded(monkeypatch):
     value is asked for twice, in any order; a question ends in what stands before its value. A plan says how
     often, and what ends a document is no word. A long row has more of them."""
     tokenizer, phrases, sizes, numbers, signs, stops = Tokenizer.bytes(), set(), set(), set(), set(), set()
+    in_a_row = set()
     for seed in range(30):
         text = "".join(f"word{chr(97 + i % 26)}{chr(97 + i % 7)}=(42, )\n" for i in range(120))
         rng, row = np.random.default_rng(seed), tokenizer.encode_array(text)
@@ -1420,11 +1421,14 @@ def test_reworded(monkeypatch):
             assert sum(v[:task.size] == values[0] for v in values) >= 3 and len(values[0]) == task.size
         assert n == 1 + task.size and len(task.names) == task.needles
         phrases, sizes = phrases | set(task.names), sizes | {task.size}
+        head = os.path.commonprefix([*task.names, *task.names[:1]]).split()[:-1]
+        if len(head) > 1:                                           # words as the text has them, or not
+            in_a_row.add(" ".join(head) in " ".join(re.findall("word..", text)))
         numbers.add(task.needles)
         signs.add(task.signs)
         stops.update(re.findall("(.) {name}", task.question))
     assert len(phrases) > 50 and len(sizes) > 9 and numbers == {1, 2, 3, 4}
-    assert stops == set(halo.STOPS) >= {".", "?"}
+    assert stops == set(halo.STOPS) >= {".", "?"} and in_a_row == {False, True}
     assert "0123456789" in signs and len(signs) > 9 and all(6 <= len(s) == len(set(s)) <= 36 for s in signs)
 
     def words(text):
@@ -1906,6 +1910,19 @@ def test_gradients_do_not_depend_on_micro(kind, monkeypatch):
             assert (grad - ref[name]).norm() <= 1e-5 * max(ref[name].norm(), 1e-3), (micro, name)
 
 
+def test_chunk_offsets_hang_on_every_id(monkeypatch):
+    """A sequence of a chunk HyPE student starts where all its ids say: anywhere, within what it knows."""
+    o, rows, seen = options("paper", pe="chunk", kl="reverse"), some_ids(64, 25), []
+    student = HypeNet(halo.student_config(tiny(layers="AAAA").config, "LALL", o))
+    monkeypatch.setattr(halo, "distil_loss", lambda *args: seen.append(args[-1]))
+    for row in rows, rows.index_fill(1, torch.tensor([20]), 3), rows.index_fill(1, torch.tensor([0]), 3):
+        list(halo.objective(student, None, o, 0.5)(row[:, :-1], row[:, 1:], 0))
+    first, *others = seen
+    most = student.config.chunk * student.config.n_chunks - 24
+    assert len(set(first.tolist())) > 55 and 0 <= first.min() < most / 5 < most * 4 / 5 < first.max() <= most
+    assert all((first != other).sum() > 55 for other in others)
+
+
 def test_checkpointed_blocks_have_the_same_gradients():
     """Blocks that are computed again in the backward pass give the same gradients, run twice, and leave no
     trace when it is over."""
@@ -2062,33 +2079,55 @@ def held_out_loss(home, out):
 
 @pytest.mark.parametrize("recipe", ["paper", "article"])
 def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
-    """From the third step on each is the replay of a recording (on CPUs of a stand-in: the step itself,
-    gradients written anew), and losses are those of steps taken one by one. Not with --plain or --fade."""
-    made = []
+    """From the third step on each is the replay of a recording, which writes the gradients anew where they
+    were first (on CPUs a stand-in does), and losses and weights are those of steps taken one by one."""
+    replays = {}
     def train(run, stage, plan, corpus, module, groups, loss_fn, plain=halo.train, record=halo.recorded):
         def recorded(work, rows, options):
             assert all(p.grad is None for p in module.parameters())
-            made.append(stage)
+            again = record(work, rows, options) if GPU else work(rows)
+            places = [(p, p.grad) for p in module.parameters() if p.grad is not None]
             def replay(rows):
-                for p in module.parameters():
+                replays[stage] = replays.get(stage, 0) + 1
+                if GPU:
+                    return again(rows)
+                now = [p.grad for p, _ in places]
+                for p, _ in places:
                     p.grad = None
-                return work(rows)
-            return record(work, rows, options) if GPU else replay
+                out = work(rows)
+                for (p, place), grad in zip(places, now):
+                    place.copy_(p.grad)
+                    p.grad = grad
+                return out
+            return replay
         patch.setattr(halo, "recorded", recorded)
         plain(run, stage, plan, corpus, module, groups, loss_fn)
         assert all(p.grad is None for p in module.parameters())
-    argv = "--recipe", recipe, "--device", DEVICE
-    with monkeypatch.context() as patch:
-        patch.setattr(halo, "recorded", lambda *_: None)
-        convert(home, tmp_path / "one by one", *argv)
-    with monkeypatch.context() as patch:
-        patch.setattr(halo, "train", train)
-        convert(home, tmp_path / "recorded", *argv)
-    assert len(made) == (3 if recipe == "paper" else 2)
-    a, b = (log_of(tmp_path / name) for name in ("one by one", "recorded"))
-    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=0.05 if GPU else 1e-6)
-    for off in (dict(plain=True, fade=0.0), dict(plain=False, fade=0.5)):
-        assert halo.recorded(None, torch.zeros(1, device=DEVICE), off) is None
+    outs = [tmp_path / "one by one", tmp_path / "recorded"]
+    for name, work, out in (("recorded", lambda *_: None, outs[0]), ("train", train, outs[1])):
+        with monkeypatch.context() as patch:
+            patch.setattr(halo, name, work)
+            convert(home, out, "--recipe", recipe, "--device", DEVICE)
+    assert replays == (dict.fromkeys(("align", "distil", "finetune"), 6) if recipe == "paper" else
+                       dict(group1=2, group2=2))
+    a, b = ([r["loss"] for r in log_of(out)] for out in outs)
+    assert a == pytest.approx(b, rel=0.05 if GPU else 1e-6)
+    a, b = (HypeNet.from_pretrained(out).state_dict() for out in outs)
+    assert GPU or all(torch.allclose(w, b[name], atol=1e-6) for name, w in a.items())
+
+
+def test_steps_that_cannot_be_recorded(home, tmp_path, monkeypatch):
+    """Not with --plain or --fade, a part of a batch at a time, or in a stage too short to gain by it."""
+    def recorded(work, rows, options, plain=halo.recorded):
+        assert not options["fade"] and plain(work, rows, dict(options, plain=True)) is None
+        made.append(len(rows))
+    made = []
+    monkeypatch.setattr(halo, "recorded", recorded)
+    convert(home, tmp_path / "long", steps=3)
+    assert made == [2, 2, 2]
+    convert(home, tmp_path / "short", steps=2)
+    convert(home, tmp_path / "parts", "--micro", "1", steps=3)
+    assert made == [2, 2, 2]
 
 
 @pytest.fixture(scope="session")
@@ -2921,7 +2960,7 @@ def test_readme_ablations_are_those_of_results():
         row = [*cells(mini, ("at", "four")), *cells(tiny, ("at",))]
         assert re.search(rf"^\| {re.escape(title)} \| *" + r" *\| *".join(map(re.escape, row)) + r" *\|$",
                          README, re.M), title
-    assert {r["teacher"] for r in rows["mini"]} == {"mini"} and {r["teacher"] for r in rows["tiny"]} == {"tiny"}
+    assert all({r["teacher"] for r in rows[scale]} == {scale} for scale in rows)
 
 
 def test_readme_on_single_changes():
