@@ -477,7 +477,6 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     asked = [np.concatenate((tokenizer.encode_array(t.question.format(name=n)), answer))
              for n, answer in zip(names, answers)]
     order = [*range(len(names)), *(i % len(names) for i in range(ask))]        # of names: told, and asked for
-
     free = len(text) - sum(map(len, needles))
     while (left := free - sum(len(asked[i]) for i in order[len(names):])) < 0 and len(order) > len(names) + 1:
         order.pop()                                                 # a question
