@@ -2117,17 +2117,20 @@ def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
 
 
 def test_steps_that_cannot_be_recorded(home, tmp_path, monkeypatch):
-    """Not with --plain or --fade, a part of a batch at a time, or in a stage too short to gain by it."""
-    def recorded(work, rows, options, plain=halo.recorded):
-        assert not options["fade"] and plain(work, rows, dict(options, plain=True)) is None
-        made.append(len(rows))
+    """Not a part of a batch at a time, nor in a stage too short to gain by it; nor with --plain, --fade, or
+    without room for what is held once more."""
     made = []
-    monkeypatch.setattr(halo, "recorded", recorded)
+    monkeypatch.setattr(halo, "recorded", lambda work, rows, options: made.append(len(rows)))
     convert(home, tmp_path / "long", steps=3)
-    assert made == [2, 2, 2]
     convert(home, tmp_path / "short", steps=2)
     convert(home, tmp_path / "parts", "--micro", "1", steps=3)
     assert made == [2, 2, 2]
+    monkeypatch.undo()
+    for name, x in dict(memory_reserved=6, mem_get_info=(5, 80), empty_cache=None).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, x=x: x)
+    rows = types.SimpleNamespace(is_cuda=True, device="cuda")
+    for plain, fade in (True, 0.0), (False, 0.5), (False, 0.0):
+        assert halo.recorded(None, rows, dict(plain=plain, fade=fade)) is None
 
 
 @pytest.fixture(scope="session")
