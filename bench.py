@@ -546,7 +546,6 @@ class Trial(halo.Probe):
             return
         super().measure(stage, plan, module, params, loss_fn, micro)           # finds what fits at once
         device, (micro, speed, _) = params[0].device, self.found[stage]
-        micro = min(micro, plan.batch)
         batch = min(plan.batch, micro * max(1, int(self.o.seconds * speed / (micro * plan.length))))
         rows = torch.randint(self.n_vocab, (batch, plan.length + 1), device=device)
         opt = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -555,7 +554,7 @@ class Trial(halo.Probe):
             _, micro = halo.fitted(stage, module, micro, partial(halo.backward, loss_fn, rows, 0))
             nn.utils.clip_grad_norm_(params, 1.0)
             opt.step()
-            opt.zero_grad(set_to_none=True)
+            opt.zero_grad()
             return micro
         micro = step(micro)
         seconds, _ = once(lambda: step(micro), device)                         # and its peak memory
@@ -762,9 +761,9 @@ where none is at two lengths, longer ones are not tried.
 loss: nats a token of the same ends of held-out texts, so much of each text read; its interval is that of the
 difference to the first.""", trained=T, layers=layers, logit_base=base)
     table.rows = []                                      # another model's
-    last, every, one = min(lengths[-1], 64 * T), list(halo.TASKS), ["S1"]
+    last, every = min(lengths[-1], 64 * T), list(halo.TASKS)
     texts = corpus.windows(np.random.default_rng(0), o.windows, last)
-    kinds = [("student", student, every, base, None), ("student without s_t", student, one, None, None),
+    kinds = [("student", student, every, base, None), ("student without s_t", student, ["S1"], None, None),
              ("teacher", teacher, every, None, None), ("teacher, YaRN", teacher, every, None, None),
              ("teacher, sink + window", teacher, every, None, T)]
     for name, model, tasks, a, keep in kinds:
@@ -832,11 +831,11 @@ def draw_niah(facts, rows, path):
         ax.tick_params(labelsize=8)
         ax.set_title(title, loc="left", fontsize=10)
         ax.set_xlabel("tokens of context", fontsize=9)
-        where = ax if lines is others else fig if ax is axes[0] else None        # models: once, below all
-        if where:
-            names = [x[::-1] for x in ax.get_legend_handles_labels()]
-            where.legend(*names, loc="lower left" if where is ax else "lower center", fontsize=8,
-                         ncol=1 if where is ax else 5, frameon=False)
+        named = [x[::-1] for x in ax.get_legend_handles_labels()]
+        if lines is others:
+            ax.legend(*named, loc="lower left", fontsize=8, frameon=False)
+        elif ax is axes[0]:                                                # the models, once, below all
+            fig.legend(*named, loc="lower center", ncol=5, fontsize=8, frameon=False)
     axes[0].annotate("trained", (trained, 0), (2, 0), fontsize=7, color="0.5", textcoords="offset points")
     fig.tight_layout(rect=(0, 0.06, 1, 1))
     write_file(path, partial(fig.savefig, format="png"))

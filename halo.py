@@ -18,8 +18,8 @@ The paper's recipe (arXiv 2601.22156 section 4) is a row of stages, and one loop
 The article's recipe is progressive: the middle layers are converted in groups; only the newest group and the
 chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 
-Every random choice is a function of (seed, stage, step), so a run repeats exactly and a stopped run goes on
-as one never stopped. A run's folder holds log.jsonl (a line a step), one checkpoint a stage, report.json, and
+Every random choice is a function of (seed, stage, step): on one CPU a run repeats exactly, and a stopped run
+goes on as one never stopped. A run's folder holds log.jsonl (a line a step), one checkpoint a stage, report.json, and
 the student: config.json, model.safetensors, tokenizer.json.
 """
 import argparse
@@ -956,8 +956,7 @@ def fitted(stage, module, micro, work):
             return work(micro), micro
         except torch.OutOfMemoryError:
             pass                                                   # freed only once the handler is left
-        for p in module.parameters():
-            p.grad = None
+        module.zero_grad()
         torch.cuda.empty_cache()
         blocks = getattr(module, "blocks", [])
         if micro > 1:
@@ -1061,7 +1060,7 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
             group["lr"] = lr
         opt.step()
         if not replay:
-            opt.zero_grad(set_to_none=True)
+            opt.zero_grad()
             if step == first + 1 < plan.steps - 1 and micro >= len(rows):        # all is compiled, and fits
                 replay = recorded(partial(gradients, step=step, micro=micro), rows, run.options)
         mean = value if mean is None else 0.95 * mean + 0.05 * value
@@ -1077,9 +1076,7 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
             run.leave_if_asked()
             saved_at = tick = time.time()
             pause = max(pause, 20 * (saved_at - now))              # large models: at most 5% of the time
-    for p in params:
-        p.requires_grad_(False)
-        p.grad = None
+    module.requires_grad_(False).zero_grad()
     checkpoint_blocks(module, on=False)
     corpus.advance(plan)
 
@@ -1360,18 +1357,16 @@ class Probe:
             _, micro = fitted(stage, module, micro, lambda n: backward(loss_fn, rows[:n], 0, n).item())
             seconds = time.time() - began
         rows = rows[:micro]
-        for p in params:
-            p.grad = None
+        module.zero_grad()
         replay = micro >= plan.batch and recorded(lambda rows: backward(loss_fn, rows, 0, micro), rows,
                                                   self.options)
         for _ in range(2 * bool(replay)):
             began = time.time()
             replay(rows).item()
             seconds = time.time() - began
-        speed = len(rows) * plan.length / seconds
-        for p in params:
-            p.grad = None
-        self.found[stage.rstrip("0123456789")] = min(micro, plan.batch), speed, peak_gb(aside.device.type)
+        module.zero_grad()
+        self.found[stage.rstrip("0123456789")] = (len(rows), len(rows) * plan.length / seconds,
+                                                  peak_gb(aside.device.type))
 
 
 def check_disk(folder, teacher, plans, o):
@@ -1657,7 +1652,8 @@ def convert(run, teacher, corpus, plans, o):
 
 
 def pretrain(run, corpus, plans, o):
-    """Train a teacher (or, with --layers, a hybrid) from random weights on text and pass keys; returns it."""
+    """Train a teacher (or, with --layers, a hybrid) from random weights on text with things to recall;
+    returns it."""
     config = replace(TEACHERS[o.teacher], max_len=plans["pretrain"].length)
     T = o.length = config.max_len
     if o.hybrid:

@@ -2077,6 +2077,25 @@ def held_out_loss(home, out):
     return pytest.approx(halo.losses(HypeNet.from_pretrained(out), batches).mean().item(), rel=1e-6)
 
 
+def test_plain_and_device_can_change_on_resume(runs):
+    """A stopped run goes on with its own options, but for the device, and --plain where that is asked for."""
+    first = ["--resume", str(runs["paper"][0])]
+    for more in [], ["--plain"], ["--device", "cuda", "--plain"]:
+        o, own = halo.resumed(halo.get_args(first + more), first + more), halo.get_args(more)
+        assert (o.plain, o.device) == (own.plain, own.device or "cpu") and o.trials == 5 and o.out
+
+
+def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
+    """So that what takes no device, as a CUDA graph, is on it."""
+    current = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *_, **__: None)
+        patch.setattr(torch.cuda, "set_device", current.append)
+        for name in ("cpu", "cuda", "cuda:1"):
+            assert hypenet.default_device(name) == name
+    assert current == ["cuda:1"]
+
+
 @pytest.mark.parametrize("recipe", ["paper", "article"])
 def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
     """From the third step on each is the replay of a recording, which writes the gradients anew where they
@@ -2902,7 +2921,7 @@ def test_readme_commands_exist():
 
 def test_readme_decode_times_are_those_of_results():
     """Every ms, ratio to the floor and GB in the README's table of decoding is a row of the file it names."""
-    rows = json.loads((HERE / "results" / "decode-h200.json").read_text(encoding="utf-8"))["rows"]
+    rows = bench_rows(HERE / "results", "decode-h200")
     known = {(r["kind"], r["context"]): f"{r['ms']:.2f} ({r['ratio']:.2f}) {r['peak_gb']:.1f}"
              for r in rows if r["size"] == "2b" and r["batch"] == 1}
     table = re.findall(r"^\| ([\d,]+) \| (\S+ \(.*?) \| (.*?) \| (\S+) \| (.*?) \|$", README, re.M)
@@ -2915,7 +2934,7 @@ def test_readme_decode_times_are_those_of_results():
 
 def test_readme_recall_is_that_of_results():
     """What the README's first screen says of the figure is what the file behind it holds."""
-    rows = json.loads((HERE / "results" / "niah-tiny.json").read_text(encoding="utf-8"))["rows"]
+    rows = bench_rows(HERE / "results", "niah-tiny")
     value = {(r["model"], r["task"], r["context"]): r["value"] for r in rows}
     found = {model: [v for (m, task, n), v in value.items() if (m, task) == (model, "S1") and n > 256]
              for model in ("student", "teacher", "teacher, YaRN")}
@@ -2929,7 +2948,7 @@ def test_readme_recall_is_that_of_results():
 
 def test_readme_kernel_times_are_those_of_results():
     """Every row in the README's table of scans is what the file it names holds."""
-    rows = json.loads((HERE / "results" / "kernel-h200.json").read_text(encoding="utf-8"))["rows"]
+    rows = bench_rows(HERE / "results", "kernel-h200")
     known = {(", ".join(map(str, r["shape"])), r["decay"], r["by"]): r for r in rows}
     table = re.findall(r"^\| (\d+(?:, \d+){4}) \| (\w+) \| (.*) \|$", README, re.M)
     assert len(table) == 8
@@ -2944,7 +2963,7 @@ def test_readme_kernel_times_are_those_of_results():
 def test_readme_ablations_are_those_of_results():
     """The README's table of single changes is what two files hold, of the mini and of the tiny teacher, flags
     and all, and every run that bench.py makes of the mini one is there."""
-    rows = {scale: json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    rows = {scale: bench_rows(HERE / "results", name)
             for scale, name in dict(mini="ablate", tiny="ablate-tiny").items()}
     titles = {"paper": "**none: the paper's recipe**", "article": "**the article's recipe**"}
 
@@ -2967,20 +2986,23 @@ def test_readme_ablations_are_those_of_results():
 
 
 def test_readme_on_single_changes():
-    """The sentences under that table: how many runs, seeds of eq. 8, scores of layers, decays by data."""
-    def read(name):
-        found = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, list) else found["rows"]
+    """The sentences by that table: how many runs, seeds of eq. 8, scores of layers, decays by data."""
+    rows, text = bench_rows(HERE / "results", "ablate"), " ".join(README.split())
 
     def seeds(change):
-        return sorted((r for r in read("ablate") if r["change"] == change), key=lambda r: r["seed"])
-    text, minutes = " ".join(README.split()), sorted(r["minutes"] for r in read("ablate"))
-    assert f"all {len(minutes)} in 7.7 minutes, {minutes[0]:.1f} to {minutes[-2]:.1f} minutes each" in text
+        return sorted((r for r in rows if r["change"] == change), key=lambda r: r["seed"])
+    minutes, log = sorted(r["minutes"] for r in rows), (HERE / "results" / "ablate.log").read_text()
+    whole = int(re.search(r"(\d+) s\n", log)[1]) / 60
+    assert (f"all {len(rows)} in {whole:.1f} minutes, {minutes[0]:.1f} to {minutes[-2]:.1f} minutes each, "
+            f"{minutes[-1]:.1f} from scratch") in text
+    six = sorted(r["gap"] for name in ("paper", "layers by eq. 8, guarded") for r in seeds(name))
+    assert f"these six runs span {six[0]:.4f} to {six[-1]:.4f}" in text
     assert ", ".join(f"{r['gap']:.4f}" for r in seeds("layers by eq. 8")) + ", everything found" in text
     for layer in (1, 4, 7, 5, 6):
         scores = dict.fromkeys(f"{r['scores'][0][layer]['score']:.3f}" for r in seeds("paper"))
         assert f"layer {layer} {', '.join(scores)}" in text
-    gaps = [f"{r['val_loss']['student'] - r['val_loss']['teacher']:.4f}" for r in read("tiny-decay")]
+    gaps = [f"{r['val_loss']['student'] - r['val_loss']['teacher']:.4f}"
+            for r in json.loads((HERE / "results" / "tiny-decay.json").read_text())]
     assert f"with seed 1, {gaps[1]}, where the recipe has 0.0479 and {gaps[0]}" in text
     by_head, by_channel = (seeds(f"decay by data, a {what}")[0]["gap"] for what in ("head", "channel"))
     assert f"{by_head:.4f} and {by_channel:.4f}, by 0.006 (mini" in text
@@ -2988,7 +3010,7 @@ def test_readme_on_single_changes():
 
 def test_readme_small_and_gpt2_results():
     """The table of the small student and the line on GPT-2's positions are what their files hold."""
-    rows, gpt2 = (json.loads((HERE / "results" / f"niah-{name}.json").read_text(encoding="utf-8"))["rows"]
+    rows, gpt2 = (bench_rows(HERE / "results", f"niah-{name}")
                   for name in ("small", "small-gpt2"))
     names = {"student": "student", "student without s_t": "student without s_t", "teacher": "teacher",
              "teacher, YaRN": "teacher, YaRN for each length",
@@ -3010,6 +3032,10 @@ def test_readme_small_and_gpt2_results():
         teacher, student = re.search(r"held-out loss, nats a token +(\S+) +(\S+)", log).groups()
         whose = "the teacher's " * (name == "small")
         assert f"{start} {student} against {whose}{teacher}" in text
+    log = (HERE / "results" / "small-paper.log").read_text(encoding="utf-8")
+    seconds = [int(re.search(rf"^# python {program}.*: (\d+) s", log, re.M)[1])
+               for program in ("halo.py", "bench.py niah")]
+    assert "in {:.1f} minutes ({} and {} s) on one".format(sum(seconds) / 60, *seconds) in text
     runs = json.loads((HERE / "results" / "tiny-gpt2.json").read_text(encoding="utf-8"))
     for how, first in (("at once loss", 0), ("faded", 2)):
         one, two = (r["passkey"]["student"] for r in runs[first:first + 2])
