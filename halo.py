@@ -19,8 +19,8 @@ The article's recipe is progressive: the middle layers are converted in groups; 
 chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 
 Every random choice is a function of (seed, stage, step): on one CPU a run repeats exactly, and a stopped run
-goes on as one never stopped. A run's folder holds log.jsonl (a line a step), one checkpoint a stage, report.json, and
-the student: config.json, model.safetensors, tokenizer.json.
+goes on as one never stopped. A run's folder holds log.jsonl (a line a step), one checkpoint a stage,
+report.json, and the student: config.json, model.safetensors, tokenizer.json.
 """
 import argparse
 import bisect
