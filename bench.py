@@ -47,8 +47,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import halo  # noqa: E402
-from hypenet import (FAMILIES, HypeNet, HypeNetConfig, Parser, State, command_line,  # noqa: E402
-                     default_device, fuse, number, read_json, write_file, write_json)
+from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, fuse, write_file  # noqa: E402
+from support.common import Parser, command_line, default_device, number, read_json, write_json  # noqa: E402
 from kernel import chunked_scan  # noqa: E402
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")

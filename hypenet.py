@@ -46,27 +46,19 @@ References: HypeNet and HALO, arXiv 2601.22156 ("the paper": section 5, appendix
 github.com/thunlp/hybrid-linear-attention.
 Not here: training on several GPUs, short convolutions, delta-rule mixers.
 """
-import argparse
 import copy
-import errno
-import json
 import math
 import os
-import re
-import sys
-import unicodedata
 import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from itertools import groupby
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernel
+import support.fast as fast
 from kernel import chunked_scan
 
 # ---- configuration -----------------------------------------------------------------------------------------
@@ -489,7 +481,7 @@ class Attention(nn.Module):
         c = self.config
         q, k, v = (t.view(len(t), 1, -1, c.head_dim) for t in (q, k, v))
         chunks = (self.chunk_embd.weight, c.chunk) if hasattr(self, "chunk_embd") else None
-        return kernel.attend_cache(q, k, v, cache["k"], cache["v"], where.pos, where.s_t, head_gains(self),
+        return fast.attend_cache(q, k, v, cache["k"], cache["v"], where.pos, where.s_t, head_gains(self),
                                    c.norm_eps, where.attn_rope, chunks).flatten(1)
 
 
@@ -540,7 +532,7 @@ class LinearAttention(nn.Module):
             k, v = (t.repeat_interleave(c.n_head // c.linear_kv_head, dim=2) for t in (k, v))
         S = None if cache is None else cache["S"]
         if cache is not None and T == 1:
-            o = kernel.decode(q, k, v, self.log_decay(x), S, c.key_dim ** -0.5)
+            o = fast.decode(q, k, v, self.log_decay(x), S, c.key_dim ** -0.5)
         else:
             o, S_new = chunked_scan(q, k, v, self.log_decay(x), S, scale=c.key_dim ** -0.5)
             if cache is not None:
@@ -556,7 +548,7 @@ class LinearAttention(nn.Module):
         if c.decay == "channel":
             g = g.unflatten(-1, (c.n_head, c.key_dim))
         q, k, v = (t.view(len(t), 1, -1, n) for t, n in ((q, c.key_dim), (k, c.key_dim), (v, c.head_dim)))
-        o = kernel.decode(q, k, v, g, cache["S"], c.key_dim ** -0.5, head_gains(self), c.norm_eps,
+        o = fast.decode(q, k, v, g, cache["S"], c.key_dim ** -0.5, head_gains(self), c.norm_eps,
                           where.linear_rope, "triton")
         return o.flatten(1)
 
@@ -599,7 +591,7 @@ def linear(layer, x, norm=None, gate=None, act=None, residual=None):
     """kernel.linear of a Linear and the norm before it. Many rows are multiplied by the library."""
     if len(x) <= FEW:
         weights, eps = ((None, None), 0.0) if norm is None else ((norm.weight, norm.bias), norm.eps)
-        return kernel.linear(x, layer.weight, layer.bias, weights, eps, gate, act, residual)
+        return fast.linear(x, layer.weight, layer.bias, weights, eps, gate, act, residual)
     x = x if norm is None else norm(x)
     y = layer(x if gate is None else gated(x, gate, None, None))
     if act is not None:
@@ -675,7 +667,7 @@ class HypeNet(nn.Module):
 
     def can_step(self, idx):
         """Whether Block.step runs here, and for blocks as they are (halo.swap_scores lends them others)."""
-        return (kernel.has_kernels(idx, self.config.head_dim, self.config.key_dim)
+        return (fast.has_kernels(idx, self.config.head_dim, self.config.key_dim)
                 and not any("forward" in vars(block) for block in self.blocks))
 
     def check_room(self, state, n):
@@ -817,6 +809,7 @@ class HypeNet(nn.Module):
         os.makedirs(path, exist_ok=True)
         weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.state_dict().items()}
         write_file(os.path.join(path, "model.safetensors"), lambda tmp: save_file(weights, tmp))
+        from support.common import write_json
         write_json(os.path.join(path, "config.json"), dict(model_type="hypenet", **asdict(self.config)))
 
     @classmethod
@@ -824,6 +817,7 @@ class HypeNet(nn.Module):
         """Load a folder that save_pretrained wrote, or GPT-2, Qwen3, Llama 3 or the authors' HypeNet, from a
         folder or the hub, as dtype whatever it holds. Each weight is read straight into its place, so little
         more memory is needed than the weights take. ValueError, in one line, for all that does not fit."""
+        from support.pretrained import fetch, find_weights, is_conv1d, open_weights, read_config
         path = fetch(name_or_dir)
         config, family, q_scale = read_config(path)
         with torch.device("meta"):                   # no memory for weights that are about to be replaced
@@ -852,7 +846,7 @@ class Decoder:
         self.model, self.state, self.pick, self.rng = model, state, pick, rng
         self.idx = torch.zeros_like(state.pos) if logits is None else pick(logits)
         self.graph, self.calls = None, 0
-        self.record = kernel.has_kernels(self.idx, model.config.head_dim) and graph is not False
+        self.record = fast.has_kernels(self.idx, model.config.head_dim) and graph is not False
 
     def step(self):
         logits = self.model.head(self.model.hidden(self.idx[:, None], self.state))
@@ -900,234 +894,6 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
 
 # ---- files: ours, Hugging Face's, the authors' -------------------------------------------------------------
 
-SHORT_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-
-# Fields of config.json that must have one of these values, or be absent: with another, the numbers differ.
-ALIKE = dict(
-    activation_function=("gelu_new", "gelu_pytorch_tanh"), hidden_act=("silu", "swish"),
-    attention_bias=(False,), mlp_bias=(False,), use_sliding_window=(False,), partial_rotary_factor=(1,),
-    scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False,),
-    add_cross_attention=(False,), lightning_scale=("1/sqrt(d)",), lightning_use_short_conv=(False,),
-    quantization_config=())
-
-# Our sizes by the names of their config.json.
-GPT2_SIZES = dict(vocab_size="vocab_size", n_embd="n_embd", n_head="n_head", max_len="n_positions")
-LLAMA_SIZES = dict(vocab_size="vocab_size", n_embd="hidden_size", n_head="num_attention_heads",
-                   n_hidden="intermediate_size", max_len="max_position_embeddings")
-
-# Our modules and what files call them, {} a layer's number. Where | stands, several of theirs make up the
-# rows of one of ours; {z} is the authors' gate, o_gate in attention layers and z_proj in linear ones.
-GPT2_NAMES = {
-    "wte": "wte", "wpe": "wpe", "norm": "ln_f", "lm_head": "lm_head",
-    "blocks.{}.norm1": "h.{}.ln_1",
-    "blocks.{}.mixer.qkvz": "h.{}.attn.c_attn",
-    "blocks.{}.mixer.out": "h.{}.attn.c_proj",
-    "blocks.{}.norm2": "h.{}.ln_2",
-    "blocks.{}.mlp.up": "h.{}.mlp.c_fc",
-    "blocks.{}.mlp.down": "h.{}.mlp.c_proj",
-}
-LLAMA_NAMES = {
-    "wte": "embed_tokens", "norm": "norm", "lm_head": "lm_head",
-    "blocks.{}.norm1": "layers.{}.input_layernorm",
-    "blocks.{}.mixer.qkvz": "layers.{}.self_attn.q_proj|k_proj|v_proj|{z}",
-    "blocks.{}.mixer.q_norm": "layers.{}.self_attn.q_norm",
-    "blocks.{}.mixer.k_norm": "layers.{}.self_attn.k_norm",
-    "blocks.{}.mixer.norm": "layers.{}.self_attn.o_norm",
-    "blocks.{}.mixer.out": "layers.{}.self_attn.o_proj",
-    "blocks.{}.norm2": "layers.{}.post_attention_layernorm",
-    "blocks.{}.mlp.up": "layers.{}.mlp.gate_proj|up_proj",
-    "blocks.{}.mlp.down": "layers.{}.mlp.down_proj",
-}
-NAMES = {"gpt2": GPT2_NAMES, "qwen3": LLAMA_NAMES, "llama": LLAMA_NAMES, "hypenet": LLAMA_NAMES}
-DROPPED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")     # buffers that we make ourselves
-
-
-def fetch(name_or_dir, weights=True):
-    """A folder with the files of a model (weights=False: only those of its tokenizer): name_or_dir itself if
-    it is one, else downloaded by huggingface_hub, with its cache, HF_ENDPOINT, HF_HUB_OFFLINE and tokens."""
-    name = os.fspath(name_or_dir)
-    if os.path.isdir(name):
-        return name
-    repo = SHORT_NAMES.get(name, name)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
-        raise ValueError(f"no model in {name}: it is no folder, none of {', '.join(SHORT_NAMES)}, "
-                         "and not of the form owner/name")
-    import huggingface_hub
-    from huggingface_hub import errors
-    files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-    try:
-        return huggingface_hub.snapshot_download(repo, allow_patterns=files + weights * [
-            "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"])
-    except errors.GatedRepoError:
-        problem = f"is gated: accept its terms at huggingface.co/{repo}, then run: hf auth login"
-    except errors.RepositoryNotFoundError:
-        problem = "is no folder here and no repository of the hub: check the name; if private, hf auth login"
-    except Exception as e:                           # a dozen types of several libraries
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-            problem = f"does not fit the disk ({e.strerror}): free some, or let HF_HOME name a larger one"
-        elif isinstance(e, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
-            problem = ("is no folder here, not in the hub's cache, and the hub is out of reach: go online "
-                       "(HF_HUB_OFFLINE unset) or give a local folder")
-        else:
-            problem = f"cannot be downloaded ({' '.join(str(e).split())}): try again, or give a local folder"
-    raise ValueError(f"{name} {problem}")
-
-
-def read_json(path, name, what):
-    """The object in path/name; ValueError, no {what}, where there is none."""
-    try:
-        with open(os.path.join(path, name), encoding="utf-8") as f:
-            value = json.load(f)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"no {what} in {path}: it has no {name}") from None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}/{name} is no {what}: it is not JSON, or no object; copy it again")
-    return value
-
-
-def read_config(path):
-    """The config.json of a folder -> HypeNetConfig, the family (a key of NAMES, None: our own format), and a
-    constant that multiplies the queries."""
-    given = read_json(path, "config.json", "model")
-    try:
-        if given.get("model_type") == "hypenet" and "mixer_types" not in given:
-            unknown = given.keys() - {f.name for f in fields(HypeNetConfig)} - {"model_type"}
-            if unknown:
-                raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
-            return HypeNetConfig(**{k: v for k, v in given.items() if k != "model_type"}), None, 1
-        return translate(given)
-    except KeyError as e:
-        problem = f"it lacks {e.args[0]}"
-    except (TypeError, AttributeError, ZeroDivisionError) as e:
-        problem = f"a field has a value of the wrong type or size ({e})"
-    except ValueError as e:
-        problem = e
-    raise ValueError(f"{path}/config.json: {problem}")
-
-
-def translate(given):
-    """read_config for a config.json of Hugging Face's or the authors'. ValueError where a field asks for what
-    our layers do not do, rather than other numbers."""
-    family = given.get("model_type")
-    if family not in ("gpt2", "qwen3", "llama", "hypenet"):
-        raise ValueError(f"model_type is {family!r}; known are hypenet, gpt2, qwen3, llama")
-    for field, allowed in ALIKE.items():
-        if given.get(field) is not None and given[field] not in allowed:
-            raise ValueError(f"{field} is {given[field]}; allowed: {', '.join(map(str, allowed)) or 'none'}")
-    if set(given.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types is {given['layer_types']}; allowed: full_attention")
-    gpt2, authors, q_scale = family == "gpt2", family == "hypenet", 1
-    c = dict(FAMILIES["qwen3" if authors else family], tied=given.get("tie_word_embeddings", gpt2))
-    c |= {ours: given[theirs] for ours, theirs in (GPT2_SIZES if gpt2 else LLAMA_SIZES).items()}
-    c["layers"] = "A" * given["n_layer" if gpt2 else "num_hidden_layers"]
-    c["head_dim"] = given.get("head_dim") or c["n_embd"] // c["n_head"]
-    c["n_kv_head"] = given.get("num_key_value_heads") or c["n_head"]
-    if gpt2:
-        c["norm_eps"] = given.get("layer_norm_epsilon", 1e-5)
-        c["n_hidden"] = given.get("n_inner") or 4 * c["n_embd"]
-        return HypeNetConfig(**c), family, q_scale
-    c["norm_eps"] = given.get("rms_norm_eps", 1e-6)
-    rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})   # older and newer files
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    nested = any(isinstance(value, dict) for value in rope.values())                  # one a type of layer
-    if nested or kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"rope_scaling is {rope}; allowed: rope_type default or llama3, of all channels")
-    c["rope_theta"] = rope.get("rope_theta", given.get("rope_theta", 10000.0))
-    if kind == "llama3":
-        c["rope_scaling"] = {name: rope[name] for name in (
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if authors:                                      # what is absent is as in their configuration class
-        kinds, given_kinds = {"attn": "A", "lightning-attn": "L", "lightning_attn": "L"}, given["mixer_types"]
-        if set(given_kinds) - kinds.keys() or len(given_kinds) != len(c["layers"]):
-            raise ValueError(f"mixer_types is {given_kinds}; one of {', '.join(kinds)} a layer")
-        c["layers"] = "".join(kinds[kind] for kind in given_kinds)
-        for field, ours in dict(lightning_nh="n_head", lightning_head_dim="head_dim").items():
-            if given.get(field) not in (None, c[ours]):
-                raise ValueError(f"{field} is {given[field]}; allowed: that of attention, {c[ours]}")
-        if "L" in c["layers"] and c["n_head"] & (c["n_head"] - 1):
-            raise ValueError(f"num_attention_heads is {c['n_head']}; allowed: powers of two, for which alone "
-                             "the authors' decays are those of eq. 19, and ours")
-        c |= dict(attn_pe=float(given.get("attn_use_rope", True)),
-                  attn_gate=given.get("attn_use_output_gate", False),
-                  linear_kv_head=given.get("lightning_nkv") or c["n_kv_head"],
-                  linear_rope=given.get("lightning_use_rope", True),
-                  linear_qk_norm=given.get("lightning_use_qk_norm", False),
-                  linear_norm=given.get("lightning_use_output_norm", False),
-                  linear_gate=given.get("lightning_use_output_gate", False))
-        scaling = given.get("attn_logits_scaling")
-        hype = re.fullmatch(r"hype(?: (\d+))?", str(scaling))
-        if hype:                                     # eq. 11 with this a; theirs is 362 where none is given
-            c["logit_base"] = float(hype[1] or 362)
-        elif type(scaling) in (int, float):
-            q_scale = scaling
-        elif scaling is not None:
-            raise ValueError(f'attn_logits_scaling is {scaling!r}; allowed: null, a number, "hype 500"')
-    return HypeNetConfig(**c), family, q_scale
-
-
-def open_weights(path):
-    """The tensors in a folder's safetensors files, not yet read: name -> the open file that has it."""
-    from safetensors import safe_open
-    files, found = ["model.safetensors"], {}
-    if not os.path.exists(os.path.join(path, files[0])) and os.path.exists(
-            os.path.join(path, "model.safetensors.index.json")):
-        shards = read_json(path, "model.safetensors.index.json", "model").get("weight_map")
-        files = sorted(set(shards.values())) if isinstance(shards, dict) else files
-    for file in files:
-        try:
-            f = safe_open(os.path.join(path, file), framework="pt")
-        except FileNotFoundError:
-            raise ValueError(f"no model in {path}: it has no {file}") from None
-        except Exception as e:                       # safetensors raises its own type on a truncated file
-            raise ValueError(f"{path}/{file} cannot be read ({e}); copy or download it again") from None
-        found.update(dict.fromkeys(f.keys(), f))
-    return found
-
-
-def is_conv1d(name):
-    """Whether this weight is one of GPT-2's Conv1D, stored (in, out)."""
-    return re.search(r"\.c_(attn|proj|fc)\.weight$", name) is not None
-
-
-def find_weights(model, family, found, path):
-    """Where each tensor of a file goes: its name -> (ours, first row, shape there). ValueError names all that
-    are missing, unexpected or of another shape."""
-    config, places = model.config, {}
-    prefix = max({name.split(".")[0] for name in found} & {"transformer", "model"}, default="")
-    for ours, p in model.state_dict().items():
-        module, kind = ours.rsplit(".", 1)           # kind: weight or bias
-        template = NAMES[family][re.sub(r"\.\d+\.", ".{}.", module)] if family else module
-        layer = int(module.split(".")[1]) if module.startswith("blocks") else 0
-        z = "o_gate" if config.layers[layer] == "A" else "z_proj"
-        stem, _, last = template.format(layer, z=z).rpartition(".")
-        names, start = last.split("|"), 0
-        sizes = [len(p) // len(names)] * len(names)
-        if module.endswith("qkvz") and len(names) > 1:
-            sizes = model.get_submodule(module[:-len(".qkvz")]).sizes
-        for name, rows in zip(names, sizes):
-            if rows:                                 # none: a gate that this model lacks
-                parts = "" if module == "lm_head" else prefix, stem, name, kind
-                places[".".join(filter(None, parts))] = ours, start, (rows, *p.shape[1:])
-                start += rows
-    problems = [f"{name} is missing" for name in sorted(places.keys() - found.keys())]
-    wte = next(name for name, place in places.items() if place[0] == "wte.weight")
-    for name in sorted(found):
-        if name in places:
-            shape = tuple(found[name].get_slice(name).get_shape())
-            wanted = places[name][2][::-1 if is_conv1d(name) else 1]
-            if shape != wanted:
-                problems.append(f"{name} is {shape}, not {wanted}")
-        elif name == "lm_head.weight" and config.tied:
-            if wte in found and not found[name].get_tensor(name).equal(found[wte].get_tensor(wte)):
-                problems.append(f"{name} differs from {wte}, though config.json ties the two")
-        elif not name.endswith(DROPPED):
-            problems.append(f"{name} is unexpected")
-    if problems:
-        raise ValueError(f"the weights in {path} are not those of its config.json: {'; '.join(problems)}")
-    return places
-
 
 def write_file(path, write):
     """write(tmp) makes the file under a temporary name, then it takes its own: none is ever half-written."""
@@ -1143,236 +909,9 @@ def write_file(path, write):
             os.remove(tmp)
 
 
-def write_text(path, text):
-    def write(tmp):
-        with open(tmp, "w", encoding="utf-8") as f:
-            f.write(text)
-    write_file(path, write)
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
 # ---- tokenizer ---------------------------------------------------------------------------------------------
-
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def byte_alphabet():
-    """The characters that stand for bytes in a vocabulary (GPT-2's): printable ones for themselves, the other
-    bytes, in order, from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def cut(text, added):
-    """text -> ids of the added tokens in it, and as str what is between them; of two that fit, the longer."""
-    if not added:
-        return [text]
-    pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
-    return [added.get(part, part) for part in re.split(f"({pattern})", text) if part]
-
-
-class Tokenizer:
-    """A tiktoken encoding and the spec it is built from: tokenizer.json of a byte-level BPE (GPT-2, Qwen3,
-    Llama 3), or {"type": "bytes"}, one id a byte of UTF-8. end: the id between documents; stops: all ids that
-    end a text; bos: the id that begins one, or None; n_vocab: the largest id + 1; holes: those below it that
-    are no token."""
-
-    def __init__(self, spec, ends=(0,), bos=None):
-        """ends: stops, the end of a document first."""
-        import tiktoken
-        self.spec, self.added, self.form = spec, ({}, {}), None
-        if spec.get("type") == "bytes":
-            pattern, ranks = r"(?s:.{1,128})", {bytes([i]): i for i in range(256)}
-            self.tokens, self.ids = dict(enumerate(ranks)), np.arange(256)
-        elif "model" in spec:
-            pattern, ranks = self.parse()
-        else:
-            raise ValueError(f"type is {spec.get('type')!r}; known are bytes and the tokenizer.json of a BPE")
-        self.encoding = tiktoken.Encoding("", pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
-        self.n_vocab = max(self.tokens) + 1
-        self.holes = sorted(set(range(self.n_vocab)) - self.tokens.keys())
-        self.bos, self.stops = bos, set(ends)
-        if not ends or self.stops - self.tokens.keys():
-            raise ValueError(f"eos_token_id is {list(ends)}; give at least one id, all of them its tokens")
-        self.end = ends[0]
-        text = "".join(map(chr, range(0xD800)))      # tiktoken drops what its pattern does not match
-        if self.decode(self.ids[self.encoding.encode_to_numpy(text)]) != text:
-            raise ValueError(f"the pattern {pattern!r} leaves out some text")
-
-    def parse(self):
-        """tokenizer.json -> tiktoken's pattern and ranks. Of all neighbours that make up a token, tiktoken
-        joins those of lowest rank; so the rank of a token is its place among the merges, and `ids` leads from
-        ranks to ids, whatever their order."""
-        spec, model, alphabet = self.spec, self.spec["model"], byte_alphabet()
-        vocab, added = model["vocab"], spec.get("added_tokens") or []
-        merges = [m.replace(" ", "") if isinstance(m, str) else "".join(m) for m in model["merges"]]
-        whole = []                                   # ignore_merges: a piece that is a token is taken whole
-        if model.get("ignore_merges"):
-            whole = [token for token in vocab.keys() - set(merges) if alphabet.keys() >= set(token)]
-        norm, split = spec.get("normalizer") or dict(normalizers=[]), spec.get("pre_tokenizer") or {}
-        norms = [n["type"] for n in norm.get("normalizers", [norm])]
-        *splits, last = split.get("pretokenizers", [split])
-        patterns = [s["pattern"].get("Regex") for s in splits
-                    if s.get("type") == "Split" and s["behavior"] == "Isolated" and not s.get("invert")]
-        if last.get("use_regex", True):
-            splits, patterns = [*splits, last], [*patterns, GPT2_PATTERN]
-        wrong = [name for name, fits in dict(
-            normalizer=set(norms) <= {"NFC"},
-            pre_tokenizer=last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
-            and len(splits) == len(patterns) == 1 and patterns[0],
-            model=model["type"] == "BPE" and not any(model.get(flag) for flag in (
-                "dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")),
-            vocab=alphabet.keys() <= vocab.keys(),
-            # two merges that make one token stand side by side, and one is there for all that could be joined
-            merges=len(list(groupby(merges))) == len(set(merges)) and not any(
-                token[:i] in vocab and token[i:] in vocab for token in whole for i in range(1, len(token))),
-            added_tokens=not any(t.get(flag) for t in added for flag in ("single_word", "lstrip", "rstrip")),
-        ).items() if not fits]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}: not of the kind that GPT-2, Qwen3 and Llama 3 have")
-
-        def to_bytes(token):
-            return bytes(map(alphabet.get, token)) if alphabet.keys() >= set(token) else token.encode()
-        self.form = "NFC" if norms else None
-        for token in added:                          # found in the text as it is, or once it is normalized
-            late, text = bool(token.get("normalized")), token["content"]
-            self.added[late][self.normalize(text) if late else text] = token["id"]
-        vocab = vocab | {token["content"]: token["id"] for token in added}
-        self.tokens = {id: to_bytes(token) for token, id in vocab.items()}
-        order = list(dict.fromkeys([*alphabet, *merges, *whole]))
-        self.ids = np.array([vocab[token] for token in order])
-        return patterns[0], {to_bytes(token): rank for rank, token in enumerate(order)}
-
-    @classmethod
-    def bytes(cls):
-        return cls({"type": "bytes"})
-
-    def normalize(self, text):
-        return unicodedata.normalize(self.form, text) if self.form else text
-
-    def encode(self, text, special=False):
-        """str -> ids, a list of ints."""
-        return self.encode_array(text, special).tolist()
-
-    def encode_array(self, text, special=False):
-        """str -> ids, numpy int32; a lone surrogate becomes U+FFFD. special: added tokens, such as
-        <|endoftext|>, that the text spells out become their ids; else they are text like any other."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        early, late = self.added if special else ({}, {})
-        parts = []
-        for part in cut(text, early):
-            parts += [part] if isinstance(part, int) else cut(self.normalize(part), late)
-        ids = [[part] if isinstance(part, int) else self.ids[self.encoding.encode_to_numpy(part)]
-               for part in parts]
-        return np.concatenate(ids or [[]]).astype(np.int32)
-
-    def decode(self, ids):
-        """ids -> str; bytes that are no UTF-8, and ids that are no token, become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
-
-    def token_bytes(self, id):
-        return self.tokens.get(int(id), b"\xef\xbf\xbd")
-
-    def save(self, path):
-        """Write tokenizer.json to path and, unless it tells, what begins and ends a text beside it."""
-        write_json(os.path.join(path, "tokenizer.json"), self.spec)
-        if "model" in self.spec:
-            bos = None if self.bos is None else self.token_bytes(self.bos).decode()
-            write_json(os.path.join(path, "tokenizer_config.json"), dict(
-                add_bos_token=bos is not None, bos_token=bos,
-                eos_token_id=[self.end, *sorted(self.stops - {self.end})]))
-
-    @classmethod
-    def load(cls, name_or_dir):
-        """From a folder or the hub. Every id that config.json, generation_config.json, tokenizer_config.json
-        call eos ends a text; the first, in this order, is the end of a document."""
-        path = fetch(name_or_dir, weights=False)
-        spec = read_json(path, "tokenizer.json", "tokenizer")
-        try:
-            if "model" not in spec:
-                return cls(spec)
-            configs = [read_json(path, f"{name}.json", "tokenizer") for name in (
-                "config", "generation_config", "tokenizer_config")
-                if os.path.exists(os.path.join(path, f"{name}.json"))]
-            ids = spec["model"]["vocab"] | {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
-            ends, bos, post = [], None, spec.get("post_processor") or {}
-            for c in configs:
-                given, eos, begin = c.get("eos_token_id"), c.get("eos_token"), c.get("bos_token")
-                ends += given if isinstance(given, list) else [given]
-                ends.append(ids.get(eos["content"] if isinstance(eos, dict) else eos))
-                if c.get("add_bos_token"):
-                    bos = ids.get(begin["content"] if isinstance(begin, dict) else begin)
-            for step in post.get("processors", [post]):
-                if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-                    bos = step["special_tokens"][step["single"][0]["SpecialToken"]["id"]]["ids"][0]
-            return cls(spec, [end for end in dict.fromkeys(ends) if end is not None], bos)
-        except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{path}/tokenizer.json is no tokenizer ({e!r}); copy it again") from None
-        except ValueError as e:
-            raise ValueError(f"{path}/tokenizer.json: {e}") from None
-
-
-def check_tokenizer(tokenizer, config):
-    """ValueError unless every id of the tokenizer has a row in the model's embedding."""
-    if tokenizer.n_vocab > config.vocab_size:
-        raise ValueError(f"the tokenizer's ids go up to {tokenizer.n_vocab - 1:,}, the model's embedding has "
-                         f"{config.vocab_size:,} rows: they do not belong together")
 
 
 # ---- what the command lines share --------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def number(kind, low, high=math.inf):
-    """A type for add_argument: an int or float from low to high."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {low:g}"
-                                             + (f" and at most {high:g}" if high < math.inf else ""))
-        return value
-    return parse
-
-
-def default_device(name=None):
-    """The device asked for (ValueError if there is no such one), else CUDA or Apple's, else the CPU. A GPU
-    that is asked for by number becomes the current one, on which graphs are recorded."""
-    if name is None:
-        mps = torch.backends.mps.is_available()
-        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        torch.empty(0, device=name)
-        if name.startswith("cuda:"):
-            torch.cuda.set_device(name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: there is no such device here; use {default_device()}") from None
-    return name
-
-
-def command_line(prog, run, argv):
-    """run(argv); what the user can mend ends in one line and exit status 2."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-    except BrokenPipeError:                          # "| head" has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except (ValueError, OSError) as e:
-        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None

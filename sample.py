@@ -24,8 +24,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from hypenet import (HypeNet, Parser, State, Tokenizer, check_tokenizer, command_line,  # noqa: E402
-                     default_device, number)
+from hypenet import HypeNet, State  # noqa: E402
+from support.common import Parser, command_line, default_device, number  # noqa: E402
+from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
