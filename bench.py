@@ -47,7 +47,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import halo  # noqa: E402
-from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, fuse, write_file  # noqa: E402
+from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file  # noqa: E402
+from support import fast  # noqa: E402
 from support.common import Parser, command_line, default_device, number, read_json, write_json  # noqa: E402
 from kernel import chunked_scan  # noqa: E402
 
@@ -93,7 +94,7 @@ def config_of(size, kind):
     would limit the latter to its length: it goes without, which saves one addition a token."""
     s = SIZES[size]
     if kind == "teacher":
-        return replace(s.teacher, attn_pe=float(s.teacher.position == "rope"))
+        return replace(s.teacher, attn_position=s.teacher.position == "rope")
     o = recipe("article" if kind == "article" else "paper", max_ctx=2 * s.contexts[-1])
     layers = halo.choose_layers("ends" if kind == "article" else s.layers, len(s.teacher.layers))
     return replace(halo.student_config(s.teacher, layers, o), logit_base=500.0 if kind == "hybrid" else None)
@@ -1035,7 +1036,7 @@ def get_args(argv):
             raise ValueError(f"--device {o.device}: only cuda and cpu are timed rightly")
         cuda = o.device.startswith("cuda")
         if cuda and not vars(o).get("plain", True):
-            fuse()
+            fast.fuse()
         if o.what == "ablate":
             gpus = 1 if ":" in o.device else torch.cuda.device_count()
             o.teacher, o.jobs = o.teacher or ("mini" if cuda else "tiny"), o.jobs or (5 * gpus if cuda else 1)

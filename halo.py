@@ -57,7 +57,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from hypenet import FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, fuse, fusible, locate  # noqa: E402
+from hypenet import FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, locate  # noqa: E402
+from support import fast  # noqa: E402
 from support.common import Parser, command_line, default_device, number, write_json  # noqa: E402
 from support.recall import SIGNS, TASKS, answers, has_room, hide, plant, recall, reworded  # noqa: E402,F401
 from support.run import Run, ahead, bf16, checkpoint_blocks, fitted, peak_gb, recorded  # noqa: E402
@@ -168,7 +169,7 @@ def student_config(teacher, layers, o):
     on, half = o.extras == "on", o.state == "half"
     chunk = min(2048, teacher.max_len // 4) if o.pe == "chunk" else None
     config = dict(layers=layers, chunk=chunk, n_chunks=math.ceil(o.max_ctx / chunk) if chunk else 0,
-                  attn_pe=0.0 if o.pe == "hype" else 1.0, attn_gate=on, window=o.window or None,
+                  attn_position=o.pe != "hype", attn_gate=on, window=o.window or None,
                   decay=o.decay, key_dim=teacher.head_dim // 2 if half else teacher.head_dim,
                   linear_rope=o.pe != "chunk", linear_qk_norm=on and not half, linear_norm=on,
                   linear_gate=on, linear_kv_head=teacher.n_head)
@@ -269,7 +270,7 @@ def teacher_layers(teacher, config, idx):
     """Run a teacher on idx (B,T) and yield, layer by layer, what a twin of it needs: the attention layer,
     its input x (B,T,C) after the norm, where its tokens stand (with the teacher's rotation for the one and
     the twin's for the other), and its output y (B,T,C)."""
-    known = replace(config, attn_pe=1.0, chunk=None, n_chunks=0)   # the teacher's positions, the twins' RoPE
+    known = replace(config, attn_position=True, chunk=None, n_chunks=0)   # the teacher's positions, the twins' RoPE
     where = locate(known, torch.arange(idx.size(1), device=idx.device)[None])
     h = teacher.embed(idx, where)
     for block in teacher.blocks:
@@ -314,7 +315,6 @@ def by_slices(work, model, *tensors, elements=None):
     return [work(*part) for part in zip(*(t.split(n) for t in tensors))]
 
 
-@fusible
 def token_losses(logits_s, logits_t, targets, kl, alpha):
     """Sum over tokens of alpha CE + (1 - alpha) KL, of logits (n,V) of student and teacher (None: CE)."""
     log_s, loss = logits_s.float().log_softmax(-1), 0.0
@@ -581,7 +581,7 @@ def swap_scores(teacher, twins, config, corpus, o):
             return x + block.mlp(block.norm2(x))
         try:
             block.mixer = twin
-            teacher.config = replace(config, layers=layers, attn_pe=1.0, chunk=None, n_chunks=0, window=None,
+            teacher.config = replace(config, layers=layers, attn_position=True, chunk=None, n_chunks=0, window=None,
                                      attn_gate=False)
             scores.append(both())
             block.mixer, teacher.config = attn, own
@@ -1197,7 +1197,7 @@ def run_main(argv):
         make_teacher(o)
         if o.dry_run:
             return
-    fuse("inductor" if o.fused else None)
+    fast.fuse((globals(), "token_losses"), backend="inductor" if o.fused else None)
     folder, found = o.resume or new_folder(o), {}
     if o.pretrain:
         o.tokenizer, config = Tokenizer.bytes(), TEACHERS[o.teacher]

@@ -1,96 +1,431 @@
-"""Generation at the speed of memory."""
+"""Generation at the speed of memory: the tokens of HypeNet.generate, from kernels made for one token.
+
+    stream(model, prompts, n)     yields the next ids of all rows, step by step
+    prefill(model, prompt, state) reads a long prompt in segments of bounded memory
+    read(model, idx, state)       what model.hidden(idx, state) gives
+    fuse()                        compiles what stands between matrix products, for training and long prompts
+
+A generated token must read all weights, the state and the keys and values once. Nothing else should cost
+time. So three functions do one layer's work on one token: fused_linear (a Linear with the norm and gate before
+it and the activation and sum after it), scan_token (the recurrence) and attend_cache (attention to a long
+cache). A CUDA graph then replays all layers: hundreds of small kernels cost more to launch than to run.
+
+Map: stream and Decoder first, then read and its attention, then the three functions, at last their kernels.
+`serves` is the one test of whether the kernels know a model; every other model takes the plain path.
+"""
+import math
+import warnings
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
+import hypenet
+from hypenet import Attention, Block, LinearAttention, attend, normed, sample
 from kernel import _block, _card, _ceil, _dtype, dot, exp, load_tile, store_tile, triton
 
 if triton:
     import triton.language as tl
 
+TOKEN_DECAYS = ("constant", "none", "head", "channel")      # rows of hypenet.DECAYS that scan_token computes
+PAST = 65536                         # keys of the past in one call of attention
+FEW = 4                              # rows up to which fused_linear beats the library's matrix product
 
-# ---------------------------------------------------------------------- one token: decode, attention, Linear
+
 def has_kernels(x, *sizes):
     """Whether the kernels of a single token run where x lies, with heads of these sizes."""
     return triton is not None and x.is_cuda and max(sizes, default=1) <= 256
 
 
-def decode(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0, rope=None, backend=None):
-    """
-    One token of chunked_scan, in place: q (B,1,H,K), k (B,1,G,K), v (B,1,G,V), heads sharing a k and v where
-    G < H; log_decay (H,), (B,1,H) or (B,1,H,K); state (B,H,K,V) float32, contiguous, read and overwritten
-    once. Returns o (B,1,H,V) in v's dtype. backend None: "triton" on a GPU, else "torch". Triton's also does
-    what comes before: RMSNorm of q and k with gains `norms` (K,), and RoPE by rope = cos, sin (B,1,1,K/2).
-    For inference: no gradient flows. ValueError for T > 1 or a state that does not fit.
-    """
-    (B, T, H, K), (_, _, G, V) = q.shape, v.shape
-    if T != 1 or H % G or state.shape != (B, H, K, V) or not state.is_contiguous():
-        raise ValueError(f"decode: given T = {T}, a state {tuple(state.shape)} of strides {state.stride()}; "
-                         f"allowed T = 1, {(B, H, K, V)}, contiguous")
-    g = log_decay if log_decay.dim() == 4 else log_decay[..., None].expand(B, 1, H, 1)
-    if backend is None:
-        backend = "triton" if has_kernels(q, K) and state.dtype == torch.float32 else "torch"
-    if backend == "torch":
-        assert norms == (None, None) and rope is None, "norms and RoPE are the Triton kernel's alone"
-        q, g = q[:, 0].to(state.dtype), g[:, 0].to(state.dtype)
-        k, new = (x[:, 0].to(state.dtype).repeat_interleave(H // G, dim=1) for x in (k, v))
-        state.mul_(g.exp()[..., None]).add_(k[..., None] * new[:, :, None, :])
-        return (scale * (q[:, :, None, :] @ state)).transpose(1, 2).to(v.dtype)
+def serves(model, x):
+    """Whether the kernels of a single token compute this model, for tensors that lie where x does."""
+    c = model.config
+    known = all(type(block) is Block and type(block.mixer) in (Attention, LinearAttention)
+                and "forward" not in vars(block) for block in model.blocks)
+    return known and c.decay in TOKEN_DECAYS and has_kernels(x, c.head_dim, c.key_dim)
+
+
+# ---- generation --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def stream(model, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None, n_vocab=None,
+           segment=None, progress=None, state=None, never=(), graph=None):
+    """Continue prompts, a list of id lists of any lengths: yields the next ids (B,) of all rows, again and
+    again. Each row is read alone and unpadded into its slice of the state; then all rows go on together.
+
+    temperature 0 is greedy; top_k and top_p cut the tail. Ids from n_vocab on, and those in `never`, are not
+    sampled. segment, progress: see prefill. graph: see Decoder. To go on from the same state, begin the next
+    prompt with the last id yielded: that id was drawn, not read. ValueError for arguments that cannot be."""
+    check_stream(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    device = model.wte.weight.device
+    rng = torch.Generator(device).manual_seed(seed) if seed is not None else None
+    if state is None:
+        state = model.init_state(len(prompts), max(map(len, prompts)) + max_new_tokens)
+    if len(state.pos) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts for a state of {len(state.pos)} rows; give one per row")
+    ends = [held + len(prompt) for held, prompt in zip(state.pos.tolist(), prompts)]
+    check_room(model, state, max(ends) + max_new_tokens - 1)
+    logits = torch.cat([prefill(model, prompt, state.row(b), segment, progress)
+                        for b, prompt in enumerate(prompts)])
+    banned = torch.tensor(sorted(never), dtype=torch.int64, device=device)
+
+    def pick(logits):
+        logits = logits.index_fill(-1, banned, -math.inf) if never else logits
+        return sample(logits[:, :n_vocab], temperature, top_k, top_p, rng)
+    decoder = Decoder(model, state, logits[:, -1], pick, rng, graph)
+    yield decoder.idx.clone()
+    for _ in range(max_new_tokens - 1):
+        yield decoder().clone()
+
+
+def check_stream(model, prompts, max_new_tokens, temperature, top_k, top_p):
+    """ValueError, in one line, for arguments of stream that cannot be."""
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("every prompt needs at least one token")
+    lowest, highest = min(map(min, prompts)), max(map(max, prompts))
+    if lowest < 0 or highest >= model.config.vocab_size:
+        raise ValueError(f"a prompt has ids from {lowest} to {highest}; allowed: 0 to "
+                         f"{model.config.vocab_size - 1}, so its tokenizer is not this model's")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not temperature >= 0 or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} (0 or more), top_k {top_k} (1 or more), "
+                         f"top_p {top_p} (above 0, at most 1)")
+
+
+def check_room(model, state, n):
+    """ValueError if a row of a state cannot hold n tokens, or the model does not know as many positions."""
+    model.check_positions(n)
+    if n > state.max_tokens:
+        raise ValueError(f"{n:,} tokens do not fit the {state.max_tokens:,} of init_state")
+
+
+@torch.no_grad()
+def prefill(model, prompt, state, segment=None, progress=None):
+    """Read a prompt (a sequence of ids) into a state of one row, `segment` tokens at a time, to bound the
+    memory of activations (default: 16,384 on a GPU, else 1,024). progress(n) is called after each segment.
+    Returns logits (1,1,vocab_size) of the last token."""
+    idx = torch.as_tensor(prompt, dtype=torch.int64).to(model.wte.weight.device)[None]
+    for part in idx.split(segment or (16384 if idx.is_cuda else 1024), dim=1):
+        x = read(model, part, state)
+        if progress is not None:
+            progress(part.size(1))
+    return model.head(x[:, -1:])
+
+
+class Decoder:
+    """Generation, one token per row and call: the model reads idx (B,), then pick(logits) -> ids (B,) chooses
+    the next ids, from rng if it draws. logits (B,vocab_size) of the tokens read last give the first ids
+    (None: id 0).
+
+    On a GPU the second call records all of this as a CUDA graph, and later calls replay the graph. So all
+    that a call reads or writes stays at one address, and what changes from call to call (positions, ids,
+    random numbers) lives on the device. graph=False: never record."""
+
+    def __init__(self, model, state, logits=None, pick=sample, rng=None, graph=None):
+        self.model, self.state, self.pick, self.rng = model, state, pick, rng
+        self.idx = torch.zeros_like(state.pos) if logits is None else pick(logits)
+        self.held = int(state.pos.max())                     # tokens of the longest row, known to the host
+        self.graph, self.calls = None, 0
+        self.record = serves(model, self.idx) and graph is not False
+
+    def advance(self):
+        logits = self.model.head(read(self.model, self.idx[:, None], self.state))
+        self.idx.copy_(self.pick(logits[:, -1]))
+
+    @torch.no_grad()
+    def __call__(self):
+        """Read the ids drawn last and draw the next: idx (B,), overwritten by the next call."""
+        self.calls, self.held = self.calls + 1, self.held + 1
+        check_room(self.model, self.state, self.held)
+        if not self.record or self.calls == 1:               # the first call compiles the kernels
+            self.advance()
+            return self.idx
+        if self.graph is None:
+            graph, on_side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.idx.device)
+            if self.rng is not None:
+                graph.register_generator_state(self.rng)
+            with torch.cuda.graph(graph, stream=on_side):    # records, runs nothing
+                self.advance()
+            self.graph = graph
+        self.graph.replay()
+        return self.idx
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def read(model, idx, state):
+    """model.hidden(idx, state), faster: idx (B,T) -> x (B,T,C). T > 1 wants rows that hold equally many
+    tokens (else ValueError; read each through state.row(b))."""
+    if idx.size(1) == 1 and serves(model, idx):
+        return read_token(model, idx, state)
+    where = model.place(idx, state)
+    start = int(state.pos.max())
+    if idx.size(1) > 1 and (state.pos != start).any():
+        raise ValueError("rows hold different numbers of tokens; read each through state.row(b)")
+    x = model.embed(idx, where)
+    for block, cache in zip(model.blocks, state.layers):
+        if type(block) is Block and isinstance(block.mixer, Attention):
+            m = block.mixer
+            q, k, v, z = m.project(block.norm1(x), where)
+            o = attend_past(m, q, k, v, where.pos, cache, start)
+            x = x + m.out(hypenet.gated(o.flatten(2), None, z))
+            x = x + block.mlp(block.norm2(x))
+        else:
+            x = block(x, where, cache)
+    state.pos += idx.size(1)
+    return model.norm(x)
+
+
+def attend_past(mixer, q, k, v, pos, cache, start):
+    """What mixer.attend gives, without a copy of the cache: T tokens that follow `start` others."""
+    B, T, H, D = q.shape
+    if T == 1:
+        return attend_one(q, k, v, pos, cache, start)
+    if mixer.config.window is not None or not has_lse(q):
+        return mixer.attend(q, k, v, pos, cache)
+    # The segment is causal, the past needs no mask: calls of their own, merged by the weight of each part in
+    # the softmax's denominator. The past comes in parts, because cuDNN plans anew (40 ms) at every length.
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    o, lse = attend_lse(q, k, v, causal=True)
+    for first in range(0, start, PAST):
+        part = slice(first, min(start, first + PAST))
+        past = (cache[name][:, part].transpose(1, 2).to(q.dtype) for name in ("k", "v"))
+        o, lse = merged(o, lse, *attend_lse(q, *past))
+    cache["k"][:, start:start + T], cache["v"][:, start:start + T] = k.transpose(1, 2), v.transpose(1, 2)
+    return o.transpose(1, 2)
+
+
+def attend_one(q, k, v, pos, cache, start):
+    """One token per row, each row at its own position: a row attends to its own keys and no others."""
+    keys, values, pos = cache["k"], cache["v"], pos[:, 0]                       # pos (B,)
+    rows, slots = torch.arange(len(pos), device=q.device), pos % keys.size(1)
+    keys[rows, slots], values[rows, slots] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
+    used, mine = min(start + 1, keys.size(1)), None
+    if len(pos) > 1:                            # when the ring buffer is full, every slot belongs to this row
+        mine = (torch.arange(used, device=q.device) <= pos[:, None])[:, None, None]
+    grouped = q.view(len(q), k.size(2), -1, q.size(-1)).transpose(1, 2)         # a group's queries share keys
+    o = attend(grouped, keys[:, :used].to(q.dtype), values[:, :used].to(q.dtype), mine)
+    return o.transpose(1, 2).reshape(q.shape)
+
+
+def has_lse(q):
+    """Whether torch has an attention that returns the log of its denominator for such queries."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type == "cpu" or q.is_cuda and half and q.size(-1) in range(8, 257, 8)
+
+
+def attend_lse(q, k, v, causal=False):
+    """Attention that also returns the log of its denominator, by which two parts of a context are merged:
+    q (B,H,T,D), k, v (B,H_kv,n,D) -> (B,H,T,D), (B,H,T). On Hopper cuDNN's is nearly twice as fast as torch's
+    flash attention; what cuDNN declines goes to the latter."""
+    (B, H, T, D), H_kv, aten = q.shape, k.size(1), torch.ops.aten
+    if q.is_cuda and D <= 128 and torch.cuda.get_device_capability(q.device) >= (9, 0):
+        try:
+            o, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)[:2]
+            return o, lse.view(B, H, T)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:                                    # no cuDNN, or too old a one
+            pass
+    if causal:
+        k, v = (t.repeat_interleave(H // H_kv, dim=1) for t in (k, v))
+    else:                                                       # a group's queries become one matrix's rows
+        q = q.reshape(B, H_kv, -1, D)
+    flash = aten._scaled_dot_product_flash_attention if q.is_cuda else (
+        aten._scaled_dot_product_flash_attention_for_cpu)
+    o, lse = flash(q, k, v, 0.0, causal)[:2]
+    return o.reshape(B, H, T, D), lse.reshape(B, H, T)
+
+
+def merged(o, lse, o_past, lse_past):
+    """Attention to two parts of a context as one: o (B,H,T,D), each part with its weight in the softmax over
+    both, and lse (B,H,T)."""
+    w = torch.sigmoid(lse_past - lse).unsqueeze(-1)
+    return (o * (1 - w) + o_past * w).to(o.dtype), torch.logaddexp(lse, lse_past)
+
+
+# ---- one token on a GPU ------------------------------------------------------------------------------------
+
+
+def read_token(model, idx, state):
+    """read for one token per row, by the kernels below: idx (B,1) -> x (B,1,C). Nothing in here waits for the
+    device, so a CUDA graph can hold the call."""
+    where = hypenet.locate(model.config, state.pos[:, None])
+    x = model.embed(idx, where)[:, 0]
+    for block, cache in zip(model.blocks, state.layers):
+        x = token_block(block, x, where, cache)
+    state.pos += 1
+    return model.norm(x[:, None])
+
+
+def token_block(block, x, where, cache):
+    """A Block on one token per row, x (B,C), in five launches for a few rows (attention: seven; a forget
+    gate: one more): each Linear comes with the norm and gate before it, the activation and sum after it."""
+    m = block.mixer
+    q, k, v, z = linear(m.qkvz, x, block.norm1).split(m.sizes, dim=-1)
+    if isinstance(m, Attention):
+        o = token_attention(m, q, k, v, where, cache)
+    else:
+        g = m.log_decay(x) if m.forget is None else linear(m.forget, x, block.norm1, act="logsigmoid")
+        o = token_scan(m, q, k, v, g, where, cache)
+    x = linear(m.out, o, getattr(m, "norm", None), gate=z if z.size(-1) else None, residual=x)
+    h = linear(block.mlp.up, x, block.norm2, act="swiglu" if block.mlp.swiglu else "gelu")
+    return linear(block.mlp.down, h, residual=x)
+
+
+def token_attention(m, q, k, v, where, cache):
+    """(B,H*D), (B,H_kv*D), (B,H_kv*D) of qkvz -> o (B,H*D): the kernels do norms, positions and s_t too."""
+    c = m.config
+    q, k, v = (t.view(len(t), 1, -1, c.head_dim) for t in (q, k, v))
+    chunks = (m.chunk_embd.weight, c.chunk) if hasattr(m, "chunk_embd") else None
+    return attend_cache(q, k, v, cache["k"], cache["v"], where.pos, where.s_t, gains(m), c.norm_eps,
+                        where.attn_rope, chunks).flatten(1)
+
+
+def token_scan(m, q, k, v, g, where, cache):
+    """(B,H*K), (B,H_kv*K), (B,H_kv*V) of qkvz -> o (B,H*V); g: log decay (H,), (B,H) or (B,H*K)."""
+    c = m.config
+    if m.forget is not None:
+        g = g[:, None].unflatten(-1, (c.n_head, -1)) if c.decay == "channel" else g[:, None]
+    q, k, v = (t.view(len(t), 1, -1, n) for t, n in ((q, c.key_dim), (k, c.key_dim), (v, c.head_dim)))
+    return scan_token(q, k, v, g, cache["S"], c.key_dim ** -0.5, gains(m), c.norm_eps,
+                      where.linear_rope).flatten(1)
+
+
+def gains(mixer):
+    """Gains of the norms of a mixer's q and k; None, None without QK-norm."""
+    return (None, None) if mixer.q_norm is None else (mixer.q_norm.weight, mixer.k_norm.weight)
+
+
+def linear(layer, x, norm=None, gate=None, act=None, residual=None):
+    """fused_linear of a Linear and the norm before it. Many rows are multiplied by the library."""
+    if len(x) <= FEW:
+        weights, eps = ((None, None), 0.0) if norm is None else ((norm.weight, norm.bias), norm.eps)
+        return fused_linear(x, layer.weight, layer.bias, weights, eps, gate, act, residual)
+    y = layer(hypenet.gated(x if norm is None else norm(x), None, gate))
+    if act == "logsigmoid":
+        y = F.logsigmoid(y.float())
+    elif act is not None:
+        y = hypenet.activated(y, act == "swiglu")
+    return y if residual is None else residual + y
+
+
+# ---- compiling what stands between matrix products ---------------------------------------------------------
+
+
+def product_dtype(x):
+    """The dtype in which a Linear would multiply x: a compiled norm gives that right away."""
+    kind = x.device.type
+    known = torch.amp.is_autocast_available(kind)
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else x.dtype
+
+
+def cast_normed(x, weight, bias, eps):
+    return normed(x, weight, bias, eps).to(product_dtype(x))
+
+
+def add_normed(x, y, weight, bias, eps):
+    """x + y, and its norm."""
+    x = x + y
+    return x, cast_normed(x, weight, bias, eps)
+
+
+def fused_block(self, x, where, cache=None):
+    """Block.forward, with the first sum and the norm behind it as one kernel."""
+    n = self.norm2
+    x, h = add_normed(x, self.mixer(self.norm1(x), where, cache), n.weight, n.bias, n.eps)
+    return x + self.mlp(h)
+
+
+PLAIN = {}                           # the functions as they are written, by the place that holds them
+
+
+def fuse(*more, backend="inductor"):
+    """Let torch.compile make one kernel (and one for gradients) of each function that stands between matrix
+    products, for all models of this process. more: pairs (globals of a module, name of a function there) to
+    compile as well. backend None: as written again.
+
+    Compiling takes up to a minute in all, in the first calls: worth it for training on a GPU, or for reading
+    millions of tokens. What cannot be compiled runs as written, with a warning of torch."""
+    if backend:
+        warnings.filterwarnings("ignore", message="\nOnline softmax is disabled")
+        torch._dynamo.config.suppress_errors = True
+        name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+        setattr(torch._dynamo.config, name, 64)          # shapes, dtypes, with and without gradients
+    of_model = [(vars(hypenet), name) for name in ("normed", "make_heads", "gated", "activated")]
+    for space, name in (*of_model, (globals(), "add_normed"), (globals(), "merged"), *more):
+        plain = PLAIN.setdefault((space["__name__"], name), space[name])
+        written = cast_normed if backend and plain is normed else plain
+        space[name] = torch.compile(written, backend=backend) if backend else plain
+    Block.forward = fused_block if backend else PLAIN.setdefault("Block", Block.forward)
+
+
+# ---- the three functions of a token ------------------------------------------------------------------------
+
+
+def scan_token(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0, rope=None):
+    """One token of kernel.chunked_scan, in place: q (B,1,H,K), k (B,1,H_kv,K), v (B,1,H_kv,V), where H / H_kv
+    heads share a k and a v; log_decay (H,), (B,1,H) or (B,1,H,K); state (B,H,K,V) float32, contiguous, read
+    and overwritten once. The kernel also does what comes before: RMSNorm of q and k with gains `norms` (K,),
+    and RoPE by rope = cos, sin (B,1,1,K/2). Returns o (B,1,H,V) in v's dtype. No gradient flows."""
+    (B, T, H, K), (_, _, H_kv, V) = q.shape, v.shape
+    assert T == 1 and state.shape == (B, H, K, V) and state.is_contiguous(), (q.shape, state.shape)
     assert q.stride(3) == k.stride(3) == v.stride(3) == 1, "the last stride of q, k, v must be 1"
+    g = log_decay if log_decay.dim() == 4 else log_decay[..., None].expand(B, 1, H, 1)
     o, BLOCK_V = v.new_empty(B, 1, H, V), min(16, _block(V))
     with torch.cuda.device_of(q):
-        decode_kernel[(B * H, _ceil(V, BLOCK_V))](
-            q, k, v, g, state, o, *norms, *_cos_sin(rope), H, H // G, scale, eps,
+        scan_token_kernel[(B * H, _ceil(V, BLOCK_V))](
+            q, k, v, g, state, o, *norms, *_cos_sin(rope), H, H // H_kv, scale, eps,
             *(n for x in (q, k, v, g) for n in x.stride()[::2]), g.stride(3) if g.shape[-1] > 1 else 0,
             K=K, V=V, BLOCK_K=_block(K), BLOCK_V=BLOCK_V, **_early(q.device))
     return o
 
 
 def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0, rope=None, chunks=None):
-    """
-    One token of attention: k, v (B,1,G,D) go into their slot, pos % S, of the cache keys, values (B,S,G,D),
-    of equal strides, and q (B,1,H,D) attends to the min(pos + 1, S) that are in it; pos (B,1) int64 is the
-    token's position. s (B,1) multiplies the queries; norms, eps, rope: as in decode. chunks:
-    embeddings (n,H*D) of chunks of so many tokens, a pair; the token's is added to q, and to a k as to its
-    group's first q. Returns o (B,1,H,D).
+    """One token of attention: k, v (B,1,H_kv,D) go into their slot, pos % n_slots, of the cache keys, values
+    (B,n_slots,H_kv,D), of equal strides. Then q (B,1,H,D) attends to the min(pos + 1, n_slots) slots in use.
+    pos (B,1) int64 is the token's position; s (B,1) multiplies the queries; norms, eps, rope: as in
+    scan_token. chunks: embeddings (n,H*D) of chunks and the tokens in a chunk; the token's embedding is added
+    to q, and to k as to the first q of its group. Returns o (B,1,H,D).
 
-    The cache is read once, with all of the card however few the heads are: it is dealt out in shares, whose
-    softmaxes are merged by their denominators. How full it is only the device knows, so that a CUDA graph can
-    hold the call.
-    """
-    (B, _, H, D), (_, S, G, _) = q.shape, keys.shape
+    The cache is read once, by all of the card however few the heads are: each program reads a share of the
+    slots, and the shares are merged by the denominators of their softmaxes. The number of used slots lives on
+    the device. The call can therefore be part of a CUDA graph."""
+    (B, _, H, D), (_, n_slots, H_kv, _) = q.shape, keys.shape
     assert keys.stride() == values.stride() and {x.stride(3) for x in (q, k, v, keys)} == {1}
-    R, BLOCK_D = H // G, _block(D)
+    R, BLOCK_D = H // H_kv, _block(D)
     BLOCK_S = 64 if BLOCK_D * keys.element_size() <= 256 else 32       # two tiles of 16 KB, three in flight
-    n_splits = min(_ceil(S, BLOCK_S), _ceil(4 * _card(q.device)[1], B * G), 128)    # four a multiprocessor
+    n_splits = min(_ceil(n_slots, BLOCK_S), _ceil(4 * _card(q.device)[1], B * H_kv), 128)
     o, q_out = q.new_empty(2, B, 1, H, D)
     part = o.new_empty(B, H, n_splits, D, dtype=torch.float32)
     lse = o.new_empty(B, H, n_splits, dtype=torch.float32)
+    early = _early(q.device)
     with torch.cuda.device_of(q):
-        cache_kernel[(B, H + G)](
-            q, k, v, keys, values, q_out, pos, s, *norms, *_cos_sin(rope), *(chunks or (None, 1)), H, G, S,
-            eps,
-            *(n for x in (q, k, v) for n in x.stride()[::2]), *keys.stride()[:3], D=D, BLOCK_D=BLOCK_D,
-            **_early(q.device))
-        attend_kernel[(B * G, n_splits)](
-            q_out, keys, values, pos, part, lse, G, S, n_splits, D ** -0.5, *keys.stride()[:3], R=R, D=D,
-            DTYPE=_dtype(keys), BLOCK_R=_block(R), BLOCK_D=BLOCK_D, BLOCK_S=BLOCK_S, **_early(q.device))
-        merge_kernel[(B * G, R)](part, lse, o, n_splits, R=R, D=D, BLOCK_D=BLOCK_D, BLOCK_N=_block(n_splits),
-                                 **_early(q.device))
+        cache_kernel[(B, H + H_kv)](
+            q, k, v, keys, values, q_out, pos, s, *norms, *_cos_sin(rope), *(chunks or (None, 1)), H, H_kv,
+            n_slots, eps, *(n for x in (q, k, v) for n in x.stride()[::2]), *keys.stride()[:3], D=D,
+            BLOCK_D=BLOCK_D, **early)
+        attend_kernel[(B * H_kv, n_splits)](
+            q_out, keys, values, pos, part, lse, H_kv, n_slots, n_splits, D ** -0.5, *keys.stride()[:3], R=R,
+            D=D, DTYPE=_dtype(keys), BLOCK_R=_block(R), BLOCK_D=BLOCK_D, BLOCK_S=BLOCK_S, **early)
+        merge_kernel[(B * H_kv, R)](part, lse, o, n_splits, R=R, D=D, BLOCK_D=BLOCK_D,
+                                    BLOCK_N=_block(n_splits), **early)
     return o
 
 
-def linear(x, weight, bias=None, norm=(None, None), eps=0.0, gate=None, act=None, residual=None):
-    """
-    act((norm(x) * sigmoid(gate)) weight^T + bias) + residual for a few tokens: x, gate (B,K) with any stride
-    over B, weight (N,K), or (2N,K) where act is "swiglu" (else "gelu", "logsigmoid" or None), norm the gain
-    (K,) of an RMSNorm and None, or gain and bias of a LayerNorm, residual (B,N). Returns (B,N) in x's dtype.
-    One launch that reads the weights once: with so few tokens a layer costs what it takes to read it.
-    """
+def fused_linear(x, weight, bias=None, norm=(None, None), eps=0.0, gate=None, act=None, residual=None):
+    """act((norm(x) * sigmoid(gate)) weight^T + bias) + residual for a few tokens. x, gate (B,K_in) with any
+    stride over B; weight (N,K_in), or (2N,K_in) where act is "swiglu" (else "gelu", "logsigmoid" or None);
+    norm: gain (K_in,) of an RMSNorm and None, or gain and bias of a LayerNorm; residual (B,N). Returns (B,N)
+    in x's dtype. One launch reads the weights once: with so few tokens, reading is what a layer costs."""
     (B, K), N = x.shape, weight.shape[0] // (2 if act == "swiglu" else 1)
     assert x.stride(1) == 1 and weight.is_contiguous() and (residual is None or residual.is_contiguous())
     BLOCK_K, matrices = _block(K), 2 if act == "swiglu" else 1
-    BLOCK_N = max(1, 2 ** 15 // (BLOCK_K * matrices * weight.element_size()))   # 32 KB of weights a program
+    BLOCK_N = max(1, 2 ** 15 // (BLOCK_K * matrices * weight.element_size()))  # 32 KB of weights per program
     y = x.new_empty(B, N)
     with torch.cuda.device_of(x):
         linear_kernel[(_ceil(N, BLOCK_N),)](
@@ -153,7 +488,7 @@ if triton:
         return x
 
     @triton.jit
-    def decode_kernel(
+    def scan_token_kernel(
         q_ptr, k_ptr, v_ptr, g_ptr, S_ptr, o_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr,
         H, per_kv, scale, eps,
         stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh, stride_gk,
@@ -184,7 +519,7 @@ if triton:
     @triton.jit
     def cache_kernel(
         q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, q_out_ptr, pos_ptr, s_ptr, q_norm_ptr, k_norm_ptr, cos_ptr,
-        sin_ptr, embd_ptr, chunk, H, G, SIZE, eps, stride_qb, stride_qh, stride_kb, stride_kh,
+        sin_ptr, embd_ptr, chunk, H, H_kv, n_slots, eps, stride_qb, stride_qh, stride_kb, stride_kh,
         stride_vb, stride_vh, stride_cb, stride_cs, stride_ch, D: tl.constexpr, BLOCK_D: tl.constexpr,
         EARLY: tl.constexpr,
     ):
@@ -196,7 +531,7 @@ if triton:
             cos_ptr += b * (D // 2)
             sin_ptr += b * (D // 2)
         if embd_ptr is not None:                                            # of a k: its group's first head's
-            embd_ptr += (pos // chunk * H + tl.where(head < H, head, (head - H) * (H // G))) * D
+            embd_ptr += (pos // chunk * H + tl.where(head < H, head, (head - H) * (H // H_kv))) * D
         if head < H:
             q_ptr += b * stride_qb + head * stride_qh
             q = load_head(q_ptr, q_norm_ptr, cos_ptr, sin_ptr, eps, D, BLOCK_D)
@@ -207,7 +542,7 @@ if triton:
             tl.store(q_out_ptr + (b * H + head) * D + d, q.to(q_out_ptr.dtype.element_ty), mask=d < D)
         else:
             g = head - H
-            slot = b * stride_cb + pos % SIZE * stride_cs + g * stride_ch
+            slot = b * stride_cb + pos % n_slots * stride_cs + g * stride_ch
             k_ptr += b * stride_kb + g * stride_kh
             k = load_head(k_ptr, k_norm_ptr, cos_ptr, sin_ptr, eps, D, BLOCK_D)
             if embd_ptr is not None:
@@ -272,7 +607,7 @@ if triton:
 
     @triton.jit
     def attend_kernel(
-        q_ptr, k_ptr, v_ptr, pos_ptr, part_ptr, lse_ptr, G, SIZE, n_splits, scale,
+        q_ptr, k_ptr, v_ptr, pos_ptr, part_ptr, lse_ptr, H_kv, n_slots, n_splits, scale,
         stride_kb, stride_ks, stride_kh, R: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
     ):
@@ -280,8 +615,8 @@ if triton:
         its denominator."""
         await_previous(EARLY)
         bg, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        b, g = bg // G, bg % G
-        used = tl.minimum(tl.load(pos_ptr + b) + 1, SIZE)
+        b, g = bg // H_kv, bg % H_kv
+        used = tl.minimum(tl.load(pos_ptr + b) + 1, n_slots)
         share = tl.cdiv(tl.cdiv(used, BLOCK_S), n_splits) * BLOCK_S         # of a program, in whole blocks
         begin, end = split * share, tl.minimum((split + 1) * share, used)
         r, dim, s = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)

@@ -46,52 +46,85 @@ from support.tokens import Tokenizer  # noqa: E402
 
 
 from test_hypenet import (  # noqa: E402,F401
-    DEVICE, HERE, INF, T, VARIANTS, a_plan, convert, every_variant, home, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, tiny, write_documents)
+    DEVICE, HERE, INF, SHAPES, T, VARIANTS, a_plan, convert, every_variant, home, inputs, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, streamed, tiny, write_documents)
 
-# ---- generation on a GPU -----------------------------------------------------------------------------------
+# ---- support/fast.py ---------------------------------------------------------------------------------------
+
+KERNELS = VARIANTS if GPU else [          # the interpreter takes seconds for each
+    "teacher llama3", "hype no decay", "hype gpt2", "hype half keys", "all linear", "window", "article",
+    "hype decay per head", "article gpt2"]
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scan_token_is_one_token_of_the_scan(shape):
+    """scan_token equals chunked_scan at T = 1, state and output, and overwrites the state it is given."""
+    q, k, v, log_decay, state = inputs(shape, 1, dtype=torch.float32)
+    ref_o, ref_state = kernel.chunked_scan(q, k, v, log_decay, state, 0.3, "sequential")
+    o = fast.scan_token(q, k, v, log_decay, state, 0.3)
+    assert rmse(o, ref_o) <= 1e-6 and rmse(state, ref_state) <= 1e-6
+
 
 @needs_triton
 @pytest.mark.parametrize("few", [4, 2])
-@pytest.mark.parametrize("name", VARIANTS if GPU else [
-    "teacher llama3", "hype no decay", "hype gpt2", "hype half keys", "all linear", "window", "article",
-    "hype decay per head", "article gpt2"])
-def test_fused_step_is_the_plain_one(name, few, monkeypatch):
-    """Rows of different lengths, decoded by Block.step and its kernels (or, of more than a few rows, the
-    library's products): the logits, S, K/V and positions are those of the plain layers."""
-    monkeypatch.setattr(hypenet, "FEW", few)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_of_a_token_are_the_plain_layers(name, few, monkeypatch):
+    """Rows of different lengths read tokens by the kernels (or, of more than a few rows, by the library's
+    products): the logits, S, keys, values and positions are those of the plain layers."""
+    monkeypatch.setattr(fast, "FEW", few)
     model, rng = tiny(dtype=torch.float32, **VARIANTS[name]).to(DEVICE), torch.Generator().manual_seed(3)
     prompts, found = [[1, 2, 3, 4, 5], [7, 8], [9] * 20], []
     new = torch.randint(61, (2, 3, 1), generator=rng).to(DEVICE)
-    for fused in (False, True):
+    for kernels in (False, True):
         state, logits = model.init_state(3, 40), []
         for b, prompt in enumerate(prompts):
-            model.prefill(prompt, state.row(b))
-        state.seen = 20
+            fast.prefill(model, prompt, state.row(b))
         with monkeypatch.context() as m:
-            m.setattr(fast, "has_kernels", lambda x, *sizes, fused=fused: fused)
+            m.setattr(fast, "has_kernels", lambda x, *sizes: True)
+            assert fast.serves(model, new)
             for idx in new:
-                logits.append(model.head(model.hidden(idx, state)))
+                read = functools.partial(fast.read, model) if kernels else model.hidden
+                logits.append(model.head(read(idx, state)))
         held = [t for layer in state.layers for t in layer.values()]
         found.append([torch.cat(logits, 1), state.pos, *held])
     for out, ref in zip(*found):
         assert rmse(out, ref) <= 1e-5
 
 
+@pytest.mark.parametrize("change", ["another mixer", "another block", "another forward", "another decay"])
+def test_only_known_layers_get_kernels(change, monkeypatch):
+    """A layer that the kernels do not know takes the plain path, and is never recorded."""
+    monkeypatch.setattr(fast, "has_kernels", lambda x, *sizes: True)
+    model, idx = tiny(dtype=torch.float32), some_ids(1, 1)
+    assert fast.serves(model, idx)
+    block = model.blocks[0]
+    if change == "another mixer":
+        block.mixer = type("Mixer", (hypenet.LinearAttention,), {})(model.config)
+    elif change == "another block":
+        model.blocks[0] = type("Other", (hypenet.Block,), {})(model.config, "L")
+    elif change == "another forward":
+        block.forward = block.forward
+    else:
+        model.config.decay = "delta"
+    assert not fast.serves(model, idx)
+    assert not fast.Decoder(model, model.init_state(1, 4)).record
+
+
 @needs_triton
-@pytest.mark.parametrize("B, H, G, D, S, splits", [
+@pytest.mark.parametrize("B, H, H_kv, D, n_slots, splits", [
     (1, 4, 2, 32, 300, 5), (3, 6, 6, 24, 1000, 16), (2, 8, 2, 64, 64, 1)])
-def test_attention_to_a_cache(B, H, G, D, S, splits, monkeypatch):
-    """However it is shared out, attention of one token is softmax over the min(pos + 1, S) keys of its row,
-    its own k and v in slot pos % S."""
-    monkeypatch.setattr(kernel, "_card", lambda device: (False, splits * B * G // 4 or 1))
+def test_attention_to_a_cache(B, H, H_kv, D, n_slots, splits, monkeypatch):
+    """However its slots are shared out, attention of one token is softmax over the min(pos + 1, n_slots) keys
+    of its row, its own k and v in slot pos % n_slots."""
+    monkeypatch.setattr(fast, "_card", lambda device: (False, splits * B * H_kv // 4 or 1))
     rng = torch.Generator().manual_seed(0)
     q, k, v, keys, values = (torch.randn(*size, generator=rng).to(DEVICE) for size in (
-        (B, 1, H, D), (B, 1, G, D), (B, 1, G, D), (B, S, G, D), (B, S, G, D)))
-    pos = torch.tensor([0, S + 5, S - 2][:B])[:, None].to(DEVICE)
+        (B, 1, H, D), (B, 1, H_kv, D), (B, 1, H_kv, D), (B, n_slots, H_kv, D), (B, n_slots, H_kv, D)))
+    pos = torch.tensor([0, n_slots + 5, n_slots - 2][:B])[:, None].to(DEVICE)
     o = fast.attend_cache(q, k, v, keys, values, pos)
     for b, n in enumerate(pos[:, 0].tolist()):
-        assert keys[b, n % S].equal(k[b, 0]) and values[b, n % S].equal(v[b, 0])
-        own = (x[b, :n + 1].repeat_interleave(H // G, 1).transpose(0, 1).double() for x in (keys, values))
+        assert keys[b, n % n_slots].equal(k[b, 0]) and values[b, n % n_slots].equal(v[b, 0])
+        own = (x[b, :n + 1].repeat_interleave(H // H_kv, 1).transpose(0, 1).double() for x in (keys, values))
         ref = torch.nn.functional.scaled_dot_product_attention(q[b].transpose(0, 1).double(), *own)
         assert rmse(o[b].transpose(0, 1), ref) <= 1e-5
 
@@ -100,15 +133,24 @@ def test_decoder_is_the_plain_loop():
     """A Decoder reads the ids drawn last and draws the next, one more token in the state at each call."""
     model, prompt = tiny(dtype=torch.float32), some_ids(9, seed=5).tolist()
     state = model.init_state(1, 20)
-    decoder = model.decoder(state, model.prefill(prompt, state)[:, -1])
+    decoder = fast.Decoder(model, state, fast.prefill(model, prompt, state)[:, -1])
     ids = prompt + [decoder.idx.item()]
     for n in range(10, 20):
         ids.append(decoder().item())
-        assert state.pos.tolist() == [n] and state.seen == n
+        assert state.pos.tolist() == [n]
         assert ids[-1] == model(torch.tensor([ids[:-1]]))[0][0, -1].argmax()
     decoder()
     with one_line("21 tokens", "20"):
         decoder()
+
+
+def test_some_ids_are_never_drawn():
+    """Ids from n_vocab on, and those named, are not sampled, greedy or not."""
+    model, prompts = tiny(dtype=torch.float32), [[1, 2, 3], [4, 5]]
+    for options in (dict(temperature=3.0), dict()):
+        assert max(map(max, streamed(model, prompts, 30, n_vocab=7, **options))) < 7
+    odd = streamed(model, [[1, 2]], 200, temperature=9.0, seed=0, never=list(range(0, 61, 2)))[0]
+    assert all(id % 2 for id in odd)
 
 
 @pytest.mark.skipif(not GPU, reason="a CUDA graph needs a GPU")
@@ -120,17 +162,17 @@ def test_graph_is_the_plain_path(name, prompts, monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"                # no TF32
     changes = dict(VARIANTS[name], max_len=400) | ({"n_chunks": 50} if "chunk" in VARIANTS[name] else {})
     model = tiny(dtype=torch.float32, **changes).to("cuda")
-    graph = model.generate(prompts, 200)
+    graph = streamed(model, prompts, 200)
     with monkeypatch.context() as m:
         m.setattr(fast, "has_kernels", lambda x, *sizes: False)
-        assert model.generate(prompts, 200) == graph
-    assert model.generate(prompts, 50, temperature=1.0, seed=3) == model.generate(
-        prompts, 50, temperature=1.0, seed=3, graph=False)
+        assert streamed(model, prompts, 200) == graph == model.generate(prompts, 200)
+    assert streamed(model, prompts, 50, temperature=1.0, seed=3) == streamed(
+        model, prompts, 50, temperature=1.0, seed=3, graph=False)
 
 
 @needs_triton
 @pytest.mark.parametrize("name", ["hype", "teacher llama3", "article"])
-def test_fused_step_in_bf16_rounds_no_more_than_the_plain_one(name, monkeypatch):
+def test_kernels_in_bf16_round_no_more_than_the_plain_layers(name, monkeypatch):
     """Fed the same tokens, the kernels' logits in bf16 are no further from float32's than those of the plain
     layers in bf16, and about as far from these as these from float32's."""
     from triton.runtime import interpreter
@@ -141,17 +183,39 @@ def test_fused_step_in_bf16_rounds_no_more_than_the_plain_one(name, monkeypatch)
         return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.uint16).numpy()
     monkeypatch.setattr(interpreter, "_convert_float", rounded)             # which cuts bf16 off
     prompt, new, found = some_ids(1, 30)[0], some_ids(1, 20, seed=1)[0], []
-    for dtype, fused in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+    for dtype, kernels in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         model = tiny(dtype=torch.float32, max_len=64, **VARIANTS[name] | (
             {"n_chunks": 8} if "chunk" in VARIANTS[name] else {})).bfloat16().to(DEVICE, dtype)
-        monkeypatch.setattr(fast, "has_kernels", lambda x, *sizes, fused=fused: fused)
+        monkeypatch.setattr(fast, "has_kernels", lambda x, *sizes, kernels=kernels: kernels)
         state = model.init_state(1, 64)
-        model.prefill(prompt, state)
-        new = new.to(DEVICE)
-        found.append(torch.cat([model.head(model.hidden(idx.view(1, 1), state)) for idx in new], 1))
+        fast.prefill(model, prompt, state)
+        tokens = [idx.view(1, 1) for idx in new.to(DEVICE)]
+        found.append(torch.cat([model.head(fast.read(model, idx, state)) for idx in tokens], 1))
     exact, plain, fused = found
     assert not fused.equal(exact) and rmse(fused, exact) <= rmse(plain, exact) < 0.1
     assert rmse(fused, plain) <= 1.3 * rmse(plain, exact)                   # two roundings apart
+
+
+@pytest.mark.parametrize("name", ["hype", "article", "article gpt2", "teacher gpt2"])
+def test_compiled_functions_are_those_written(name):
+    """Compiled, each small function is one whole graph; loss, gradients, a prefill in segments stay."""
+    from torch._dynamo.utils import counters
+    teacher, student = tiny(1, torch.float32), tiny(2, torch.float32, **VARIANTS[name]).requires_grad_()
+    idx, targets = some_ids(2, 17), some_ids(2, 17, seed=1)
+
+    def results():
+        loss = halo.distil_loss(student, teacher, idx, targets, "forward", 0.3)
+        logits = fast.prefill(student, idx[0], student.init_state(1, 17), segment=7)
+        return [loss, logits, *torch.autograd.grad(loss, list(student.parameters()))]
+    refs = results()
+    counters.clear()
+    fast.fuse((vars(halo), "token_losses"), backend="inductor" if GPU else "aot_eager")
+    try:
+        found = results()
+        assert counters["stats"]["calls_captured"] > 0 and not counters["graph_break"]
+    finally:
+        fast.fuse((vars(halo), "token_losses"), backend=None)
+    assert all(map(torch.equal, results(), refs)) and max(map(rmse, found, refs)) < 1e-4
 
 
 # ---- the model: files, bad input, the tokenizer ------------------------------------------------------------
