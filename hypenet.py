@@ -580,8 +580,9 @@ class HypeNet(nn.Module):
                             for b, prompt in enumerate(prompts)])                 # (B,1,vocab_size)
         new = []
         for _ in range(max_new_tokens):
+            if new:
+                logits, _ = self(new[-1][:, None], state=state)
             new.append(sample(logits[:, -1], temperature, top_k, top_p, rng))     # (B,)
-            logits, _ = self(new[-1][:, None], state=state)
         return torch.stack(new, 1).tolist()
 
     # ---- files ----

@@ -5,10 +5,10 @@
     read(model, idx, state)       what model.hidden(idx, state) gives
     fuse()                        compiles what stands between matrix products, for training and long prompts
 
-A generated token must read all weights, the state and the keys and values once. Nothing else should cost
-time. So three functions do one layer's work on one token: fused_linear (a Linear with the norm and gate before
-it and the activation and sum after it), scan_token (the recurrence) and attend_cache (attention to a long
-cache). A CUDA graph then replays all layers: hundreds of small kernels cost more to launch than to run.
+A generated token must read all weights, the state, the keys and the values once. Nothing else should cost
+time. So three functions do the work of a layer on one token. fused_linear is a Linear with the norm and gate
+before it, the activation and sum after it. scan_token is the recurrence. attend_cache is attention to a long
+cache. A CUDA graph then replays all layers: hundreds of small kernels cost more to launch than to run.
 
 Map: stream and Decoder first, then read and its attention, then the three functions, at last their kernels.
 `serves` is the one test of whether the kernels know a model; every other model takes the plain path.
