@@ -559,7 +559,7 @@ def test_sample_warns_where_queries_are_not_scaled(tmp_path, monkeypatch, capsys
     save_authors(tmp_path, vocab_size=256)
     Tokenizer.bytes().save(tmp_path)
     (tmp_path / "text").write_text("x" * 20_000)
-    monkeypatch.setattr(HypeNet, "stream", lambda self, *_: iter([torch.tensor([0])]))
+    monkeypatch.setattr(HypeNet, "stream", lambda self, *_, **__: iter([torch.tensor([0])]))
     for extra, warns in ((["--ctx", "16383"], 0), (["--ctx", "16384"], 1), (["--logit-base", "500"], 0)):
         sample.main(["--model", str(tmp_path), "--file", str(tmp_path / "text"), "--tokens", "1", *extra])
         lines = capsys.readouterr().err.splitlines()
@@ -1134,7 +1134,7 @@ def test_sample_takes_the_newest_run(runs, monkeypatch, tmp_path, capsys):
 def test_split_characters_print_whole(monkeypatch, capsys):
     """A character whose bytes are several tokens is printed once whole; the end id ends the text."""
     ids = [*"é中👍".encode(), 0, *b"never"]
-    monkeypatch.setattr(HypeNet, "stream", lambda *_: (torch.tensor([i]) for i in ids))
+    monkeypatch.setattr(HypeNet, "stream", lambda *_, **__: (torch.tensor([i]) for i in ids))
     sample.main(["--model", str(HERE / "assets" / "tiny-student"), "--prompt", "a", "--device", "cpu"])
     assert capsys.readouterr().out == "... aé中👍\n"
 
@@ -1462,7 +1462,7 @@ def test_bench_refuses_a_file_of_another_kind(results, capsys):
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):
     """Output into "head" ends quietly."""
-    script = "import hypenet; hypenet.command_line('x', lambda _: [print(9 ** 999) for _ in range(9999)], [])"
+    script = "import support.common as c; c.command_line('x', lambda _: [print(9 ** 999) for _ in range(9999)], [])"
     with subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as run:
         run.stdout.readline()
