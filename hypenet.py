@@ -163,9 +163,46 @@ def rope_frequencies(config, dim, device=None):
     """Angle a token of each pair of channels, (dim / 2,) fp32: theta^(-2i / dim) (RoPE section 3.2), the long
     wavelengths slowed where rope_scaling is Llama 3's. No weight, no buffer, so that no cast touches it."""
     s = config.rope_scaling
+    if s and s.get("rope_type") == "yarn":
+        return yarn_frequencies(config.rope_theta, dim, s["factor"], s["original_max_position_embeddings"],
+                                s.get("beta_fast") or 32, s.get("beta_slow") or 1, s.get("truncate", True),
+                                device)
     scaling = s and (s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"],
                      s["factor"])
     return frequencies(config.rope_theta, dim, scaling, device)
+
+
+@lru_cache(None)
+@torch.inference_mode(False)
+def yarn_frequencies(theta, dim, factor, pretrained, fast, slow, truncate, device):
+    """YaRN (arXiv 2309.00071) as transformers has it: pairs that turn more than `fast` times in the trained
+    length keep their frequency, pairs that turn less than `slow` times are slowed by the factor, and between
+    the two a ramp leads from one to the other."""
+    def pair(turns):                             # the channel pair that turns so many times, a fraction
+        return dim * math.log(pretrained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    low, high = pair(fast), pair(slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    freq = frequencies(theta, dim, None, device)
+    slowed = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+    return slowed * freq / factor + (1 - slowed) * freq
+
+
+def yarn_temperature(scaling):
+    """What YaRN multiplies cos and sin by, so that logits grow as contexts do; 1 for other scalings."""
+    if not scaling or scaling.get("rope_type") != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+
+    def grown(mscale):
+        return 0.1 * mscale * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return grown(scaling["mscale"]) / grown(scaling["mscale_all_dim"])
+    return grown(1.0)
 
 
 @lru_cache(None)                     # made once, at an address that stays, also under inference_mode
@@ -207,7 +244,8 @@ def locate(config, pos, start=0):
     """The Where of tokens at positions pos (B or 1, T); start: see Where."""
     def cos_sin(pos, dim, scale=1.0):
         angle = scale * pos[..., None, None] * rope_frequencies(config, dim, pos.device)  # (B or 1,T,1,dim/2)
-        return angle.cos(), angle.sin()
+        temperature = yarn_temperature(config.rope_scaling)
+        return temperature * angle.cos(), temperature * angle.sin()
     c, attn_rope, linear_rope = config, None, None
     if c.position == "rope" and c.attn_pe:
         attn_rope = cos_sin(pos % c.chunk if c.chunk else pos, c.head_dim, c.attn_pe)

@@ -80,7 +80,7 @@ def command_line(prog, run, argv):
         line = line or (f"this program has a fault ({type(error).__name__}: {one_line(error)[:200]}); please "
                         f"report it with the traceback in {keep_traceback(prog)}")
         print(f"{prog}: {line}", file=sys.stderr)
-        raise SystemExit(status) from None
+        raise SystemExit(status) from error
 
 
 # ---- errors ------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def explain(error, argv):
     plain = isinstance(error, (RuntimeError, TypeError, ValueError))
     if isinstance(error, TOO_LARGE) or plain and TOO_LARGE_IN_TORCH.search(text):
         largest = largest_number(argv)
-        fix = f"the largest number given is {largest}; lower it" if largest else "give a smaller model or text"
+        fix = f"the largest number given is {largest}: lower it" if largest else "give less text"
         kind = type(error).__name__
         return f"a size is more than this machine can hold or count ({kind}: {text[:200]}); {fix}"
     if isinstance(error, ImportError):
@@ -144,7 +144,7 @@ def missing_permission(path):
 
 
 def largest_number(argv):
-    """The flag with the largest number on a command line, such as "--ctx 1000000"; "" if none has a number."""
+    """The flag with the largest number on a command line, such as "--ctx 1000000", else an empty string."""
     flag, largest, found = "", 0.0, ""
     for word in argv:
         if word.startswith("--"):

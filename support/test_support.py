@@ -1272,7 +1272,7 @@ def test_bench_niah(results, home, runs, monkeypatch, capsys):
     assert all(r["low"] <= r["value"] <= r["high"] for r in rows)
     for r in (r for r in rows if r["task"] != "loss"):
         assert np.mean(r["by_depth"]) == r["value"] and len(r["by_depth"]) == 2
-    monkeypatch.setattr(halo, "recall", lambda *_, **__: 2 * (torch.zeros(2),))       # nothing is found
+    monkeypatch.setattr(bench, "recall", lambda *_, **__: 2 * (torch.zeros(2),))       # nothing is found
     bench.main([*argv, "--times", "16", "--name", "none"])
     asked = [r["context"] // T for r in bench_rows(results, "none")
              if (r["model"], r["task"]) == ("student", "S1")]
