@@ -293,15 +293,15 @@ class Table:
         self.facts |= facts
         os.makedirs(RESULTS, exist_ok=True)
         print(f"{self.facts['device']}, {self.facts['dtype']}, {about}\n")
-        self.print({name: HEADINGS.get(name, name.replace("_", " ")) for name in columns})
+        self.show({name: HEADINGS.get(name, name.replace("_", " ")) for name in columns})
 
     def add(self, shown=None, **row):
         """Keep a row and print it. shown: cells that are printed and not kept."""
         self.rows = [old for old in self.rows if any(old[key] != row[key] for key in self.keys)] + [row]
         write_json(self.path, dict(**self.facts, rows=self.rows))
-        self.print(row | (shown or {}))
+        self.show(row | (shown or {}))
 
-    def print(self, cells):
+    def show(self, cells):
         line = ""
         for name, form in self.columns.items():
             value = cells.get(name)

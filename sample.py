@@ -171,9 +171,8 @@ def run_main(argv):
         prompt, answer = pass_key(args, tokenizer)
     else:
         prompt, answer = context(args, tokenizer), None
-    total = len(prompt) + args.tokens
-    announce(model, path, total)
-    state = model.init_state(1, total)
+    state = model.init_state(1, len(prompt) + args.tokens)
+    announce(model, path, state.max_tokens)
     out, read, times = write(args, tokenizer, model, state, prompt)
     print_costs(model, state, prompt, out, read, times)
     if answer:

@@ -86,8 +86,9 @@ def command_line(prog, run, argv):
 # ---- errors ------------------------------------------------------------------------------------------------
 
 TOO_LARGE = (MemoryError, OverflowError, RecursionError, torch.OutOfMemoryError)
-TOO_LARGE_IN_TORCH = re.compile("out of memory|not enough memory|can't allocate memory|Invalid buffer size"
-                                "|[Oo]verflow|ALLOC_FAILED|array is too big|Maximum allowed dimension")
+TOO_LARGE_IN_WORDS = re.compile(                     # of torch and numpy
+    "out of memory|not enough memory|can't allocate memory|Invalid buffer size|ALLOC_FAILED"
+    "|size calculation overflowed|Overflow when unpacking|array is too big|Maximum allowed dimension")
 FIXES = {                                            # of errors of the operating system
     errno.ENOSPC: "the disk is full; free some space, or write to another disk",
     errno.EDQUOT: "your share of the disk is used up; free some space, or write to another disk",
@@ -111,7 +112,7 @@ def explain(error, argv):
     if code in FIXES or isinstance(error, OSError):
         return explain_system(text, code, getattr(error, "filename", None))
     plain = isinstance(error, (RuntimeError, TypeError, ValueError))
-    if isinstance(error, TOO_LARGE) or plain and TOO_LARGE_IN_TORCH.search(text):
+    if isinstance(error, TOO_LARGE) or plain and TOO_LARGE_IN_WORDS.search(text):
         largest = largest_number(argv)
         fix = f"the largest number given is {largest}: lower it" if largest else "give less text"
         kind = type(error).__name__
