@@ -347,8 +347,9 @@ def pyplot():
     return pyplot
 
 
-def save_figure(fig, path):
-    fig.tight_layout()
+def save_figure(fig, path, legend=0.0):
+    """Write a figure, with this share of its height left free for a legend below."""
+    fig.tight_layout(rect=(0, legend, 1, 1))
     write_file(path, partial(fig.savefig, format="png"))
     pyplot().close(fig)
     print(f"\nfigure in {os.path.relpath(path)}")
@@ -577,17 +578,25 @@ Extra: peak memory beyond weights and state.""",
             attempt(partial(prefill, model, min(32768, max(contexts)), args.segment, device))
         for context in contexts:
             release()
-            read = partial(attempt, partial(prefill, model, context, args.segment, device))
-            if args.profile and model:
-                profiled(f"{size} {kind}, {context:,} tokens", read)
-            found = [model and read() for _ in range(2 if context <= 131072 else 1)]
-            seconds, extra = min(filter(None, found), default=(None, None), key=lambda pair: pair[0])
+            title = f"{size} {kind}, {context:,} tokens" if args.profile else None
+            seconds, extra = fastest_prefill(model, context, args.segment, device, title)
             of_linears, of_attention = operations(config, context)
             floor = of_linears / linear + of_attention / rates[size][0]
             table.add(size=size, kind=kind, context=context, seconds=seconds, floor_s=floor, extra_gb=extra,
                       ratio=seconds and seconds / floor, tok_s=seconds and context / seconds)
         del model
     return table
+
+
+def fastest_prefill(model, context, segment, device, title):
+    """prefill's result, the better of two for contexts that do not take long; None twice without memory."""
+    if model is None:
+        return None, None
+    read = partial(attempt, partial(prefill, model, context, segment, device))
+    if title:
+        profiled(title, read)
+    found = [read() for _ in range(2 if context <= 131072 else 1)]
+    return min(filter(None, found), default=(None, None), key=lambda pair: pair[0])
 
 
 def prefill(model, context, segment, device):
@@ -776,7 +785,7 @@ def bench_kernel(args):
     table = Table(
         args, device, keys="shape decay by",
         columns=dict(shape="<22", decay="<10", by="<6", forward="9.3f", both="9.3f", floor="8.3f",
-                     of_floor="10.0%", gb="8.2f", error="10.1e"),
+                     of_floor="10.0%", gb="8.2f", error="9.1e"),
         about=f"""copies {rate / 1e12:.3g} TB/s
 ms of a scan in bf16, forward, and both forward and backward. Shape: B T H K V.
 Floor: the bytes of a forward pass, divided by the rate of copies. Of floor: floor / forward.
@@ -794,7 +803,7 @@ Error: the largest relative error of o and the gradients, against float64.""",
             except RuntimeError as e:
                 if name == "ours":
                     raise
-                print(f"{' '.join(map(str, shape)):22s}{decay:10s}{name}: {' '.join(str(e).split())[:150]}")
+                print(f"{' '.join(map(str, shape)):22s}{decay:10s}{name}: {' '.join(str(e).split())[:60]}")
                 continue
             if name == "fla":
                 row["version"] = installed("flash-linear-attention")
@@ -956,7 +965,7 @@ def draw_niah(facts, rows, path):
     if plt is None:
         return
     more = any(r["value"] for r in rows if r["task"] in TASK_COLORS and r["model"] == "student")
-    fig, axes = plt.subplots(1, 2 + more, figsize=(4 * (2 + more), 4.3), dpi=150)
+    fig, axes = plt.subplots(1, 2 + more, figsize=(4 * (2 + more), 3.9), dpi=150)
 
     def panel(ax, title, lines):                         # lines: (model, task, label, color)
         context_axis(ax, sorted({r["context"] for r in rows if r["task"] != "loss"}), title)
@@ -979,9 +988,9 @@ def draw_niah(facts, rows, path):
           [(model, "loss", model, color) for model, color in MODEL_COLORS.items()])
     least = min(r["value"] for r in rows if r["task"] == "loss")
     axes[-1].set_ylim(0.9 * least, 2 * least)
-    axes[0].annotate("trained", (facts["trained"], 0), (2, 0), textcoords="offset points", fontsize=7)
-    axes[0].legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncol=5, fontsize=8, frameon=False)
-    save_figure(fig, path)
+    axes[0].annotate("trained", (facts["trained"], 0), (2, -1), textcoords="offset points", fontsize=7)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8, frameon=False)
+    save_figure(fig, path, legend=0.06)
 
 
 # ---- ablations ---------------------------------------------------------------------------------------------
@@ -1104,10 +1113,8 @@ def ablate_row(report, T, teacher_loss):
 
 
 def percents(row, start):
-    """The cells of recall at MULTIPLES in one: "100 / 95 / 20"; None if nothing was asked."""
+    """Recall at all MULTIPLES in one cell: "100 / 95 / 20"."""
     shares = [row[f"{start}_{n}x"] for n in MULTIPLES]
-    if all(share is None for share in shares):
-        return None
     return " / ".join("-" if share is None else f"{100 * share:.0f}" for share in shares)
 
 
@@ -1213,7 +1220,8 @@ FLAGS = [                            # modes, flag, options of add_argument
     ("niah ablate", "--trials", dict(
         **COUNT, default=20, help="questions of every task at every length; default: %(default)s")),
     ("ablate", "--teacher", dict(
-        choices=halo.TEACHERS, help=f"one of {', '.join(halo.TEACHERS)}; default: mini, on a CPU tiny")),
+        choices=halo.TEACHERS, metavar="NAME",
+        help=f"one of {', '.join(halo.TEACHERS)}; default: mini, on a CPU tiny")),
     ("ablate", "--only", dict(
         nargs="+", choices=ABLATIONS, metavar="CHANGE", help=f"of {', '.join(map(repr, ABLATIONS))}")),
     ("ablate", "--seeds", dict(
