@@ -259,7 +259,8 @@ def release():
 
 def machine(device):
     """The device and versions that are measured, and the device's short name for files: h200, 4090, cpu."""
-    name, kind = f"CPU, {torch.get_num_threads()} threads", device.type
+    name = f"CPU, {torch.get_num_threads()} threads"
+    kind = device.type
     if kind == "cuda":
         name = torch.cuda.get_device_name(device)
         kind = re.findall(r"[a-z]*\d+\w*|$", name.lower())[0] or "gpu"
@@ -285,8 +286,8 @@ class Table:
         self.keys = keys.split()
         self.columns = columns
         self.facts, kind = machine(device)
-        plain = "-plain" * getattr(args, "plain", False)
-        self.path = os.path.join(RESULTS, f"{args.name or f'{args.mode}-{kind}{plain}'}.json")
+        name = f"{args.mode}-{kind}" + ("-plain" if getattr(args, "plain", False) else "")
+        self.path = os.path.join(RESULTS, f"{args.name or name}.json")
         found = read_table(self.path) if os.path.exists(self.path) else {}
         same = all(found.get(key) == value for key, value in self.facts.items())
         self.rows = found["rows"] if same else []
@@ -865,15 +866,15 @@ def last_loss(model, texts, count):
 def readers(student, teacher):
     """The student with and without s_t; the teacher as it is, with YaRN, and with a window. A teacher whose
     RoPE is scaled already is not stretched again."""
-    every, base, c = list(TASKS), student.config.logit_base, teacher.config
-    found = [Reader("student", student, every, base),
-             Reader("student without s_t", student, ["S1"]),
-             Reader("teacher", teacher, every),
-             Reader("teacher, YaRN", teacher, every, yarn=True),
-             Reader("teacher, sink + window", teacher, every, keep=c.max_len)]
-    left_out = {"student without s_t": base is None,
-                "teacher, YaRN": c.position != "rope" or c.rope_scaling is not None}
-    return [reader for reader in found if not left_out.get(reader.name)]
+    every = list(TASKS)
+    logit_base = student.config.logit_base
+    found = [Reader("student", student, every, logit_base)]
+    if logit_base is not None:
+        found.append(Reader("student without s_t", student, ["S1"]))
+    found.append(Reader("teacher", teacher, every))
+    if teacher.config.position == "rope" and teacher.config.rope_scaling is None:
+        found.append(Reader("teacher, YaRN", teacher, every, yarn=True))
+    return [*found, Reader("teacher, sink + window", teacher, every, keep=teacher.config.max_len)]
 
 
 def read(reader, n, trained, work):
@@ -928,7 +929,8 @@ def bench_niah(args):
     if not args.data and os.path.exists(os.path.join(args.model, "run.json")):
         args.data = read_json(args.model, "run.json", "run of halo.py")["options"]["data"]
     corpus = Corpus(Tokenizer.load(teacher_at), args.data)
-    T, layers = teacher.config.max_len, student.config.layers
+    T = teacher.config.max_len
+    layers = student.config.layers
     lengths = [T * n for n in (1, 2, 4, 16, 64, 256) if n <= args.times]
     table = Table(
         args, device, keys="model task context",
@@ -943,13 +945,13 @@ Its interval is that of the difference to the first length.""",
         trained=T, layers=layers, logit_base=student.config.logit_base)
     table.rows = []                                      # they are another model's
     texts = corpus.windows(np.random.default_rng(0), args.windows, min(lengths[-1], 64 * T))
-    base = student.config.logit_base
+    logit_base = student.config.logit_base
     for reader in readers(student, teacher):
         reader.model.config.logit_base = reader.logit_base
         add_recall(table, reader, corpus, lengths, args.trials)
         if reader.keep is None:
             add_losses(table, reader, texts, lengths)
-    student.config.logit_base = base
+    student.config.logit_base = logit_base
     draw_niah(table.facts, table.rows, table.path.removesuffix("json") + "png")
     return table
 
@@ -1145,7 +1147,8 @@ def runs_to_do(args, rows):
 
 
 def bench_ablate(args):
-    path, config = halo.teacher_path(args.teacher), halo.TEACHERS[args.teacher]
+    path = halo.teacher_path(args.teacher)
+    config = halo.TEACHERS[args.teacher]
     if not os.path.exists(os.path.join(path, "model.safetensors")):
         raise ValueError(f"--teacher {args.teacher} is not there yet: python halo.py --pretrain --teacher "
                          f"{args.teacher} --out {path}")

@@ -61,21 +61,18 @@ def get_args(argv):
     return args
 
 
-def find_model():
-    """The newest finished run of this machine, else the shipped student."""
-    runs = sorted(glob.glob(os.path.join("out", "*", "report.json")), key=os.path.getmtime)
-    return os.path.dirname(runs[-1]) if runs else SHIPPED
+def say(text):
+    print(text, file=sys.stderr)
 
 
 def load(args):
     """The tokenizer and the model asked for, and the path of its weights."""
-    path = args.model or find_model()
+    runs = sorted(glob.glob(os.path.join("out", "*", "report.json")), key=os.path.getmtime)
+    path = args.model or (os.path.dirname(runs[-1]) if runs else SHIPPED)
     tokenizer = Tokenizer.load(path)
     if args.teacher:
-        name = read_json(path, "report.json", "report of halo.py, which --teacher needs").get("teacher")
-        if not isinstance(name, str):
-            raise ValueError(f"--teacher: {path}/report.json names no teacher")
-        path = teacher_path(name)
+        report = read_json(path, "report.json", "report of halo.py, which --teacher needs")
+        path = teacher_path(str(report.get("teacher")))
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = HypeNet.from_pretrained(path, dtype=dtype, device=args.device)
     check_tokenizer(tokenizer, model.config)
@@ -86,14 +83,16 @@ def load(args):
 
 def pass_key(args, tokenizer):
     """Ids of held-out text with a pass key in it and the question at its end; the answer."""
-    corpus, rng = Corpus(tokenizer), np.random.default_rng(args.seed)
-    text = np.resize(corpus.held_out, args.ctx or 4096)          # repeated where it is too short
+    rng = np.random.default_rng(args.seed)
+    text = np.resize(Corpus(tokenizer).held_out, args.ctx or 4096)       # repeated where it is too short
     ids, n_answer = plant(tokenizer, text, rng, depth=rng.random())
     return ids[:-n_answer].tolist(), tokenizer.decode(ids[-n_answer:]).strip()
 
 
 def context(args, tokenizer):
-    """Ids of the user's text: the last --ctx of them, after the id that begins a text."""
+    """The last --ctx ids of the text, after the id that begins a text; and the right answer, if any."""
+    if args.prompt is None and args.file is None:
+        return pass_key(args, tokenizer)
     start = [] if tokenizer.bos is None else [tokenizer.bos]
     if args.chat:                                                # the template writes the first id too
         start = []
@@ -107,77 +106,71 @@ def context(args, tokenizer):
         raise ValueError(f"{f'--file {args.file}' if args.file else '--prompt'} is empty: give some text")
     n = len(start + ids)
     if args.ctx and n < args.ctx:
-        print(f"the text has {n:,} tokens, fewer than --ctx {args.ctx:,}; all are used", file=sys.stderr)
-    return start + ids[-max(1, (args.ctx or n) - len(start)):]
+        say(f"the text has {n:,} tokens, fewer than --ctx {args.ctx:,}; all are used")
+    return start + ids[-max(1, (args.ctx or n) - len(start)):], None
 
 
 def announce(model, path, total):
     """Say which model runs, and warn where it was not made for so many tokens."""
     c = model.config
     if total > 16384 and "A" in c.layers and not (c.attn_pe or c.chunk or c.logit_base):
-        print(f"sample.py: {total:,} tokens are more than the 16,384 of the paper's training, and the model "
-              "does not scale its queries: give --logit-base (paper: 500 for 2B, 600 for 5B, 900 for 9B)",
-              file=sys.stderr)
-    base = f", logit base {c.logit_base:g}" if c.logit_base else ""
-    print(f"model {path}: layers {c.layers}, {model.n_params():,} parameters{base}", file=sys.stderr)
+        say(f"sample.py: {total:,} tokens are more than the 16,384 of the paper's training, and the model "
+            "does not scale its queries: give --logit-base (paper: 500 for 2B, 600 for 5B, 900 for 9B)")
+    scaled = f", logit base {c.logit_base:g}" if c.logit_base else ""
+    say(f"model {path}: layers {c.layers}, {model.n_params():,} parameters{scaled}")
 
 
 def write(args, tokenizer, model, state, prompt):
-    """Read the prompt, print its end and the text that follows. Return the generated ids, the seconds of
-    reading, and the times at which the ids came."""
+    """Read the prompt, print its end and the text that follows. Return the generated ids, and the times of
+    the start and of every id."""
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     characters = codecs.getincrementaldecoder("utf-8")("replace")    # one may be several tokens
-    out, times, began = [], [], time.time()
+    out, times = [], [time.time()]
     with tqdm(total=len(prompt), desc="reading", unit="tok", unit_scale=True, file=sys.stderr) as bar:
         for idx in model.stream([prompt], args.tokens, temperature=args.temperature, top_k=args.top_k,
                                 top_p=args.top_p, seed=args.seed, n_vocab=tokenizer.n_vocab,
-                                segment=args.segment, progress=bar.update, state=state,
-                                never=tokenizer.holes):
+                                never=tokenizer.holes, segment=args.segment, progress=bar.update,
+                                state=state):
             times.append(time.time())
-            if len(times) == 1:                      # the prompt is read
+            if len(times) == 2:                      # the prompt is read
                 bar.close()
-                sys.stdout.write(f"... {tokenizer.decode(prompt[-300:]).lstrip()}{bold}")
-            token = idx.item()
-            if token in tokenizer.stops:
+                print(f"... {tokenizer.decode(prompt[-300:]).lstrip()}", end=bold)
+            if idx.item() in tokenizer.stops:
                 break
-            out.append(token)
-            sys.stdout.write(characters.decode(tokenizer.token_bytes(token)))
-            sys.stdout.flush()
-    sys.stdout.write(f"{characters.decode(b'', final=True)}{plain}\n")
-    return out, times[0] - began, times
+            out.append(idx.item())
+            print(characters.decode(tokenizer.token_bytes(out[-1])), end="", flush=True)
+    print(characters.decode(b"", final=True), end=f"{plain}\n")
+    return out, times
 
 
 def size(n):
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
 
 
-def print_costs(model, state, prompt, out, read, times):
+def print_costs(model, state, prompt, out, times):
     """Print speed and memory, beside the memory of the same model if every layer were attention."""
-    config, total = model.config, state.max_tokens
-    print(f"\nread {len(prompt):,} tokens in {read:.1f} s, {len(prompt) / read:,.0f} tok/s", file=sys.stderr)
-    if len(times) > 1:
-        ms = 1000 * (times[-1] - times[0]) / (len(times) - 1)
-        print(f"wrote {len(out)} tokens, {ms:.1f} ms a token", file=sys.stderr)
-    attention = replace(config, layers="A" * len(config.layers), window=None)
-    all_KV = State(attention, 1, total, "meta", model.wte.weight.dtype).nbytes()[1]
+    read = times[1] - times[0]
+    say(f"\nread {len(prompt):,} tokens in {read:.1f} s, {len(prompt) / read:,.0f} tok/s")
+    if len(times) > 2:
+        ms = 1000 * (times[-1] - times[1]) / (len(times) - 2)
+        say(f"wrote {len(out)} tokens, {ms:.1f} ms per token")
+    attention = replace(model.config, layers="A" * len(model.config.layers), window=None)
+    all_KV = State(attention, 1, state.max_tokens, "meta", model.wte.weight.dtype).nbytes()[1]
     S, KV = state.nbytes()
-    print(f"memory: state {size(S)} + K/V {size(KV)}; all-attention K/V {size(all_KV)}", file=sys.stderr)
+    say(f"memory: state {size(S)} + K/V {size(KV)}; all-attention K/V {size(all_KV)}")
 
 
 def run_main(argv):
     args = get_args(argv)
     tokenizer, model, path = load(args)
-    if args.prompt is None and args.file is None:
-        prompt, answer = pass_key(args, tokenizer)
-    else:
-        prompt, answer = context(args, tokenizer), None
+    prompt, answer = context(args, tokenizer)
     state = model.init_state(1, len(prompt) + args.tokens)
     announce(model, path, state.max_tokens)
-    out, read, times = write(args, tokenizer, model, state, prompt)
-    print_costs(model, state, prompt, out, read, times)
+    out, times = write(args, tokenizer, model, state, prompt)
+    print_costs(model, state, prompt, out, times)
     if answer:
         found = tokenizer.decode(out).strip().startswith(answer)
-        print(f"pass key {answer}: {'found' if found else 'NOT found'}", file=sys.stderr)
+        say(f"pass key {answer}: {'found' if found else 'NOT found'}")
 
 
 def main(argv=None):

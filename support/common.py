@@ -146,7 +146,8 @@ def missing_permission(path):
 
 def largest_number(argv):
     """The flag with the largest number on a command line, such as "--ctx 1000000", else an empty string."""
-    flag, largest, found = "", 0.0, ""
+    flag = found = ""
+    largest = 0.0
     for word in argv:
         if word.startswith("--"):
             flag, _, word = word.partition("=")

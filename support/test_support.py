@@ -1233,7 +1233,7 @@ class Chatty:
 def test_what_a_model_is_given(given, ids, told, capsys):
     """A prompt follows the id that begins a text, and its last --ctx tokens count. With --chat the template
     writes everything, special tokens too."""
-    assert sample.context(sample.get_args(given.split()), Chatty()) == ids
+    assert sample.context(sample.get_args(given.split()), Chatty()) == (ids, None)
     assert told in capsys.readouterr().err
 
 
