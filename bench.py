@@ -146,7 +146,7 @@ def weigh(config, batch, context, dtype):
 def operations(config, T, part=""):
     """Operations of a forward pass over T tokens: of the Linears with `part` in their names, and of softmax
     attention. A Linear has 2 per weight and token, attention 4 per channel, query and visible key. The head,
-    norms and scan are not counted: without the head they are under 2%."""
+    norms and scan are not counted: they are under 2% of the rest."""
     with torch.device("meta"):
         blocks = HypeNet(config).blocks
     linears = [(name, m) for name, m in blocks.named_modules() if isinstance(m, nn.Linear)]
@@ -568,7 +568,7 @@ def bench_prefill(args):
         columns=dict(size="<9", kind="<9", context="11,", seconds="10.3f", floor_s="10.3f", ratio="7.2f",
                      tok_s="11,.0f", extra_gb="10.2f"),
         about=f"""operations per second: {linear:.3g}, attention {shown}
-A context of this many tokens is read.
+Every row reads a context from its first token to its last.
 Floor: the operations of Linears and of attention, each divided by its rate above.
 These are the rates of a large product and of torch's fastest attention.
 Extra: peak memory beyond weights and state.""",
@@ -694,7 +694,8 @@ Use: share of the peak. Hours: for all tokens of the plan.""",
             each = train_operations(stage, teacher, student, plan.length)
             table.add(size=size, stage=stage, length=plan.length, plan_batch=plan.batch, batch=batch,
                       seconds=seconds, tok_s=speed, operations=each, used=peak and each * speed / peak,
-                      tokens=plan.total, hours=plan.total / speed / 3600, **row)
+                      tokens=plan.total, hours=plan.total / speed / 3600, **row,
+                      shown=dict(checkpoint="yes" if row["checkpoint"] else "no"))
         options = recipe("paper", layers=student.layers, device=args.device, report=report,
                          seconds=args.seconds, stage=args.stage, tokenizer=RandomText(teacher.vocab_size))
         try:
@@ -1125,7 +1126,7 @@ def ablate_table(args, T, teacher_loss):
     args.name = args.name or "ablate"
     table = Table(
         args, torch.device(args.device), keys="teacher budget change seed",
-        columns=dict(change="<36", seed="4", layers="10", gap="9.4f", pass_keys="16", one_of_four="15",
+        columns=dict(change="<35", seed="4", layers="10", gap="9.4f", pass_keys="16", one_of_four="16",
                      minutes="9.1f"),
         about=f"""teacher {args.teacher}, {T:,} tokens
 Gap: held-out loss of the student less that of the teacher, nats per token.

@@ -27,7 +27,8 @@ from tqdm import tqdm  # noqa: E402
 
 from halo import teacher_path  # noqa: E402
 from hypenet import HypeNet, State  # noqa: E402
-from support.common import Parser, command_line, default_device, filled, number, read_json  # noqa: E402
+from support.common import (  # noqa: E402
+    Parser, command_line, default_device, filled, number, read_json, read_text)
 from support.recall import plant  # noqa: E402
 from support.text import Corpus  # noqa: E402
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
@@ -100,8 +101,7 @@ def context(args, tokenizer):
     elif args.prompt is not None:
         ids = tokenizer.encode(args.prompt)
     else:
-        with open(args.file, encoding="utf-8-sig", errors="replace") as f:
-            ids = tokenizer.encode(f.read())
+        ids = tokenizer.encode(read_text(args.file))
     if not ids:
         raise ValueError(f"{f'--file {args.file}' if args.file else '--prompt'} is empty: give some text")
     n = len(start + ids)
@@ -153,7 +153,7 @@ def print_costs(model, state, prompt, out, times):
     say(f"\nread {len(prompt):,} tokens in {read:.1f} s, {len(prompt) / read:,.0f} tok/s")
     if len(times) > 2:
         ms = 1000 * (times[-1] - times[1]) / (len(times) - 2)
-        say(f"wrote {len(out)} tokens, {ms:.1f} ms per token")
+        say(f"wrote {len(out)} tokens, {ms:.1f} ms a token")
     attention = replace(model.config, layers="A" * len(model.config.layers), window=None)
     all_KV = State(attention, 1, state.max_tokens, "meta", model.wte.weight.dtype).nbytes()[1]
     S, KV = state.nbytes()

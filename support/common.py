@@ -1,4 +1,4 @@
-"""What the programs share: command lines, errors, devices, JSON files."""
+"""What the programs share: command lines, errors, devices, files of text and JSON."""
 import argparse
 import errno
 import json
@@ -168,7 +168,16 @@ def keep_traceback(prog):
     return f.name
 
 
-# ---- JSON files --------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def read_text(path):
+    """The text of a UTF-8 file. Bytes that are not UTF-8 become U+FFFD. ValueError for UTF-16 and binary."""
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        text = f.read()
+    if "\0" in text or text.startswith("\ufffd\ufffd"):         # the byte-order mark of UTF-16
+        raise ValueError(f"{path} is not UTF-8 text: it is UTF-16, or has NUL bytes; convert it to UTF-8")
+    return text
 
 
 def read_json(path, name, what):

@@ -1215,6 +1215,15 @@ def test_sample_takes_the_newest_run(runs, monkeypatch, tmp_path, capsys):
     assert text.out.startswith("... " + "x" * 97 + "end")
 
 
+@pytest.mark.parametrize("data", ["中文".encode("utf-16"), b"ab\0c", "plain".encode("utf-16-le")])
+def test_sample_refuses_what_is_no_text(data, tmp_path, capsys):
+    """UTF-16 and binary files are one line that names the file; UTF-8 with a byte-order mark is text."""
+    (tmp_path / "book.txt").write_bytes(data)
+    ends_in_one_line(sample, ["--model", STUDENT, "--file", str(tmp_path / "book.txt")], "book.txt", capsys)
+    (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbfab\r\nc\xff")
+    assert common.read_text(tmp_path / "book.txt") == "ab\nc\ufffd"
+
+
 class Chatty:
     """A tokenizer with a chat template: one id per byte, 7 before a text, 8 after special ones."""
     bos = 7
