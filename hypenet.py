@@ -652,6 +652,9 @@ def write_file(path, content):
         os.umask(mask)
         os.chmod(tmp, 0o666 & ~mask)
         os.replace(tmp, path)
+    except OSError as error:
+        error.filename = error.filename or path      # a full disk names no file
+        raise
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)

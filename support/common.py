@@ -1,20 +1,29 @@
-"""What the programs share: command lines, devices, JSON files."""
+"""What the programs share: command lines, errors, devices, files of text and JSON."""
 import argparse
+import errno
 import json
 import math
 import os
+import re
 import sys
+import tempfile
+import traceback
 
 import torch
 
 from hypenet import write_file
 
+# ---- command lines -----------------------------------------------------------------------------------------
+
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line. A flag must be written out: --ctx, never --ct."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def number(kind, low, high=math.inf):
@@ -31,9 +40,16 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def filled(text):
+    """A type for add_argument: text that is not empty, as the value of an unset shell variable is."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the value is empty; give one, or leave the flag out")
+    return text
+
+
 def default_device(name=None):
-    """The device asked for (ValueError if there is no such one), else CUDA or Apple's, else the CPU. A GPU
-    that is asked for by number becomes the current one, on which graphs are recorded."""
+    """The device asked for, else CUDA, Apple's or the CPU. ValueError if this machine has no such device. A
+    GPU with a number becomes the current one, because CUDA graphs are recorded on the current one."""
     if name is None:
         mps = torch.backends.mps.is_available()
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -47,40 +63,136 @@ def default_device(name=None):
 
 
 def command_line(prog, run, argv):
-    """run(argv); what the user can mend ends in one line and exit status 2."""
+    """Call run(argv) for a program. An error ends it with one line: exit status 2 where the user can mend the
+    error, 1 where the program is wrong, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        run(argv)
         sys.stdout.flush()
     except BrokenPipeError:                          # "| head" has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except (ValueError, OSError) as e:
-        print(f"{prog}: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        line = explain(error, argv)
+        status = 2 if line else 1
+        line = line or (f"this program has a fault ({type(error).__name__}: {one_line(error)[:200]}); please "
+                        f"report it with the traceback in {keep_traceback(prog)}")
+        print(f"{prog}: {line}", file=sys.stderr)
+        raise SystemExit(status) from error
+
+
+# ---- errors ------------------------------------------------------------------------------------------------
+
+TOO_LARGE = (MemoryError, OverflowError, RecursionError, torch.OutOfMemoryError)
+TOO_LARGE_IN_WORDS = re.compile(                     # of torch and numpy
+    "out of memory|not enough memory|can't allocate memory|Invalid buffer size|ALLOC_FAILED"
+    "|size calculation overflowed|Overflow when unpacking|array is too big|Maximum allowed dimension")
+FIXES = {                                            # of errors of the operating system
+    errno.ENOSPC: "the disk is full; free some space, or write to another disk",
+    errno.EDQUOT: "your share of the disk is used up; free some space, or write to another disk",
+    errno.EROFS: "this disk can only be read; write to another disk",
+    errno.ENOENT: "there is no such file or folder; check the path",
+    errno.EISDIR: "it is a folder; give a file",
+    errno.ENOTDIR: "a part of this path is a file; give a folder",
+    errno.ENAMETOOLONG: "the name is too long; give a shorter one",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+}
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def explain(error, argv):
+    """What an error means and how to mend it, in one line; None if the user cannot mend it."""
+    text = one_line(error)
+    code = getattr(error, "errno", None) or int(re.findall(r"os error (\d+)|$", text)[0] or 0)   # Rust's
+    if code in FIXES or isinstance(error, OSError):
+        return explain_system(text, code, getattr(error, "filename", None))
+    plain = isinstance(error, (RuntimeError, TypeError, ValueError))
+    if isinstance(error, TOO_LARGE) or plain and TOO_LARGE_IN_WORDS.search(text):
+        largest = largest_number(argv)
+        fix = f"the largest number given is {largest}: lower it" if largest else "give less text"
+        kind = type(error).__name__
+        return f"a size is more than this machine can hold or count ({kind}: {text[:200]}); {fix}"
+    if isinstance(error, ImportError):
+        return f"{text}; install what requirements.txt lists"
+    return text if isinstance(error, ValueError) else None
+
+
+def explain_system(text, code, path):
+    """An error of the operating system: its file, and the fix that fits."""
+    fix = FIXES.get(code)
+    if code in (errno.EACCES, errno.EPERM):
+        fix = f"you need {missing_permission(path)}" if path else "you lack a permission"
+    if fix is None:
+        return text
+    return f"{path}: {fix}" if path else f"{fix} ({text})"
+
+
+def missing_permission(path):
+    """The permission that an access to a path lacks, such as "write permission in /data"."""
+    if os.path.exists(path):
+        kind = "write" if os.access(path, os.R_OK) else "read"
+        return f"{kind} permission for it"
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    kind = "write" if os.access(folder, os.X_OK) else "search"
+    return f"{kind} permission in {folder}"
+
+
+def largest_number(argv):
+    """The flag with the largest number on a command line, such as "--ctx 1000000", else an empty string."""
+    flag = found = ""
+    largest = 0.0
+    for word in argv:
+        if word.startswith("--"):
+            flag, _, word = word.partition("=")
+        try:
+            value = float(word.rpartition("=")[2])       # as in --plan distil.tokens=1e30
+        except ValueError:
+            continue
+        if value > largest and flag != "--seed":
+            largest, found = value, f"{flag} {word}"
+    return found
+
+
+def keep_traceback(prog):
+    """Write the traceback of the current error to the temp folder; return the file's path."""
+    with tempfile.NamedTemporaryFile("w", prefix=f"{prog}-", suffix=".txt", delete=False,
+                                     encoding="utf-8", errors="backslashreplace") as f:
+        traceback.print_exc(file=f)
+    return f.name
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def read_text(path):
+    """The text of a UTF-8 file. Bytes that are not UTF-8 become U+FFFD. ValueError for UTF-16 and binary."""
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        text = f.read()
+    if "\0" in text or text.startswith("\ufffd\ufffd"):         # the byte-order mark of UTF-16
+        raise ValueError(f"{path} is not UTF-8 text: it is UTF-16, or has NUL bytes; convert it to UTF-8")
+    return text
 
 
 def read_json(path, name, what):
-    """The object in path/name; ValueError, no {what}, where there is none."""
+    """The JSON object in the file path/name. ValueError if there is none: "no {what} in path"."""
     try:
         with open(os.path.join(path, name), encoding="utf-8") as f:
             value = json.load(f)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no {what} in {path}: it has no {name}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{path}/{name} is no {what}: it is not JSON, or no object; copy it again")
     return value
 
 
-def write_text(path, text):
-    def write(tmp):
-        with open(tmp, "w", encoding="utf-8") as f:
-            f.write(text)
-    write_file(path, write)
-
-
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
