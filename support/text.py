@@ -1,68 +1,65 @@
-"""Text: documents -> rows of token ids."""
+"""Text: documents -> rows of token ids.
+
+    data_sources, data_files   what --data names
+    documents                  the texts of files, one after the other, and their groups
+    load_text                  the ids of documents: encoded by all cores once, then read from a cache
+    read_shard                 ids that somebody else has encoded: FineWeb's shards, llm.c's
+    Source                     documents in a row, in an order that the seed draws, read in cells
+    Corpus                     sources mixed by weight: the rows of each stage, and the held-out text
+
+Memory does not grow with the text. Text is read twice as a stream: once for its hash, once to be encoded. Ids
+are on disk, in the folder HYPENET_CACHE or else ~/.cache/hypenet/text, which may be removed at any time.
+"""
 import bisect
+import codecs
 import gzip
 import hashlib
 import inspect
-import itertools
+import io
 import json
 import math
 import os
 import platform
 import random
 import re
+import sys
 import sysconfig
+import tempfile
+import time
 import zlib
-from functools import cached_property, lru_cache
+from array import array
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
-from support.recall import hide
+from hypenet import write_file
+from support.common import read_json, write_json
 from support.tokens import Tokenizer
 
-
-FINEWEB, SHARD = "kjj0/fineweb10B-gpt2", 10 ** 8     # of the hub: shards of so many GPT-2 tokens
-
-
+FINEWEB = "kjj0/fineweb10B-gpt2"                     # a data set of the hub
+SHARD = 10 ** 8                                      # tokens of each of its shards, encoded by GPT-2
 SHARDS = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, 103))]
+MAGIC = 20240520                                     # the first number of a shard
+GPT2_END = 50256                                     # GPT-2's largest id: the end of a document
+
+KINDS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet", ".bin")
+PIECE = 2 ** 16                                      # a .txt is cut at line ends into documents of this size
+LONGEST = 2 ** 22                                    # characters of a document; a longer one is cut
+LINE = 2 ** 28                                       # characters of a line of .jsonl, at most
+SMALL = 2 ** 24                                      # less text (bytes) is encoded anew at every start
+BATCH = 2 ** 19                                      # characters that a thread encodes in one go
+FORMAT = 1                                           # of the cache; another number makes all of it anew
+HELD_OUT = 2 ** 22                                   # held-out tokens of a source, at most
 
 
-MAGIC, GPT2_END = 20240520, 50256
-
-
-HELD_OUT = 2 ** 22                                   # tokens of a source that are measured on, at most
-
-
-def stdlib_documents():
-    """(group, text) of every source file of this Python's standard library, but for tests and site-packages.
-    A group is a top-level module or package: all of it stands on one side of the held-out split."""
-    root = sysconfig.get_paths()["stdlib"]
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    for folder, dirs, names in os.walk(root):
-        dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith("config-"))
-        for path in (os.path.join(folder, name) for name in sorted(names) if name.endswith(".py")):
-            with open(path, encoding="utf-8", errors="replace") as f:
-                yield os.path.relpath(path, root).split(os.sep)[0].removesuffix(".py"), f.read()
-
-
-def file_documents(files, piece=65536):
-    """(group, text) of .txt and .jsonl files, gzipped or not. A line of .jsonl is a document; a .txt is cut
-    at line ends into pieces of about 64 KB, so that one file can be split too. A group is a text: all copies
-    stand on one side."""
-    for path in files:
-        unpack = gzip.open if path.endswith(".gz") else open
-        try:
-            with unpack(path, "rt", encoding="utf-8-sig", errors="replace") as f:
-                while lines := f.readlines(piece):
-                    if path.endswith((".jsonl", ".jsonl.gz")):
-                        texts = [str(json.loads(line)["text"]) for line in lines if line.strip()]
-                    else:
-                        texts = ["".join(lines)]
-                    yield from zip(texts, texts)
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"--data {path}: not every line is a JSON object with a field text") from None
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            raise ValueError(f"--data {path}: damaged; copy it again") from None
+# ---- what --data names -------------------------------------------------------------------------------------
 
 
 def data_files(path):
@@ -71,10 +68,18 @@ def data_files(path):
         return SHARDS if path == "fineweb" else []
     if not os.path.exists(path):
         raise ValueError(f"--data {path}: not found; give files, folders, stdlib or fineweb")
-    kinds = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".bin")
-    inside = sorted(str(p) for p in Path(path).rglob("*") if p.is_file()) or [path]
-    if not (found := [p for p in inside if p.endswith(kinds)]):
-        raise ValueError(f"--data {path}: no file there ends in {', '.join(kinds)}")
+
+    def unreadable(error):
+        raise ValueError(f"--data {path}: {error.filename} cannot be read ({error.strerror}); allow it or move "
+                         "it elsewhere") from None
+    inside = [path]
+    if os.path.isdir(path):
+        inside = []
+        for folder, _, names in os.walk(Path(path), onerror=unreadable):
+            inside += [os.path.join(folder, name) for name in names]
+    found = sorted(p for p in inside if p.endswith(KINDS) and os.path.isfile(p))
+    if not found:
+        raise ValueError(f"--data {path}: no file there ends in {', '.join(KINDS)}")
     return found
 
 
@@ -85,21 +90,324 @@ def data_sources(data):
     for item in data:
         names += [item] if os.path.exists(item) else item.split(",")
     found = [(n, "") if os.path.exists(n) or ":" not in n else n.rsplit(":", 1) for n in names]
-    if not any(w for _, w in found) and ("fineweb" not in names or len(names) == 1):
+    weighted = any(weight for _, weight in found)
+    if not weighted and ("fineweb" not in names or len(names) == 1):
         return [(names, 1.0)]
     try:
-        weights = np.array([float(w) for _, w in found])
+        weights = [float(weight) for _, weight in found]
     except ValueError:
-        weights = np.zeros(1)
-    if not 0 < weights.min() <= weights.max() < math.inf:
+        weights = [0.0]
+    total = sum(weights)
+    if not (total < math.inf and all(weight / total > 0 for weight in weights if total)) or not total:
         raise ValueError(f"--data {' '.join(data)}: give each path a weight above 0, as in web/:0.7 "
                          "code/:0.3, or give none a weight")
-    return [([path], share) for (path, _), share in zip(found, weights / weights.sum())]
+    return [([path], weight / total) for (path, _), weight in zip(found, weights)]
+
+
+# ---- documents ---------------------------------------------------------------------------------------------
+
+
+def stdlib_files():
+    """(path, group) of every source file of this Python's standard library, but for tests and site-packages.
+    A group is a top-level module or package."""
+    root = sysconfig.get_paths()["stdlib"]
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    for folder, dirs, names in os.walk(root):
+        dirs[:] = sorted(d for d in dirs if d not in skip and not d.startswith("config-"))
+        for name in sorted(names):
+            if name.endswith(".py"):
+                path = os.path.join(folder, name)
+                yield path, os.path.relpath(path, root).split(os.sep)[0].removesuffix(".py")
+
+
+def documents(files):
+    """(group, text) of every document of [(path, group)]. A file with a group is one document. Without one, a
+    line of .jsonl or .parquet is a document, a .txt is cut at line ends, and the text is its own group. A
+    group stands on one side of the held-out split, and so do all copies of a text."""
+    for path, group in files:
+        if group is not None:
+            with open(path, encoding="utf-8", errors="replace") as f:
+                yield group, f.read()
+            continue
+        for text in texts_of(path):
+            for start in range(0, max(1, len(text)), LONGEST):
+                yield text, text[start:start + LONGEST]
+
+
+def texts_of(path):
+    """The texts of a file, one after the other; ValueError in one line if it is not what its name says."""
+    try:
+        if path.endswith(".parquet"):
+            yield from parquet_texts(path)
+            return
+        with open_text(path) as f:
+            yield from (jsonl_texts if path.endswith((".jsonl", ".jsonl.gz")) else txt_texts)(path, f)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise ValueError(f"--data {path}: damaged; copy it again") from None
+
+
+@contextmanager
+def open_text(path):
+    """A file of text, gzipped or not; ValueError if it begins as UTF-16 does."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as raw:
+        if raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"--data {path}: UTF-16; convert it to UTF-8, as iconv -f UTF-16 -t UTF-8 does")
+        raw.seek(0)
+        yield io.TextIOWrapper(raw, "utf-8-sig", "replace")
+
+
+def jsonl_texts(path, f):
+    for i, line in enumerate(iter(partial(f.readline, LINE), "")):
+        if line.strip():
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f"--data {path}: line {i + 1} is no JSON object with a string as field text")
+            yield text
+
+
+def txt_texts(path, f):
+    for text in iter(partial(f.read, PIECE + 1), ""):
+        if not text.endswith("\n"):
+            text += f.readline(LONGEST)
+        if 16 * text.count("\0") > len(text):
+            raise ValueError(f"--data {path}: full of NULs; give text in UTF-8")
+        yield text
+
+
+def parquet_texts(path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"--data {path}: pip install pyarrow to read .parquet, or give .jsonl") from None
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=["text"]):
+            texts = batch.column("text").to_pylist()
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError
+            yield from texts
+    except (ValueError, KeyError, TypeError, OSError):
+        raise ValueError(f"--data {path}: no whole .parquet with a column text of strings") from None
+
+
+# ---- documents -> ids, and the cache -----------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """Encoded documents, one after the other."""
+    ids: object                      # an array; where they are on disk, a function that maps them
+    sizes: np.ndarray                # (documents,) int64: ids of each
+    held_out: np.ndarray             # (documents,) bool
+    sha256: str                      # of the text
+
+
+class Survey(NamedTuple):
+    """What one reading of the text tells."""
+    name: str                        # a hash of texts, groups and where each document ends
+    sha256: str                      # of the text alone
+    held_out: np.ndarray             # (documents,) bool: one group in 16, the same ones on every machine
+    size: int                        # bytes
+
+
+def progress(what, total=None):
+    return tqdm(desc=f"{what:9s}", total=total, unit="B", unit_scale=True, dynamic_ncols=True, delay=1)
+
+
+def survey(files):
+    sha256, name = hashlib.sha256(), hashlib.sha256()
+    held_out = bytearray()
+    size = 0
+    with progress("read") as bar:
+        for group, text in documents(files):
+            data = text.encode("utf-8", "replace")
+            side = data if group is text else group.encode("utf-8", "replace")
+            side = hashlib.sha256(b"hypenet" + side).digest()
+            sha256.update(data)
+            name.update(side + len(data).to_bytes(8, "little"))
+            held_out.append(side[-1] % 16 == 0)
+            size += len(data)
+            bar.update(len(data))
+    name.update(sha256.digest())
+    return Survey(name.hexdigest(), sha256.hexdigest(), np.frombuffer(held_out, bool), size)
+
+
+def encode_document(tokenizer, ids):
+    """ids of a text, with those that begin and end a document, in as few bytes as they need."""
+    begin = [] if tokenizer.bos is None else [tokenizer.bos]
+    ids = np.concatenate((np.array(begin, np.int32), ids, np.array([tokenizer.end], np.int32)))
+    return ids.astype(id_type(tokenizer))
+
+
+def id_type(tokenizer):
+    return np.min_scalar_type(tokenizer.n_vocab - 1)
+
+
+def encode_batch(tokenizer, texts):
+    batch = getattr(tokenizer, "encode_batch", None)
+    return batch(texts) if batch else [tokenizer.encode_array(text) for text in texts]
+
+
+def batches(files):
+    """Lists of texts of about BATCH characters each."""
+    texts = []
+    size = 0
+    for _, text in documents(files):
+        texts.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield texts
+            texts = []
+            size = 0
+    if texts:
+        yield texts
+
+
+def encode(files, tokenizer, total, out):
+    """Write the ids of all documents to the file `out`, in their order; the number of ids of each, int64. All
+    cores encode, as threads: tokenizers let go of the interpreter while they work, and threads need neither
+    fork (which CUDA forbids) nor a copy of the program in each process."""
+    def ids_of(texts):
+        each = [encode_document(tokenizer, ids) for ids in encode_batch(tokenizer, texts)]
+        return np.concatenate(each), [len(ids) for ids in each], sum(map(len, texts))
+
+    sizes = array("q")
+    n = os.cpu_count() or 1
+    with ThreadPoolExecutor(n) as pool, progress("encode", total) as bar:
+        coming = deque()
+
+        def take():
+            ids, lengths, size = coming.popleft().result()
+            out.write(ids)
+            sizes.extend(lengths)
+            bar.update(size)
+        for texts in batches(files):
+            coming.append(pool.submit(ids_of, texts))
+            if len(coming) > 2 * n:
+                take()
+        while coming:
+            take()
+    out.flush()
+    return np.array(sizes, np.int64)
+
+
+def cache_path(name):
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(os.environ.get("HYPENET_CACHE") or os.path.join(home, "hypenet", "text"), name)
+
+
+def state_of(files):
+    """A name for files as they are, and the time of their last change in seconds, without reading them. What
+    ctime adds: a program can set the mtime of a file back, but not its ctime."""
+    facts = [os.path.abspath(path) for path, _ in files]
+    last = 0
+    for path, _ in files:
+        stat = os.stat(path)
+        facts += [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        last = max(last, stat.st_mtime_ns, stat.st_ctime_ns)
+    return hashlib.sha256(json.dumps([FORMAT, facts]).encode()).hexdigest()[:32], last / 1e9
+
+
+def shard_name(text_name, tokenizer):
+    """The name of a shard: a hash of its text and of all that turns the text into ids."""
+    digest = getattr(tokenizer, "digest", None)
+    if digest is None:
+        digest = hashlib.sha256(json.dumps(tokenizer.spec, sort_keys=True).encode()).hexdigest()
+    facts = [FORMAT, text_name, digest, tokenizer.bos, tokenizer.end, tokenizer.n_vocab]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def mapped(file, kind):
+    """A function that maps a file of ids. A row maps it anew: pages that were read would else count as memory
+    of this process until all of the file does."""
+    return lambda: np.asarray(np.memmap(file, kind, "r"))
+
+
+def open_cached(text_name, tokenizer, sha256):
+    """The Text of a shard in the cache; None if there is none, or it is not whole."""
+    path = cache_path(shard_name(text_name, tokenizer))
+    kind = id_type(tokenizer)
+    try:
+        index = np.load(path + ".npy")
+        file = open(path + ".ids", "rb")             # stays open: the ids outlive their name
+    except (OSError, ValueError, EOFError):
+        return None
+    if os.path.getsize(path + ".ids") != index["size"].sum() * kind.itemsize:
+        file.close()
+        return None
+    return Text(mapped(file, kind), index["size"].copy(), index["held_out"].copy(), sha256)
+
+
+def write_cached(found, files, tokenizer):
+    """Encode text into a shard of the cache: ids, then an index whose presence says that the ids are whole."""
+    path = cache_path(shard_name(found.name, tokenizer))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    index = np.zeros(len(found.held_out), [("size", "<i8"), ("held_out", "?")])
+    index["held_out"] = found.held_out
+
+    def write_ids(tmp):
+        with open(tmp, "wb") as f:
+            index["size"] = encode(files, tokenizer, found.size, f)
+
+    def write_index(tmp):
+        with open(tmp, "wb") as f:
+            np.save(f, index)
+    write_file(path + ".ids", write_ids)
+    write_file(path + ".npy", write_index)
+
+
+def load_text(files, tokenizer):
+    """The Text of [(path, group)]. Little text is encoded in memory. Other text is encoded once, by all
+    cores, into the cache; there a note, named by the state of the files, says the name of their text, so that
+    the next start need not read them. Files that changed within the last two seconds get no note: a further
+    change might leave their times as they are."""
+    began = time.time()
+    state, changed = state_of(files)
+    try:
+        note = read_json(cache_path(""), f"{state}.json", "note")
+        text = open_cached(note["name"], tokenizer, note["sha256"])
+        if text:
+            return text
+    except (OSError, ValueError, KeyError):
+        pass
+    found = survey(files)
+    if found.size < SMALL:
+        file = io.BytesIO()
+        sizes = encode(files, tokenizer, found.size, file)
+        ids = np.frombuffer(file.getvalue(), id_type(tokenizer))
+        text = Text(lambda: ids, sizes, found.held_out, found.sha256)
+    else:
+        text = open_cached(found.name, tokenizer, found.sha256) or encode_to_disk(found, files, tokenizer)
+    if state_of(files)[0] != state:
+        raise ValueError("--data: a file of text changed while it was read; start again")
+    if found.size >= SMALL and changed < began - 2:
+        with suppress(OSError):
+            write_json(cache_path(f"{state}.json"), dict(name=found.name, sha256=found.sha256))
+    return text
+
+
+def encode_to_disk(found, files, tokenizer):
+    """Encode text into the cache, or into a temporary file if the cache cannot be written."""
+    try:
+        write_cached(found, files, tokenizer)
+        text = open_cached(found.name, tokenizer, found.sha256)
+        if text:
+            return text
+    except OSError as e:
+        print(f"{cache_path('')}: {e.strerror}; the encoded text goes to a temporary file. HYPENET_CACHE names "
+              "another folder", file=sys.stderr)
+    file = tempfile.TemporaryFile()
+    sizes = encode(files, tokenizer, found.size, file)
+    return Text(mapped(file, id_type(tokenizer)), sizes, found.held_out, found.sha256)
+
+
+# ---- ids that others have encoded --------------------------------------------------------------------------
 
 
 @lru_cache(None)
 def read_shard(path):
-    """Tokens (n,) of a shard of FineWeb's or llm.c's, a memory map: 256 int32 (magic, version 1, n), then
+    """Ids (n,) of a shard of FineWeb's or llm.c's, a memory map: 256 int32 (magic, version 1, n), then
     uint16 ids of GPT-2, its end id before each document. ValueError if the file is anything else."""
     least = 0
     if path in SHARDS:
@@ -116,76 +424,131 @@ def read_shard(path):
     return np.memmap(path, "<u2", "r", offset=1024)
 
 
+def shard_ids(path, places):
+    """Ids of a shard at some places; ValueError if one is none of GPT-2's."""
+    ids = read_shard(path)[places]
+    if ids.max(initial=0) > GPT2_END:
+        raise ValueError(f"{path} holds the id {ids.max():,}; ids of GPT-2 go up to {GPT2_END:,}. Give text, or "
+                         "a shard that GPT-2's tokenizer has encoded")
+    return ids
+
+
+# ---- documents in a row ------------------------------------------------------------------------------------
+
+
+class Row:
+    """Documents of a Text, in an order of their own, as one long row of ids."""
+
+    def __init__(self, text, order):
+        self.ids = text.ids
+        self.sizes = text.sizes[order]
+        self.starts = (np.cumsum(text.sizes) - text.sizes)[order]   # of the documents, in the text
+        self.places = np.cumsum(self.sizes) - self.sizes            # and in this row
+
+    def __len__(self):
+        return int(self.sizes.sum())
+
+    def read(self, at, n):
+        """Up to n ids from place `at` on."""
+        i = max(0, np.searchsorted(self.places, at, "right") - 1)   # the document of the first id
+        ids = self.ids()
+        found = [ids[:0]]
+        while n > 0 and i < len(self.sizes):
+            skip = at - self.places[i]
+            part = ids[self.starts[i] + skip:self.starts[i] + min(self.sizes[i], skip + n)]
+            found.append(part)
+            n -= len(part)
+            at += len(part)
+            i += 1
+        return np.concatenate(found)
+
+
 class Source:
-    """Documents in a row, the end id after each. All text is one part of it, in memory, in an order that the
-    seed draws; each shard of tokens is one, memory-mapped. held_out (n,) is one group of text in 16, the same
-    ones on every machine, and what shards with "val" in their names begin with.
+    """Documents in a row, the end id after each. All text is one part of the source, in an order that the
+    seed draws; each shard of tokens is a further part. held_out (n,) is one group of text in 16, the same
+    ones on every machine, and the beginning of shards with "val" in their names.
 
-    It is read in cells of so many ids: those of one part in an order that each epoch draws anew, then those
-    of the next. No id comes twice an epoch, and a cell is found by its number: a run remembers no more."""
+    A source is read in cells of `cell` ids: the cells of one part, in an order that each epoch draws anew,
+    then those of the next part. No id comes twice an epoch. A cell is found by its number, so that a run
+    need remember nothing but how many it took."""
 
-    def __init__(self, paths, tokenizer, seed, cell, digest):
-        self.tokenizer, self.seed, self.cell, self.gpt2 = tokenizer, seed, cell, None
+    def __init__(self, paths, tokenizer, seed, cell):
+        self.tokenizer, self.seed, self.cell = tokenizer, seed, cell
         self.order = lru_cache(8)(self.order)
         files = [p for path in paths for p in data_files(path)]
         shards = [p for p in files if p.endswith(".bin")]
-        stdlib = stdlib_documents() if "stdlib" in paths else []
-        sides = [], []                                              # documents to train on, held out
-        for group, text in itertools.chain(stdlib, file_documents([p for p in files if p not in shards])):
-            digest.update(text.encode("utf-8", "replace"))
-            name = hashlib.sha256(b"hypenet" + group.encode("utf-8", "replace")).hexdigest()
-            sides[int(name, 16) % 16 == 0].append(self.document(text))
-        self.documents = sum(map(len, sides))
-        random.Random(seed).shuffle(sides[0])
-        train, held_out = (np.concatenate([*side, self.document("")[:0]]) for side in sides)
-        self.parts, self.sizes = [train], [len(train)]              # text, then the names of shards
+        text = load_text([*(stdlib_files() if "stdlib" in paths else []),
+                          *((p, None) for p in files if p not in shards)], tokenizer)
+        self.documents = len(text.sizes)
+        order = array("q", range(self.documents - int(text.held_out.sum())))
+        random.Random(seed).shuffle(order)
+        train = Row(text, np.flatnonzero(~text.held_out)[np.array(order, int)])
+        held_out = [Row(text, np.flatnonzero(text.held_out)).read(0, HELD_OUT)]
+        self.parts = [train]                                        # text, then the names of shards
+        self.sizes = [len(train)]
+        self.names = [text.sha256] if self.documents else []        # of what is read: Corpus hashes them
+
+        lengths = [SHARD if path in SHARDS else len(read_shard(path)) for path in shards]
+        self.gpt2 = None                                            # decodes shards for another tokenizer
         if shards and (tokenizer.n_vocab != GPT2_END + 1 or tokenizer.encode("Hello world") != [15496, 995]):
             self.gpt2 = Tokenizer.load("gpt2")
-        for path in shards:
-            n, name = SHARD if path in SHARDS else len(read_shard(path)), os.path.basename(path)
-            digest.update(f"{name} {n}".encode())
+        for path, n in zip(shards, lengths):
+            name = os.path.basename(path)
+            self.names.append(f"{name} {n}")
             if "val" in name:
-                held_out = np.concatenate((held_out, self.encode(read_shard(path)[:HELD_OUT])))
+                held_out.append(self.encode(shard_ids(path, slice(HELD_OUT))))
             else:
                 self.parts.append(path)
                 self.sizes.append(n)
-        self.held_out = held_out[:HELD_OUT].astype(np.int32)
+                if path not in SHARDS:
+                    shard_ids(path, slice(2 ** 20))                 # a foreign one fails now
+        self.held_out = np.concatenate(held_out)[:HELD_OUT].astype(np.int32)
         self.begins = np.cumsum([0] + [max(0, n - 1) // cell for n in self.sizes]).tolist()   # in cells
         if not self.begins[-1]:
             raise ValueError(f"--data {' '.join(paths)}: too few tokens to train on in sequences of {cell:,}")
-
-    def document(self, text):
-        """Its ids, with what begins and ends a document, in as few bytes as they need."""
-        t = self.tokenizer
-        ids = np.concatenate(([] if t.bos is None else [t.bos], t.encode_array(text), [t.end]))
-        return ids.astype(np.min_scalar_type(t.n_vocab - 1))
 
     def encode(self, tokens):
         """Ids of a shard as ids of the tokenizer: the same if it is GPT-2's, else by way of their text."""
         if self.gpt2 is None:
             return tokens
-        documents = np.split(tokens, np.flatnonzero(tokens == GPT2_END))
-        texts = (self.gpt2.decode(ids[ids != GPT2_END].tolist()) for ids in documents if len(ids))
-        return np.concatenate([self.document(text) for text in texts])
+        found = [tokens[:0]]
+        for ids in np.split(tokens, np.flatnonzero(tokens == GPT2_END)):
+            if len(ids):
+                text = self.gpt2.decode(ids[ids != GPT2_END].tolist())
+                found.append(encode_document(self.tokenizer, self.tokenizer.encode_array(text)))
+        return np.concatenate(found)
 
     def order(self, k):
         """Where the cells of the k-th part, over all epochs, begin, in the order in which they are read."""
-        n, rng = self.sizes[k % len(self.parts)] - 1, np.random.default_rng([self.seed, k])
+        n = self.sizes[k % len(self.parts)] - 1
+        rng = np.random.default_rng([self.seed, k])
         return rng.integers(n % self.cell + 1) + self.cell * rng.permutation(n // self.cell)
 
     def read(self, c, start, n):
-        """Ids (n,) int64 from place `start` on in cell c, counted over all epochs. A row of a shard that is
-        encoded anew begins where it would, and is as much text as gives n ids."""
+        """Ids (n,) int64 from place `start` on in cell c, counted over all epochs."""
         epoch, c = divmod(c, self.begins[-1])
         j = bisect.bisect(self.begins, c) - 1                       # the part
         at = self.order(epoch * len(self.parts) + j)[c - self.begins[j]] + start
-        ids = (read_shard(self.parts[j]) if j else self.parts[0])[at:at + n]
-        if j and self.gpt2:
-            tokens, ids, size = read_shard(self.parts[j]), [], n
-            while len(ids) < n:                                     # at the end of a shard on from its start
-                size += n // 4 + 1
-                ids = self.encode(tokens.take(np.arange(at, at + size), mode="wrap"))[:n]
+        if j == 0:
+            ids = self.parts[0].read(at, n)
+        elif self.gpt2 is None:
+            ids = shard_ids(self.parts[j], slice(at, at + n))
+        else:
+            ids = self.read_encoded(self.parts[j], at, n)
         return ids.astype(np.int64)
+
+    def read_encoded(self, path, at, n):
+        """n ids of the tokenizer for the text of a shard from place `at` on; past its end it begins anew."""
+        size = n
+        while True:
+            size += n // 4 + 1
+            places = np.arange(at, at + size) % len(read_shard(path))
+            ids = self.encode(shard_ids(path, places))
+            if len(ids) >= n:
+                return ids[:n]
+
+
+# ---- rows of every stage -----------------------------------------------------------------------------------
 
 
 class Corpus:
@@ -194,22 +557,25 @@ class Corpus:
     of so many tokens, at least a sequence of any stage. ValueError if there is too little of it."""
 
     def __init__(self, tokenizer, data=None, seed=0, cell=1024):
-        self.tokenizer, self.seed, self.cell, digest = tokenizer, seed, cell, hashlib.sha256()
+        self.tokenizer, self.seed, self.cell = tokenizer, seed, cell
         self.paths, shares = zip(*data_sources(data or ["stdlib"]))
-        self.shares, self.taken = np.array(shares), np.zeros(len(shares), int)          # cells, by stages
-        self.sources = [Source(paths, tokenizer, seed, cell, digest) for paths in self.paths]
+        self.shares = np.array(shares)
+        self.taken = np.zeros(len(shares), int)                     # cells of each source, by stages
+        self.sources = [Source(paths, tokenizer, seed, cell) for paths in self.paths]
         tokens = sum(sum(source.sizes) + len(source.held_out) for source in self.sources)
         if not data and tokens < 2e6:
             raise ValueError(f"only {tokens:,} tokens of source in Python's standard library (stripped?); "
                              "give text of your own with --data")
         self.held_out = np.concatenate([source.held_out for source in self.sources])
+        names = sum([source.names for source in self.sources], [])
+        sha256 = names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()
         self.facts = dict(name=" ".join(data or ["stdlib"]), python=platform.python_version(), tokens=tokens,
-                          documents=sum(s.documents for s in self.sources), sha256=digest.hexdigest())
+                          documents=sum(s.documents for s in self.sources), sha256=sha256)
 
     def split(self, rows):
         """How many of the first so many rows of a stage each source gives: (sources,)."""
-        n, most = np.floor(self.shares * rows + 1e-6).astype(int), self.shares.argmax()
-        n[most] += rows - n.sum()
+        n = np.floor(self.shares * rows + 1e-6).astype(int)
+        n[self.shares.argmax()] += rows - n.sum()
         return n
 
     def advance(self, plan):
@@ -218,43 +584,49 @@ class Corpus:
         self.taken = self.taken + np.ceil(self.split(plan.steps * plan.batch) / rows_in_cell).astype(int)
 
     def rows(self, stage, plan):
-        """The training sequences of a stage, a function: step -> (batch, length + 1) int64, a share
-        plan.recall of them with something to recall (hide). The stage takes cells of each source in turn
-        and cuts them into rows, shuffled in blocks of 2^24 tokens; the last id of one row is the first of the
-        next."""
-        total, taken, size = plan.steps * plan.batch, self.taken, max(plan.batch, 2 ** 24 // plan.length)
-        key, in_cell = [self.seed, zlib.crc32(stage.encode())], self.cell // plan.length
+        """The rows of a stage, a function of the step -> (batch, length + 1) int64. The stage takes cells of
+        each source in turn and cuts them into rows, shuffled in blocks of 2^24 tokens. The last id of one row
+        is the first of the next."""
+        total = plan.steps * plan.batch
+        in_cell = self.cell // plan.length                          # rows of a cell
+        size = max(plan.batch, 2 ** 24 // plan.length)              # rows of a block
+        key = [self.seed, zlib.crc32(stage.encode())]
+        taken = self.taken
 
         @lru_cache(2)
         def block(b):                                               # (rows, 3): source, cell, start in it
-            rows, firsts, ends = [], self.split(b * size), self.split(min(total, (b + 1) * size))
-            for source, (first, end) in enumerate(zip(firsts, ends)):
-                i = np.arange(first, end)
-                cells, starts = taken[source] + i // in_cell, i % in_cell * plan.length
-                rows.append(np.stack((np.full(len(i), source), cells, starts), 1))
-            return np.random.default_rng([*key, b, 2]).permutation(np.concatenate(rows))
+            places = []
+            firsts = self.split(b * size)
+            ends = self.split(min(total, (b + 1) * size))
+            for source in range(len(self.sources)):
+                i = np.arange(firsts[source], ends[source])
+                cells = taken[source] + i // in_cell
+                places.append(np.stack((np.full(len(i), source), cells, i % in_cell * plan.length), 1))
+            return np.random.default_rng([*key, b, 2]).permutation(np.concatenate(places))
 
-        def batch(step):
-            where = [block(i // size)[i % size] for i in range(step * plan.batch, (step + 1) * plan.batch)]
-            rows = np.stack([self.sources[s].read(c, start, plan.length + 1) for s, c, start in where])
-            rng = np.random.default_rng([*key, step])
-            share = plan.recall * plan.batch                       # less than 1: now and then a row
-            for row in rows[:int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)]:
-                hide(self.tokenizer, row, rng, plan.varied)
-            return rows
-        return batch
+        def rows_of(step):
+            rows = []
+            for i in range(step * plan.batch, (step + 1) * plan.batch):
+                source, cell, start = block(i // size)[i % size]
+                rows.append(self.sources[source].read(cell, start, plan.length + 1))
+            return np.stack(rows)
+        return rows_of
+
+    # ---- held-out text
 
     @cached_property
     def prose(self):
-        """Ids (n,) of natural text, held out: of the standard library what its docstrings say, else all."""
-        text = self.tokenizer.decode(self.held_out.tolist()) if self.paths == (["stdlib"],) else ""
+        """Ids (n,) of natural text, held out: of the standard library the words of its docstrings, else all."""
+        if self.paths != (["stdlib"],):
+            return self.held_out
+        text = self.tokenizer.decode(self.held_out.tolist())
         found = re.findall(r'^ *r?"""([A-Z](?:(?!""").)*)', text, re.DOTALL | re.MULTILINE)
         prose = "\n\n".join(inspect.cleandoc(string) for string in found if len(string) > 200)
         return self.tokenizer.encode_array(prose) if prose else self.held_out
 
     def windows(self, rng, batch, length, prose=False):
-        """(batch, length) int64: stretches of held-out text from random places; of prose (if that is asked
-        for), which is short, around and around."""
+        """(batch, length) int64: stretches of held-out text from random places. Prose is short: a stretch that
+        is longer begins anew at its end."""
         if prose:
             starts = rng.integers(0, len(self.prose), batch)
             rows = [self.prose.take(np.arange(s, s + length), mode="wrap") for s in starts]
@@ -264,3 +636,8 @@ class Corpus:
                              f"of {length:,}; give more --data (1/16 of text, shards with val in the name)")
         starts = rng.integers(0, len(self.held_out) - length + 1, batch)
         return np.stack([self.held_out[s:s + length] for s in starts]).astype(np.int64)
+
+    def held_out_batches(self, length, count, seed=0):
+        """[(idx, targets)]: `count` sequences of held-out text, (b,length) each, the same at every call."""
+        rows = torch.from_numpy(self.windows(np.random.default_rng([seed, 1]), count, length + 1))
+        return [(part[:, :-1], part[:, 1:]) for part in rows.split(max(1, 2 ** 14 // length))]
