@@ -20,8 +20,8 @@ import torch
 
 from support.run import bf16
 
-KEY_NAMES = tuple("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble nettle "
-                  "opal pepper quartz raven saffron thistle".split())
+KEY_NAMES = tuple("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble "
+                  "nettle opal pepper quartz raven saffron thistle".split())
 
 # `reworded` draws from these: what joins words and value, what ends a sentence, what a value is made of.
 JOINTS = (" is", " was", " has", " =", ":", " equals", " of")
@@ -37,7 +37,7 @@ class Task(NamedTuple):
     size: int = 5                    # characters of a value
     needles: int = 1                 # needles in a text, each with its own name; a test asks for the first
     names: tuple = KEY_NAMES         # the names to draw from
-    prose: bool = True               # a test hides the needle in natural text, else in text like the training's
+    prose: bool = True               # a test hides the needle in natural text, else in text as in training
 
 
 NUMBER = ("\nThe special magic number for {name} is {value}.\n",
@@ -83,7 +83,7 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
         raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
                          f"{len(text) - left} tokens; use a longer length")
 
-    order = [*range(len(names)), *asked]                            # a name comes first as needle, then asked for
+    order = [*range(len(names)), *asked]                            # of names: first told, then asked for
     if depth is None:
         cuts = np.sort(rng.integers(0, left + 1, len(order)))
         if len(names) > 1:

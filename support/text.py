@@ -1,14 +1,15 @@
 """Text: documents -> rows of token ids.
 
     data_sources, data_files   what --data names
-    documents                  the texts of files, one after the other, and their groups
-    load_text                  the ids of documents: encoded by all cores once, then read from a cache
-    read_shard                 ids that somebody else has encoded: FineWeb's shards, llm.c's
-    Source                     documents in a row, in an order that the seed draws, read in cells
+    documents                  the texts of files, one after the other, each with its group
+    load_text                  the ids of documents: all cores encode them once, a cache on disk keeps them
+    read_shard                 ids that others have encoded: the shards of FineWeb and llm.c
+    Source                     documents in a row, in an order that the seed draws
     Corpus                     sources mixed by weight: the rows of each stage, and the held-out text
 
-Memory does not grow with the text. Text is read twice as a stream: once for its hash, once to be encoded. Ids
-are on disk, in the folder HYPENET_CACHE or else ~/.cache/hypenet/text, which may be removed at any time.
+A corpus may be larger than the memory. Text is therefore read as a stream, once for its hash and once for its
+ids. The ids stand on disk, in the folder HYPENET_CACHE or else ~/.cache/hypenet/text. Whoever needs the space
+may remove that folder at any time.
 """
 import bisect
 import codecs
@@ -17,7 +18,6 @@ import hashlib
 import inspect
 import io
 import json
-import math
 import os
 import platform
 import random
@@ -43,20 +43,23 @@ from hypenet import write_file
 from support.common import read_json, write_json
 from support.tokens import Tokenizer
 
-FINEWEB = "kjj0/fineweb10B-gpt2"                     # a data set of the hub
-SHARD = 10 ** 8                                      # tokens of each of its shards, encoded by GPT-2
+FINEWEB = "kjj0/fineweb10B-gpt2"                     # a data set of the hub, encoded by GPT-2's tokenizer
+SHARD = 10 ** 8                                      # tokens of each of its shards
 SHARDS = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, 103))]
 MAGIC = 20240520                                     # the first number of a shard
-GPT2_END = 50256                                     # GPT-2's largest id: the end of a document
+GPT2_END = 50256                                     # GPT-2's end of a document, its largest id
 
 KINDS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet", ".bin")
-PIECE = 2 ** 16                                      # a .txt is cut at line ends into documents of this size
+PIECE = 2 ** 16                                      # characters; a .txt is cut into documents of this size
 LONGEST = 2 ** 22                                    # characters of a document; a longer one is cut
 LINE = 2 ** 28                                       # characters of a line of .jsonl, at most
-SMALL = 2 ** 24                                      # less text (bytes) is encoded anew at every start
-BATCH = 2 ** 19                                      # characters that a thread encodes in one go
-FORMAT = 1                                           # of the cache; another number makes all of it anew
 HELD_OUT = 2 ** 22                                   # held-out tokens of a source, at most
+FIRST = 2 ** 20                                      # tokens of a shard that are judged at the start
+
+SMALL = 2 ** 24                                      # characters; less text is encoded at every start
+BATCH = 2 ** 19                                      # characters that a thread encodes at once
+FORMAT = 1                                           # of the cache; a higher number makes old files useless
+INDEX = [("size", "<i8"), ("held_out", "?")]         # of a document in the cache: its number of ids, its side
 
 
 # ---- what --data names -------------------------------------------------------------------------------------
@@ -70,8 +73,8 @@ def data_files(path):
         raise ValueError(f"--data {path}: not found; give files, folders, stdlib or fineweb")
 
     def unreadable(error):
-        raise ValueError(f"--data {path}: {error.filename} cannot be read ({error.strerror}); allow it or move "
-                         "it elsewhere") from None
+        raise ValueError(f"--data {path}: the folder {error.filename} cannot be read ({error.strerror}); let "
+                         "it be read, or leave it out")
     inside = [path]
     if os.path.isdir(path):
         inside = []
@@ -84,8 +87,8 @@ def data_files(path):
 
 
 def data_sources(data):
-    """[(paths, share of the rows)] of --data: each path with a weight is a source, those without are one.
-    ValueError if only some have a weight, or one is not above 0."""
+    """[(paths, share of the rows)] of --data. Each path with a weight is a source; paths without weights are
+    one source together. ValueError if only some paths have a weight, or a weight is not above 0."""
     names = []
     for item in data:
         names += [item] if os.path.exists(item) else item.split(",")
@@ -94,21 +97,22 @@ def data_sources(data):
     if not weighted and ("fineweb" not in names or len(names) == 1):
         return [(names, 1.0)]
     try:
-        weights = [float(weight) for _, weight in found]
+        weights = np.array([float(weight) for _, weight in found])
     except ValueError:
-        weights = [0.0]
-    total = sum(weights)
-    if not (total < math.inf and all(weight / total > 0 for weight in weights if total)) or not total:
+        weights = np.zeros(1)
+    with np.errstate(all="ignore"):
+        shares = weights / weights.sum()
+    if not (weights.min() > 0 and shares.min() > 0):                # not for NaN, nor where the sum overflows
         raise ValueError(f"--data {' '.join(data)}: give each path a weight above 0, as in web/:0.7 "
                          "code/:0.3, or give none a weight")
-    return [([path], weight / total) for (path, _), weight in zip(found, weights)]
+    return [([path], share) for (path, _), share in zip(found, shares)]
 
 
 # ---- documents ---------------------------------------------------------------------------------------------
 
 
 def stdlib_files():
-    """(path, group) of every source file of this Python's standard library, but for tests and site-packages.
+    """(path, group) of every source file of this Python's standard library, without tests and site-packages.
     A group is a top-level module or package."""
     root = sysconfig.get_paths()["stdlib"]
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -121,9 +125,11 @@ def stdlib_files():
 
 
 def documents(files):
-    """(group, text) of every document of [(path, group)]. A file with a group is one document. Without one, a
-    line of .jsonl or .parquet is a document, a .txt is cut at line ends, and the text is its own group. A
-    group stands on one side of the held-out split, and so do all copies of a text."""
+    """(group, text) of every document of [(path, group)], as a stream.
+
+    A file with a group is one document. In a file without a group (None), each line of .jsonl and each row of
+    .parquet is a document, and a .txt is cut at line ends into documents; each text is its own group. A group
+    stands on one side of the held-out split, so that no copy of a held-out text is trained on."""
     for path, group in files:
         if group is not None:
             with open(path, encoding="utf-8", errors="replace") as f:
@@ -135,30 +141,34 @@ def documents(files):
 
 
 def texts_of(path):
-    """The texts of a file, one after the other; ValueError in one line if it is not what its name says."""
+    """The texts of a file, one after the other. ValueError if the file is not what its name says."""
     try:
         if path.endswith(".parquet"):
             yield from parquet_texts(path)
-            return
-        with open_text(path) as f:
-            yield from (jsonl_texts if path.endswith((".jsonl", ".jsonl.gz")) else txt_texts)(path, f)
+        elif path.endswith((".jsonl", ".jsonl.gz")):
+            yield from jsonl_texts(path)
+        else:
+            yield from txt_texts(path)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise ValueError(f"--data {path}: damaged; copy it again") from None
 
 
 @contextmanager
 def open_text(path):
-    """A file of text, gzipped or not; ValueError if it begins as UTF-16 does."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as raw:
+    """A file of text, gzipped or not, open for reading. ValueError if the file begins as UTF-16 does."""
+    unpack = gzip.open if path.endswith(".gz") else open
+    with unpack(path, "rb") as raw:
         if raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise ValueError(f"--data {path}: UTF-16; convert it to UTF-8, as iconv -f UTF-16 -t UTF-8 does")
+            raise ValueError(f"--data {path}: text in UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
         raw.seek(0)
         yield io.TextIOWrapper(raw, "utf-8-sig", "replace")
 
 
-def jsonl_texts(path, f):
-    for i, line in enumerate(iter(partial(f.readline, LINE), "")):
-        if line.strip():
+def jsonl_texts(path):
+    with open_text(path) as f:
+        for i, line in enumerate(iter(partial(f.readline, LINE), "")):
+            if line.isspace():
+                continue
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError, RecursionError):
@@ -168,20 +178,23 @@ def jsonl_texts(path, f):
             yield text
 
 
-def txt_texts(path, f):
-    for text in iter(partial(f.read, PIECE + 1), ""):
-        if not text.endswith("\n"):
-            text += f.readline(LONGEST)
-        if 16 * text.count("\0") > len(text):
-            raise ValueError(f"--data {path}: full of NULs; give text in UTF-8")
-        yield text
+def txt_texts(path):
+    """Pieces of PIECE characters and the rest of their last line."""
+    with open_text(path) as f:
+        for text in iter(partial(f.read, PIECE + 1), ""):
+            if not text.endswith("\n"):
+                text += f.readline(LONGEST - len(text))
+            if 16 * text.count("\0") > len(text):
+                raise ValueError(f"--data {path}: full of NULs; give text in UTF-8")
+            yield text
 
 
 def parquet_texts(path):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"--data {path}: pip install pyarrow to read .parquet, or give .jsonl") from None
+        raise ValueError(f"--data {path}: reading .parquet needs pyarrow; pip install pyarrow, or give .jsonl"
+                         ) from None
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=["text"]):
             texts = batch.column("text").to_pylist()
@@ -189,68 +202,31 @@ def parquet_texts(path):
                 raise TypeError
             yield from texts
     except (ValueError, KeyError, TypeError, OSError):
-        raise ValueError(f"--data {path}: no whole .parquet with a column text of strings") from None
+        raise ValueError(f"--data {path}: no table with a column text of strings; copy it again, or give "
+                         ".jsonl") from None
 
 
-# ---- documents -> ids, and the cache -----------------------------------------------------------------------
-
-
-class Text(NamedTuple):
-    """Encoded documents, one after the other."""
-    ids: object                      # an array; where they are on disk, a function that maps them
-    sizes: np.ndarray                # (documents,) int64: ids of each
-    held_out: np.ndarray             # (documents,) bool
-    sha256: str                      # of the text
-
-
-class Survey(NamedTuple):
-    """What one reading of the text tells."""
-    name: str                        # a hash of texts, groups and where each document ends
-    sha256: str                      # of the text alone
-    held_out: np.ndarray             # (documents,) bool: one group in 16, the same ones on every machine
-    size: int                        # bytes
-
-
-def progress(what, total=None):
-    return tqdm(desc=f"{what:9s}", total=total, unit="B", unit_scale=True, dynamic_ncols=True, delay=1)
-
-
-def survey(files):
-    sha256, name = hashlib.sha256(), hashlib.sha256()
-    held_out = bytearray()
-    size = 0
-    with progress("read") as bar:
-        for group, text in documents(files):
-            data = text.encode("utf-8", "replace")
-            side = data if group is text else group.encode("utf-8", "replace")
-            side = hashlib.sha256(b"hypenet" + side).digest()
-            sha256.update(data)
-            name.update(side + len(data).to_bytes(8, "little"))
-            held_out.append(side[-1] % 16 == 0)
-            size += len(data)
-            bar.update(len(data))
-    name.update(sha256.digest())
-    return Survey(name.hexdigest(), sha256.hexdigest(), np.frombuffer(held_out, bool), size)
-
-
-def encode_document(tokenizer, ids):
-    """ids of a text, with those that begin and end a document, in as few bytes as they need."""
-    begin = [] if tokenizer.bos is None else [tokenizer.bos]
-    ids = np.concatenate((np.array(begin, np.int32), ids, np.array([tokenizer.end], np.int32)))
-    return ids.astype(id_type(tokenizer))
+# ---- documents -> ids --------------------------------------------------------------------------------------
 
 
 def id_type(tokenizer):
+    """The smallest type of numpy that holds every id."""
     return np.min_scalar_type(tokenizer.n_vocab - 1)
 
 
-def encode_batch(tokenizer, texts):
-    batch = getattr(tokenizer, "encode_batch", None)
-    return batch(texts) if batch else [tokenizer.encode_array(text) for text in texts]
+def encode_documents(tokenizer, texts):
+    """The ids of each text, with the ids that begin and end a document."""
+    if hasattr(tokenizer, "encode_batch"):
+        found = tokenizer.encode_batch(texts)
+    else:
+        found = [tokenizer.encode_array(text) for text in texts]
+    begin = np.array([] if tokenizer.bos is None else [tokenizer.bos], np.int32)
+    end = np.array([tokenizer.end], np.int32)
+    return [np.concatenate((begin, ids, end)).astype(id_type(tokenizer)) for ids in found]
 
 
 def batches(files):
-    """Lists of texts of about BATCH characters each."""
+    """The texts of all documents, in lists of about BATCH characters."""
     texts = []
     size = 0
     for _, text in documents(files):
@@ -260,146 +236,184 @@ def batches(files):
             yield texts
             texts = []
             size = 0
-    if texts:
-        yield texts
+    yield texts
 
 
-def encode(files, tokenizer, total, out):
-    """Write the ids of all documents to the file `out`, in their order; the number of ids of each, int64. All
-    cores encode, as threads: tokenizers let go of the interpreter while they work, and threads need neither
-    fork (which CUDA forbids) nor a copy of the program in each process."""
-    def ids_of(texts):
-        each = [encode_document(tokenizer, ids) for ids in encode_batch(tokenizer, texts)]
-        return np.concatenate(each), [len(ids) for ids in each], sum(map(len, texts))
+def progress(what, total=None):
+    return tqdm(desc=f"{what:9s}", total=total, unit="char", unit_scale=True, dynamic_ncols=True, delay=1)
 
-    sizes = array("q")
-    n = os.cpu_count() or 1
-    with ThreadPoolExecutor(n) as pool, progress("encode", total) as bar:
-        coming = deque()
 
-        def take():
-            ids, lengths, size = coming.popleft().result()
-            out.write(ids)
-            sizes.extend(lengths)
-            bar.update(size)
+def encode(files, tokenizer, size, out):
+    """Write the ids of all documents, in their order, to the open file `out`. Returns each document's number
+    of ids, (documents,) int64. size: characters of text in all.
+
+    Threads encode, one per core. Tokenizers release Python's lock while they work, so threads suffice.
+    Processes would need fork, which CUDA forbids, or a copy of the whole program each."""
+    n_ids = array("q")
+    n_threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(n_threads) as pool, progress("encode", size) as bar:
+        coming = deque()                                            # of encoded batches, the oldest first
+
+        def write_oldest():
+            for ids in coming.popleft().result():
+                out.write(ids)
+                n_ids.append(len(ids))
         for texts in batches(files):
-            coming.append(pool.submit(ids_of, texts))
-            if len(coming) > 2 * n:
-                take()
+            coming.append(pool.submit(encode_documents, tokenizer, texts))
+            if len(coming) > 2 * n_threads:                         # enough to keep all threads busy
+                write_oldest()
+            bar.update(sum(map(len, texts)))
         while coming:
-            take()
+            write_oldest()
     out.flush()
-    return np.array(sizes, np.int64)
+    return np.array(n_ids, np.int64)
+
+
+# ---- the cache of ids --------------------------------------------------------------------------------------
+
+
+class Survey(NamedTuple):
+    """What a first reading of the text tells."""
+    name: str                        # a hash of all texts and groups, and of where each document ends
+    sha256: str                      # a hash of all texts, joined
+    held_out: np.ndarray             # (documents,) bool: one group in 16, the same groups on every machine
+    size: int                        # characters
+
+
+class Text(NamedTuple):
+    """Encoded documents, one after the other."""
+    ids: object                      # a function that gives all ids, an array or a memory map
+    n_ids: np.ndarray                # (documents,) int64: the number of ids of each
+    held_out: np.ndarray             # (documents,) bool
+    sha256: str
+
+
+def survey(files):
+    sha256 = hashlib.sha256()
+    name = hashlib.sha256()
+    held_out = bytearray()
+    size = 0
+    with progress("read") as bar:
+        for group, text in documents(files):
+            data = text.encode("utf-8", "replace")
+            group = data if group is text else group.encode("utf-8", "replace")
+            side = hashlib.sha256(b"hypenet" + group).digest()
+            sha256.update(data)
+            name.update(side + len(data).to_bytes(8, "little"))
+            held_out.append(side[-1] % 16 == 0)
+            size += len(text)
+            bar.update(len(text))
+    name.update(sha256.digest())
+    return Survey(name.hexdigest(), sha256.hexdigest(), np.frombuffer(held_out, bool), size)
 
 
 def cache_path(name):
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(os.environ.get("HYPENET_CACHE") or os.path.join(home, "hypenet", "text"), name)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(os.environ.get("HYPENET_CACHE") or os.path.join(cache, "hypenet", "text"), name)
+
+
+def shard_path(name, tokenizer):
+    """Where the ids of a text are, without the ending: a hash of the text's name and of the tokenizer."""
+    spec = tokenizer.digest() if hasattr(tokenizer, "digest") else json.dumps(tokenizer.spec, sort_keys=True)
+    facts = json.dumps([FORMAT, name, spec, tokenizer.bos, tokenizer.end, tokenizer.n_vocab])
+    return cache_path(hashlib.sha256(facts.encode()).hexdigest()[:32])
 
 
 def state_of(files):
-    """A name for files as they are, and the time of their last change in seconds, without reading them. What
-    ctime adds: a program can set the mtime of a file back, but not its ctime."""
-    facts = [os.path.abspath(path) for path, _ in files]
-    last = 0
+    """A name for the present state of files, and the time of their last change in seconds. No file is read.
+    The change time (ctime) is part of the state because programs can set a modification time back."""
+    facts = [FORMAT]
+    changed = 0
     for path, _ in files:
         stat = os.stat(path)
-        facts += [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        last = max(last, stat.st_mtime_ns, stat.st_ctime_ns)
-    return hashlib.sha256(json.dumps([FORMAT, facts]).encode()).hexdigest()[:32], last / 1e9
-
-
-def shard_name(text_name, tokenizer):
-    """The name of a shard: a hash of its text and of all that turns the text into ids."""
-    digest = getattr(tokenizer, "digest", None)
-    if digest is None:
-        digest = hashlib.sha256(json.dumps(tokenizer.spec, sort_keys=True).encode()).hexdigest()
-    facts = [FORMAT, text_name, digest, tokenizer.bos, tokenizer.end, tokenizer.n_vocab]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        facts += [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        changed = max(changed, stat.st_mtime_ns, stat.st_ctime_ns)
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32], changed / 1e9
 
 
 def mapped(file, kind):
-    """A function that maps a file of ids. A row maps it anew: pages that were read would else count as memory
-    of this process until all of the file does."""
+    """A function that maps a file of ids anew at each call: pages that were read count as memory of this
+    process as long as they are mapped."""
     return lambda: np.asarray(np.memmap(file, kind, "r"))
 
 
-def open_cached(text_name, tokenizer, sha256):
-    """The Text of a shard in the cache; None if there is none, or it is not whole."""
-    path = cache_path(shard_name(text_name, tokenizer))
+def open_shard(name, sha256, tokenizer):
+    """The Text of a shard in the cache, or None if no whole one is there."""
+    path = shard_path(name, tokenizer)
     kind = id_type(tokenizer)
     try:
         index = np.load(path + ".npy")
-        file = open(path + ".ids", "rb")             # stays open: the ids outlive their name
+        file = open(path + ".ids", "rb")                            # stays open, should the cache be removed
     except (OSError, ValueError, EOFError):
         return None
-    if os.path.getsize(path + ".ids") != index["size"].sum() * kind.itemsize:
+    if os.fstat(file.fileno()).st_size != index["size"].sum() * kind.itemsize:
         file.close()
         return None
     return Text(mapped(file, kind), index["size"].copy(), index["held_out"].copy(), sha256)
 
 
-def write_cached(found, files, tokenizer):
-    """Encode text into a shard of the cache: ids, then an index whose presence says that the ids are whole."""
-    path = cache_path(shard_name(found.name, tokenizer))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    index = np.zeros(len(found.held_out), [("size", "<i8"), ("held_out", "?")])
+def write_shard(found, tokenizer, write):
+    """Keep the ids of a Survey in the cache, or in a temporary file if the cache cannot be written. write(file)
+    writes all ids and returns each document's number of them. The index is written last: where an index is,
+    the ids are whole."""
+    path = shard_path(found.name, tokenizer)
+    index = np.zeros(len(found.held_out), INDEX)
     index["held_out"] = found.held_out
 
     def write_ids(tmp):
         with open(tmp, "wb") as f:
-            index["size"] = encode(files, tokenizer, found.size, f)
+            index["size"] = write(f)
 
     def write_index(tmp):
         with open(tmp, "wb") as f:
             np.save(f, index)
-    write_file(path + ".ids", write_ids)
-    write_file(path + ".npy", write_index)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_file(path + ".ids", write_ids)
+        write_file(path + ".npy", write_index)
+        file = open(path + ".ids", "rb")
+    except OSError as e:
+        print(f"the cache cannot be written ({e}); the ids go to a temporary file. Let HYPENET_CACHE name a "
+              "folder with room", file=sys.stderr)
+        file = tempfile.TemporaryFile()
+        index["size"] = write(file)
+    return Text(mapped(file, id_type(tokenizer)), index["size"].copy(), found.held_out, found.sha256)
 
 
 def load_text(files, tokenizer):
-    """The Text of [(path, group)]. Little text is encoded in memory. Other text is encoded once, by all
-    cores, into the cache; there a note, named by the state of the files, says the name of their text, so that
-    the next start need not read them. Files that changed within the last two seconds get no note: a further
-    change might leave their times as they are."""
+    """The Text of [(path, group)].
+
+    Little text is encoded in memory at every start. Other text is encoded once, into the cache. Hashing much
+    text takes time too, so a note in the cache leads from the state of the files to the name of their text.
+    Files that changed in the last 2 seconds get no note: the clock of a file system is coarse, and a second
+    change could leave the same times."""
     began = time.time()
     state, changed = state_of(files)
     try:
         note = read_json(cache_path(""), f"{state}.json", "note")
-        text = open_cached(note["name"], tokenizer, note["sha256"])
-        if text:
-            return text
+        text = open_shard(note["name"], note["sha256"], tokenizer)
     except (OSError, ValueError, KeyError):
-        pass
+        text = None
+    if text:
+        return text
     found = survey(files)
+
+    def write(file):
+        n_ids = encode(files, tokenizer, found.size, file)
+        if state_of(files)[0] != state:
+            raise ValueError("--data: a file changed while it was read; start again")
+        return n_ids
     if found.size < SMALL:
         file = io.BytesIO()
-        sizes = encode(files, tokenizer, found.size, file)
-        ids = np.frombuffer(file.getvalue(), id_type(tokenizer))
-        text = Text(lambda: ids, sizes, found.held_out, found.sha256)
+        n_ids = write(file)
+        ids = np.frombuffer(file.getbuffer(), id_type(tokenizer))
+        text = Text(lambda: ids, n_ids, found.held_out, found.sha256)
     else:
-        text = open_cached(found.name, tokenizer, found.sha256) or encode_to_disk(found, files, tokenizer)
-    if state_of(files)[0] != state:
-        raise ValueError("--data: a file of text changed while it was read; start again")
-    if found.size >= SMALL and changed < began - 2:
-        with suppress(OSError):
-            write_json(cache_path(f"{state}.json"), dict(name=found.name, sha256=found.sha256))
+        text = open_shard(found.name, found.sha256, tokenizer) or write_shard(found, tokenizer, write)
+        if changed < began - 2 and state_of(files)[0] == state:
+            with suppress(OSError):
+                write_json(cache_path(f"{state}.json"), dict(name=found.name, sha256=found.sha256))
     return text
-
-
-def encode_to_disk(found, files, tokenizer):
-    """Encode text into the cache, or into a temporary file if the cache cannot be written."""
-    try:
-        write_cached(found, files, tokenizer)
-        text = open_cached(found.name, tokenizer, found.sha256)
-        if text:
-            return text
-    except OSError as e:
-        print(f"{cache_path('')}: {e.strerror}; the encoded text goes to a temporary file. HYPENET_CACHE names "
-              "another folder", file=sys.stderr)
-    file = tempfile.TemporaryFile()
-    sizes = encode(files, tokenizer, found.size, file)
-    return Text(mapped(file, id_type(tokenizer)), sizes, found.held_out, found.sha256)
 
 
 # ---- ids that others have encoded --------------------------------------------------------------------------
@@ -428,37 +442,37 @@ def shard_ids(path, places):
     """Ids of a shard at some places; ValueError if one is none of GPT-2's."""
     ids = read_shard(path)[places]
     if ids.max(initial=0) > GPT2_END:
-        raise ValueError(f"{path} holds the id {ids.max():,}; ids of GPT-2 go up to {GPT2_END:,}. Give text, or "
-                         "a shard that GPT-2's tokenizer has encoded")
+        raise ValueError(f"{path} holds the id {ids.max():,}, but GPT-2's ids end at {GPT2_END:,}; give "
+                         "text, or a shard that GPT-2's tokenizer has encoded")
     return ids
 
 
 # ---- documents in a row ------------------------------------------------------------------------------------
 
 
-class Row:
-    """Documents of a Text, in an order of their own, as one long row of ids."""
+class Documents:
+    """Some documents of a Text, in an order of their own, read as one long row of ids."""
 
     def __init__(self, text, order):
         self.ids = text.ids
-        self.sizes = text.sizes[order]
-        self.starts = (np.cumsum(text.sizes) - text.sizes)[order]   # of the documents, in the text
-        self.places = np.cumsum(self.sizes) - self.sizes            # and in this row
+        self.n_ids = text.n_ids[order]
+        self.starts = (np.cumsum(text.n_ids) - text.n_ids)[order]   # where each begins in the text
+        self.places = np.cumsum(self.n_ids) - self.n_ids            # and where in this row
 
     def __len__(self):
-        return int(self.sizes.sum())
+        return int(self.n_ids.sum())
 
     def read(self, at, n):
-        """Up to n ids from place `at` on."""
-        i = max(0, np.searchsorted(self.places, at, "right") - 1)   # the document of the first id
+        """The ids from place `at` on, n or as many as there are."""
         ids = self.ids()
         found = [ids[:0]]
-        while n > 0 and i < len(self.sizes):
+        i = max(0, np.searchsorted(self.places, at, "right") - 1)   # the document that holds the place
+        while n > 0 and i < len(self.n_ids):
             skip = at - self.places[i]
-            part = ids[self.starts[i] + skip:self.starts[i] + min(self.sizes[i], skip + n)]
-            found.append(part)
-            n -= len(part)
-            at += len(part)
+            size = min(n, self.n_ids[i] - skip)
+            found.append(ids[self.starts[i] + skip:self.starts[i] + skip + size])
+            at += size
+            n -= size
             i += 1
         return np.concatenate(found)
 
@@ -479,11 +493,11 @@ class Source:
         shards = [p for p in files if p.endswith(".bin")]
         text = load_text([*(stdlib_files() if "stdlib" in paths else []),
                           *((p, None) for p in files if p not in shards)], tokenizer)
-        self.documents = len(text.sizes)
+        self.documents = len(text.n_ids)
         order = array("q", range(self.documents - int(text.held_out.sum())))
         random.Random(seed).shuffle(order)
-        train = Row(text, np.flatnonzero(~text.held_out)[np.array(order, int)])
-        held_out = [Row(text, np.flatnonzero(text.held_out)).read(0, HELD_OUT)]
+        train = Documents(text, np.flatnonzero(~text.held_out)[np.array(order, int)])
+        held_out = [Documents(text, np.flatnonzero(text.held_out)).read(0, HELD_OUT)]
         self.parts = [train]                                        # text, then the names of shards
         self.sizes = [len(train)]
         self.names = [text.sha256] if self.documents else []        # of what is read: Corpus hashes them
@@ -501,7 +515,7 @@ class Source:
                 self.parts.append(path)
                 self.sizes.append(n)
                 if path not in SHARDS:
-                    shard_ids(path, slice(2 ** 20))                 # a foreign one fails now
+                    shard_ids(path, slice(FIRST))                   # a foreign one fails now
         self.held_out = np.concatenate(held_out)[:HELD_OUT].astype(np.int32)
         self.begins = np.cumsum([0] + [max(0, n - 1) // cell for n in self.sizes]).tolist()   # in cells
         if not self.begins[-1]:
@@ -515,7 +529,7 @@ class Source:
         for ids in np.split(tokens, np.flatnonzero(tokens == GPT2_END)):
             if len(ids):
                 text = self.gpt2.decode(ids[ids != GPT2_END].tolist())
-                found.append(encode_document(self.tokenizer, self.tokenizer.encode_array(text)))
+                found += encode_documents(self.tokenizer, [text])
         return np.concatenate(found)
 
     def order(self, k):
@@ -616,7 +630,7 @@ class Corpus:
 
     @cached_property
     def prose(self):
-        """Ids (n,) of natural text, held out: of the standard library the words of its docstrings, else all."""
+        """Held-out ids (n,) of natural text: of the standard library its docstrings, of other text all."""
         if self.paths != (["stdlib"],):
             return self.held_out
         text = self.tokenizer.decode(self.held_out.tolist())
@@ -625,8 +639,8 @@ class Corpus:
         return self.tokenizer.encode_array(prose) if prose else self.held_out
 
     def windows(self, rng, batch, length, prose=False):
-        """(batch, length) int64: stretches of held-out text from random places. Prose is short: a stretch that
-        is longer begins anew at its end."""
+        """(batch, length) int64: stretches of held-out text from random places. Prose is short: a longer
+        stretch begins anew at the end of the prose."""
         if prose:
             starts = rng.integers(0, len(self.prose), batch)
             rows = [self.prose.take(np.arange(s, s + length), mode="wrap") for s in starts]
