@@ -1039,7 +1039,7 @@ def test_a_row_goes_on_across_documents():
     rng = np.random.default_rng(0)
     each = [rng.integers(0, 99, n) for n in rng.integers(1, 9, 40)]
     ids, order = np.concatenate(each), rng.permutation(40)[:30]
-    row = text.Documents(text.Text(lambda: ids, np.array([len(e) for e in each]), None, ""), order)
+    row = text.Joined(text.Encoded(lambda: ids, np.array([len(e) for e in each]), None, ""), order)
     joined = np.concatenate([each[i] for i in order])
     assert len(row) == len(joined)
     for at, n in itertools.product(range(len(joined)), (0, 1, 5, 30, 999)):
@@ -1047,7 +1047,7 @@ def test_a_row_goes_on_across_documents():
 
 
 def test_text_files_are_cut_at_line_ends(tmp_path, monkeypatch):
-    """A .txt is cut as readlines(65536) would. A line of .txt or a document of .jsonl past LONGEST is cut too.
+    """A .txt is cut as readlines(65536) would. A longer line of .txt or document of .jsonl than LONGEST is cut.
     No character is lost, and the pieces of one document stand on one side."""
     rng = random.Random(0)
     lines = ["x" * rng.choice([0, 5, 80, 3000, 65535, 65536, 70000]) + "\n" for _ in range(200)]
@@ -1136,7 +1136,7 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
 def cache(tmp_path, monkeypatch):
     """An empty cache that takes text of any size, a folder of text, and a clock that says the text is old."""
     monkeypatch.setenv("HYPENET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(text, "SMALL", 0)
+    monkeypatch.setattr(text, "SMALL", 1)
     monkeypatch.setattr(text, "time", types.SimpleNamespace(time=lambda: time.time() + 10))
     (tmp_path / "data").mkdir()
     write_documents(tmp_path / "data" / "a.jsonl", some_documents())
@@ -1201,7 +1201,7 @@ def test_touched_text_is_not_encoded_again(cache, monkeypatch):
     """Ids are named by their text: a file with a new time, or elsewhere, has the same ids."""
     first = rows_and_held_out(cache)
     os.utime(cache.parent / "data" / "a.jsonl")
-    monkeypatch.setattr(text, "encode", lambda *_: pytest.fail("text is encoded"))
+    monkeypatch.setattr(text, "encode_all", lambda *_: pytest.fail("text is encoded"))
     assert (rows_and_held_out(cache) == first).all()
     (cache.parent / "data" / "a.jsonl").rename(cache.parent / "data" / "b.jsonl")
     assert (rows_and_held_out(cache) == first).all()
@@ -1262,7 +1262,7 @@ def test_plant(depth, ask):
 
 @pytest.mark.parametrize("task", recall.TASKS)
 def test_tasks(task):
-    """A task hides as many values as it says, each with its own name, and asks for one by its name. This value
+    """A task hides as many values as it says, each with its own name, and asks for one by its name. The value
     is the answer, and its needle stands at the depth asked for."""
     t, tokenizer, found = recall.TASKS[task], Tokenizer.bytes(), set()
     ids = np.frombuffer(b"lorem ipsum " * 100, np.uint8).astype(np.int64)

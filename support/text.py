@@ -58,8 +58,8 @@ FIRST = 2 ** 20                                      # tokens of a shard that ar
 
 SMALL = 2 ** 24                                      # characters; less text is encoded at every start
 BATCH = 2 ** 19                                      # characters that a thread encodes at once
-FORMAT = 1                                           # of the cache; a higher number makes old files useless
-INDEX = [("size", "<i8"), ("held_out", "?")]         # of a document in the cache: its number of ids, its side
+FORMAT = 1                                           # of the cache: count up if documents are cut otherwise
+INDEX = [("n_ids", "<i8"), ("is_held_out", "?")]     # of each document in the cache
 
 
 # ---- what --data names -------------------------------------------------------------------------------------
@@ -239,19 +239,20 @@ def batches(files):
     yield texts
 
 
-def progress(what, total=None):
-    return tqdm(desc=f"{what:9s}", total=total, unit="char", unit_scale=True, dynamic_ncols=True, delay=1)
+def progress(what, n_chars=None):
+    """A bar of characters, with the time left where their number is known."""
+    return tqdm(desc=f"{what:9s}", total=n_chars, unit="char", unit_scale=True, dynamic_ncols=True, delay=1)
 
 
-def encode(files, tokenizer, size, out):
-    """Write the ids of all documents, in their order, to the open file `out`. Returns each document's number
-    of ids, (documents,) int64. size: characters of text in all.
+def encode_all(files, tokenizer, n_chars, out):
+    """Write the ids of all documents, in their order, to the open file `out`. Returns the number of ids of
+    each document, (documents,) int64. n_chars: characters of text in all.
 
-    Threads encode, one per core. Tokenizers release Python's lock while they work, so threads suffice.
-    Processes would need fork, which CUDA forbids, or a copy of the whole program each."""
+    One thread per core encodes. Threads suffice, because tokenizers release Python's lock while they work.
+    Processes would need a fork, which CUDA forbids, or a copy of the whole program each."""
     n_ids = array("q")
     n_threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(n_threads) as pool, progress("encode", size) as bar:
+    with ThreadPoolExecutor(n_threads) as pool, progress("encode", n_chars) as bar:
         coming = deque()                                            # of encoded batches, the oldest first
 
         def write_oldest():
@@ -274,25 +275,26 @@ def encode(files, tokenizer, size, out):
 
 class Survey(NamedTuple):
     """What a first reading of the text tells."""
-    name: str                        # a hash of all texts and groups, and of where each document ends
-    sha256: str                      # a hash of all texts, joined
-    held_out: np.ndarray             # (documents,) bool: one group in 16, the same groups on every machine
-    size: int                        # characters
+    name: str                        # a hash of the text, its groups, and where each document ends
+    sha256: str                      # a hash of the text alone
+    is_held_out: np.ndarray          # (documents,) bool: one group in 16, the same groups on every machine
+    n_chars: int
 
 
-class Text(NamedTuple):
-    """Encoded documents, one after the other."""
-    ids: object                      # a function that gives all ids, an array or a memory map
-    n_ids: np.ndarray                # (documents,) int64: the number of ids of each
-    held_out: np.ndarray             # (documents,) bool
-    sha256: str
+class Encoded(NamedTuple):
+    """The ids of documents, one document after the other."""
+    ids: object                      # a function that returns them all: an array, or a memory map of a file
+    n_ids: np.ndarray                # (documents,) int64: the length of each
+    is_held_out: np.ndarray          # (documents,) bool
+    sha256: str                      # of the text
 
 
 def survey(files):
+    """Read all documents once: their Survey."""
     sha256 = hashlib.sha256()
     name = hashlib.sha256()
-    held_out = bytearray()
-    size = 0
+    is_held_out = bytearray()
+    n_chars = 0
     with progress("read") as bar:
         for group, text in documents(files):
             data = text.encode("utf-8", "replace")
@@ -300,11 +302,11 @@ def survey(files):
             side = hashlib.sha256(b"hypenet" + group).digest()
             sha256.update(data)
             name.update(side + len(data).to_bytes(8, "little"))
-            held_out.append(side[-1] % 16 == 0)
-            size += len(text)
+            is_held_out.append(side[-1] % 16 == 0)
+            n_chars += len(text)
             bar.update(len(text))
     name.update(sha256.digest())
-    return Survey(name.hexdigest(), sha256.hexdigest(), np.frombuffer(held_out, bool), size)
+    return Survey(name.hexdigest(), sha256.hexdigest(), np.frombuffer(is_held_out, bool), n_chars)
 
 
 def cache_path(name):
@@ -338,7 +340,7 @@ def mapped(file, kind):
 
 
 def open_shard(name, sha256, tokenizer):
-    """The Text of a shard in the cache, or None if no whole one is there."""
+    """The Encoded of a shard in the cache, or None if no whole one is there."""
     path = shard_path(name, tokenizer)
     kind = id_type(tokenizer)
     try:
@@ -346,23 +348,23 @@ def open_shard(name, sha256, tokenizer):
         file = open(path + ".ids", "rb")                            # stays open, should the cache be removed
     except (OSError, ValueError, EOFError):
         return None
-    if os.fstat(file.fileno()).st_size != index["size"].sum() * kind.itemsize:
+    if os.fstat(file.fileno()).st_size != index["n_ids"].sum() * kind.itemsize:
         file.close()
         return None
-    return Text(mapped(file, kind), index["size"].copy(), index["held_out"].copy(), sha256)
+    return Encoded(mapped(file, kind), index["n_ids"].copy(), index["is_held_out"].copy(), sha256)
 
 
 def write_shard(found, tokenizer, write):
-    """Keep the ids of a Survey in the cache, or in a temporary file if the cache cannot be written. write(file)
-    writes all ids and returns each document's number of them. The index is written last: where an index is,
-    the ids are whole."""
+    """Keep the ids of a surveyed text in the cache, or in a temporary file if the cache cannot be written.
+    write(file) writes all ids to an open file and returns the number of ids of each document. The index is
+    written last: where an index is, the ids are whole."""
     path = shard_path(found.name, tokenizer)
-    index = np.zeros(len(found.held_out), INDEX)
-    index["held_out"] = found.held_out
+    index = np.zeros(len(found.is_held_out), INDEX)
+    index["is_held_out"] = found.is_held_out
 
     def write_ids(tmp):
         with open(tmp, "wb") as f:
-            index["size"] = write(f)
+            index["n_ids"] = write(f)
 
     def write_index(tmp):
         with open(tmp, "wb") as f:
@@ -376,14 +378,14 @@ def write_shard(found, tokenizer, write):
         print(f"the cache cannot be written ({e}); the ids go to a temporary file. Let HYPENET_CACHE name a "
               "folder with room", file=sys.stderr)
         file = tempfile.TemporaryFile()
-        index["size"] = write(file)
-    return Text(mapped(file, id_type(tokenizer)), index["size"].copy(), found.held_out, found.sha256)
+        index["n_ids"] = write(file)
+    return Encoded(mapped(file, id_type(tokenizer)), index["n_ids"].copy(), found.is_held_out, found.sha256)
 
 
 def load_text(files, tokenizer):
-    """The Text of [(path, group)].
+    """The ids of [(path, group)].
 
-    Little text is encoded in memory at every start. Other text is encoded once, into the cache. Hashing much
+    Little text is encoded at every start, in memory. Other text is encoded once, into the cache. To hash much
     text takes time too, so a note in the cache leads from the state of the files to the name of their text.
     Files that changed in the last 2 seconds get no note: the clock of a file system is coarse, and a second
     change could leave the same times."""
@@ -391,29 +393,29 @@ def load_text(files, tokenizer):
     state, changed = state_of(files)
     try:
         note = read_json(cache_path(""), f"{state}.json", "note")
-        text = open_shard(note["name"], note["sha256"], tokenizer)
+        encoded = open_shard(note["name"], note["sha256"], tokenizer)
     except (OSError, ValueError, KeyError):
-        text = None
-    if text:
-        return text
+        encoded = None
+    if encoded:
+        return encoded
     found = survey(files)
 
     def write(file):
-        n_ids = encode(files, tokenizer, found.size, file)
+        n_ids = encode_all(files, tokenizer, found.n_chars, file)
         if state_of(files)[0] != state:
             raise ValueError("--data: a file changed while it was read; start again")
         return n_ids
-    if found.size < SMALL:
+    if found.n_chars < SMALL:
         file = io.BytesIO()
         n_ids = write(file)
         ids = np.frombuffer(file.getbuffer(), id_type(tokenizer))
-        text = Text(lambda: ids, n_ids, found.held_out, found.sha256)
+        encoded = Encoded(lambda: ids, n_ids, found.is_held_out, found.sha256)
     else:
-        text = open_shard(found.name, found.sha256, tokenizer) or write_shard(found, tokenizer, write)
+        encoded = open_shard(found.name, found.sha256, tokenizer) or write_shard(found, tokenizer, write)
         if changed < began - 2 and state_of(files)[0] == state:
             with suppress(OSError):
                 write_json(cache_path(f"{state}.json"), dict(name=found.name, sha256=found.sha256))
-    return text
+    return encoded
 
 
 # ---- ids that others have encoded --------------------------------------------------------------------------
@@ -450,14 +452,14 @@ def shard_ids(path, places):
 # ---- documents in a row ------------------------------------------------------------------------------------
 
 
-class Documents:
-    """Some documents of a Text, in an order of their own, read as one long row of ids."""
+class Joined:
+    """Some encoded documents, in an order of their own, joined into one long sequence of ids."""
 
-    def __init__(self, text, order):
-        self.ids = text.ids
-        self.n_ids = text.n_ids[order]
-        self.starts = (np.cumsum(text.n_ids) - text.n_ids)[order]   # where each begins in the text
-        self.places = np.cumsum(self.n_ids) - self.n_ids            # and where in this row
+    def __init__(self, encoded, order):
+        self.ids = encoded.ids
+        self.n_ids = encoded.n_ids[order]
+        self.starts = (np.cumsum(encoded.n_ids) - encoded.n_ids)[order]     # where each begins in the file
+        self.places = np.cumsum(self.n_ids) - self.n_ids                    # and where in this sequence
 
     def __len__(self):
         return int(self.n_ids.sum())
@@ -491,16 +493,16 @@ class Source:
         self.order = lru_cache(8)(self.order)
         files = [p for path in paths for p in data_files(path)]
         shards = [p for p in files if p.endswith(".bin")]
-        text = load_text([*(stdlib_files() if "stdlib" in paths else []),
-                          *((p, None) for p in files if p not in shards)], tokenizer)
-        self.documents = len(text.n_ids)
-        order = array("q", range(self.documents - int(text.held_out.sum())))
+        encoded = load_text([*(stdlib_files() if "stdlib" in paths else []),
+                             *((p, None) for p in files if p not in shards)], tokenizer)
+        self.n_documents = len(encoded.n_ids)
+        order = array("q", range(self.n_documents - int(encoded.is_held_out.sum())))
         random.Random(seed).shuffle(order)
-        train = Documents(text, np.flatnonzero(~text.held_out)[np.array(order, int)])
-        held_out = [Documents(text, np.flatnonzero(text.held_out)).read(0, HELD_OUT)]
+        train = Joined(encoded, np.flatnonzero(~encoded.is_held_out)[np.array(order, int)])
+        held_out = [Joined(encoded, np.flatnonzero(encoded.is_held_out)).read(0, HELD_OUT)]
         self.parts = [train]                                        # text, then the names of shards
         self.sizes = [len(train)]
-        self.names = [text.sha256] if self.documents else []        # of what is read: Corpus hashes them
+        self.names = [encoded.sha256] if self.n_documents else []        # of what is read: Corpus hashes them
 
         lengths = [SHARD if path in SHARDS else len(read_shard(path)) for path in shards]
         self.gpt2 = None                                            # decodes shards for another tokenizer
@@ -510,7 +512,7 @@ class Source:
             name = os.path.basename(path)
             self.names.append(f"{name} {n}")
             if "val" in name:
-                held_out.append(self.encode(shard_ids(path, slice(HELD_OUT))))
+                held_out.append(self.from_gpt2(shard_ids(path, slice(HELD_OUT))))
             else:
                 self.parts.append(path)
                 self.sizes.append(n)
@@ -521,16 +523,15 @@ class Source:
         if not self.begins[-1]:
             raise ValueError(f"--data {' '.join(paths)}: too few tokens to train on in sequences of {cell:,}")
 
-    def encode(self, tokens):
-        """Ids of a shard as ids of the tokenizer: the same if it is GPT-2's, else by way of their text."""
+    def from_gpt2(self, ids):
+        """Ids of a shard -> ids of the tokenizer: the same if it is GPT-2's, else by way of their text."""
         if self.gpt2 is None:
-            return tokens
-        found = [tokens[:0]]
-        for ids in np.split(tokens, np.flatnonzero(tokens == GPT2_END)):
-            if len(ids):
-                text = self.gpt2.decode(ids[ids != GPT2_END].tolist())
-                found += encode_documents(self.tokenizer, [text])
-        return np.concatenate(found)
+            return ids
+        texts = []
+        for document in np.split(ids, np.flatnonzero(ids == GPT2_END)):
+            if len(document):
+                texts.append(self.gpt2.decode(document[document != GPT2_END].tolist()))
+        return np.concatenate([ids[:0], *encode_documents(self.tokenizer, texts)])
 
     def order(self, k):
         """Where the cells of the k-th part, over all epochs, begin, in the order in which they are read."""
@@ -548,16 +549,16 @@ class Source:
         elif self.gpt2 is None:
             ids = shard_ids(self.parts[j], slice(at, at + n))
         else:
-            ids = self.read_encoded(self.parts[j], at, n)
+            ids = self.read_from_gpt2(self.parts[j], at, n)
         return ids.astype(np.int64)
 
-    def read_encoded(self, path, at, n):
+    def read_from_gpt2(self, path, at, n):
         """n ids of the tokenizer for the text of a shard from place `at` on; past its end it begins anew."""
         size = n
         while True:
             size += n // 4 + 1
             places = np.arange(at, at + size) % len(read_shard(path))
-            ids = self.encode(shard_ids(path, places))
+            ids = self.from_gpt2(shard_ids(path, places))
             if len(ids) >= n:
                 return ids[:n]
 
@@ -584,7 +585,7 @@ class Corpus:
         names = sum([source.names for source in self.sources], [])
         sha256 = names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()
         self.facts = dict(name=" ".join(data or ["stdlib"]), python=platform.python_version(), tokens=tokens,
-                          documents=sum(s.documents for s in self.sources), sha256=sha256)
+                          documents=sum(s.n_documents for s in self.sources), sha256=sha256)
 
     def split(self, rows):
         """How many of the first so many rows of a stage each source gives: (sources,)."""
