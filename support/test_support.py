@@ -812,6 +812,12 @@ def rows_of(corpus, stage, plan):
     return rows
 
 
+@pytest.fixture(scope="session")
+def stdlib():
+    """The standard library's text, which no test changes."""
+    return text.Corpus(Tokenizer.bytes())
+
+
 def train_ids(corpus):
     """All ids to train on of a corpus of one text."""
     train = corpus.sources[0].parts[0]
@@ -1008,13 +1014,12 @@ def test_held_out_text_is_never_trained_on(home, tmp_path):
     assert not {"test", "site-packages"} & set(groups)
 
 
-def test_prose_is_what_docstrings_say(tmp_path):
+def test_prose_is_what_docstrings_say(tmp_path, stdlib):
     """Natural text is held out, longer than a docstring, and no code; of one's own text all of it."""
-    corpus = text.Corpus(Tokenizer.bytes())
-    prose, held_out = (corpus.tokenizer.decode(ids.tolist()) for ids in (corpus.prose, corpus.held_out))
+    prose, held_out = (stdlib.tokenizer.decode(ids.tolist()) for ids in (stdlib.prose, stdlib.held_out))
     assert len(prose) > 20_000 and prose.count("\ndef ") < prose.count("\n\n") / 50
     assert prose[1000:1030].strip().splitlines()[0] in held_out
-    rows = corpus.windows(np.random.default_rng(0), 2, 2 * len(prose), prose=True)  # around, around
+    rows = stdlib.windows(np.random.default_rng(0), 2, 2 * len(prose), prose=True)  # around, around
     assert (rows[:, :len(prose)] == rows[:, len(prose):]).all()
     lines = [json.dumps({"text": f"{i} " * 90}) for i in range(300)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
@@ -1022,15 +1027,14 @@ def test_prose_is_what_docstrings_say(tmp_path):
     assert own.prose is own.held_out
 
 
-def test_held_out_batches():
+def test_held_out_batches(stdlib):
     """As many sequences as asked for, in batches; targets are the next ids; the same at every call."""
-    corpus = text.Corpus(Tokenizer.bytes())
-    first, second, other = (corpus.held_out_batches(600, 70, seed) for seed in (0, 0, 1))
+    first, second, other = (stdlib.held_out_batches(600, 70, seed) for seed in (0, 0, 1))
     assert [idx.shape for idx, _ in first] == [(27, 600), (27, 600), (16, 600)]
-    held_out = corpus.tokenizer.decode(corpus.held_out)
+    held_out = stdlib.tokenizer.decode(stdlib.held_out)
     for (idx, targets), (idx2, targets2) in zip(first, second):
         assert idx[:, 1:].equal(targets[:, :-1]) and idx.equal(idx2) and targets.equal(targets2)
-        assert corpus.tokenizer.decode(idx[0]) in held_out
+        assert stdlib.tokenizer.decode(idx[0]) in held_out
     assert not first[0][0].equal(other[0][0])
 
 
@@ -1386,22 +1390,20 @@ def test_again():
 @pytest.mark.parametrize("length, varied, low, high", [
     (512, 0.0, 1, 1), (512, 0.5, 0.3, 0.7), (512, 1.0, 0, 0),
     (160, 1.0, 0.05, 0.45)])                                                # half reworded, no room for many
-def test_a_plan_says_what_is_hidden(length, varied, low, high):
+def test_a_plan_says_what_is_hidden(length, varied, low, high, stdlib):
     """A share `varied` of the rows with something to recall has other things than a pass key."""
-    corpus = text.Corpus(Tokenizer.bytes())
     plan = halo.Plan(1e6, length, 100, 1e-3, 1e-4, recall=1.0, varied=varied)
-    rows = recall.training_rows(corpus, "distil", plan)(0)
-    assert low <= np.mean(["pass key" in corpus.tokenizer.decode(row) for row in rows]) <= high
+    rows = recall.training_rows(stdlib, "distil", plan)(0)
+    assert low <= np.mean(["pass key" in stdlib.tokenizer.decode(row) for row in rows]) <= high
 
 
 @pytest.mark.parametrize("share, batch, steps", [
     (0.0, 4, 5), (0.25, 4, 8), (0.3, 2, 20), (0.1, 1, 30), (1.0, 2, 3)])
-def test_a_share_of_training_rows_hides_something(share, batch, steps):
+def test_a_share_of_training_rows_hides_something(share, batch, steps, stdlib):
     """The first rows of a batch, in steps of any order: of all rows the share, less than one a step now and
     then. The other rows are those of the corpus."""
-    corpus = text.Corpus(Tokenizer.bytes())
     plan = halo.Plan(128 * batch * steps, 128, batch, 1e-3, 1e-4, recall=share)
-    plain, hiding = corpus.rows("a", plan), recall.training_rows(corpus, "a", plan)
+    plain, hiding = stdlib.rows("a", plan), recall.training_rows(stdlib, "a", plan)
     found = np.array([(plain(step) != hiding(step)).any(1) for step in reversed(range(steps))])
     assert found.shape == (steps, batch) and found.sum() == round(share * batch * steps)
     assert (np.sort(found, 1)[:, ::-1] == found).all() and found.sum(1).max() - found.sum(1).min() <= 1
@@ -1442,32 +1444,32 @@ def test_recall_of_answers_of_many_lengths():
 
 @pytest.mark.parametrize("length, varied, low, high", [
     (512, 0.0, 40, 40), (512, 0.5, 8, 32), (512, 1.0, 0, 0), (140, 1.0, 1, 39)])
-def test_recall_of_what_training_hides(length, varied, low, high, monkeypatch):
+def test_recall_of_what_training_hides(length, varied, low, high, monkeypatch, stdlib):
     """A test asks at five depths in turn; a share of the answers are values after other words, where these
     have room."""
-    model, corpus, asked = tiny(dtype=torch.float32, vocab_size=300), text.Corpus(Tokenizer.bytes()), []
+    model, asked = tiny(dtype=torch.float32, vocab_size=300), []
 
     def plant(tokenizer, ids, rng, depth, task, plain=recall.plant):
         found = plain(tokenizer, ids, rng, depth, task=task)
         asked.append((task, depth))
         return found
     monkeypatch.setattr(recall, "plant", plant)
-    logp, hits = recall.recall(model, corpus, length, 40, varied=varied)
+    logp, hits = recall.recall(model, stdlib, length, 40, varied=varied)
     assert len(logp) == len(hits) == len(asked) == 40
     assert [depth for _, depth in asked] == [0, 0.25, 0.5, 0.75, 1] * 8
     assert low <= sum(task == "S1" for task, _ in asked) <= high
 
 
-def test_only_the_ends_of_a_long_text_are_read(monkeypatch):
+def test_only_the_ends_of_a_long_text_are_read(monkeypatch, stdlib):
     """keep: the first 4 and the last keep - 4 tokens, which hold the question and the answer."""
-    corpus, seen = text.Corpus(Tokenizer.bytes()), []
+    seen = []
 
     def answers(model, prompts, n_answer):
         seen.append(prompts)
         return torch.zeros(len(prompts), n_answer), torch.ones(len(prompts), n_answer)
     monkeypatch.setattr(recall, "answers", answers)
     for keep in (None, 128, 1000):
-        recall.recall(tiny(vocab_size=300), corpus, 600, 5, keep=keep)
+        recall.recall(tiny(vocab_size=300), stdlib, 600, 5, keep=keep)
     whole, kept, all_kept = seen
     assert kept.equal(torch.cat((whole[:, :4], whole[:, -124:]), 1)) and all_kept.equal(whole)
 

@@ -344,7 +344,7 @@ def open_shard(name, sha256, tokenizer):
     path = shard_path(name, tokenizer)
     kind = id_type(tokenizer)
     try:
-        index = np.load(path + ".npy")
+        index = np.load(path + ".npy").astype(INDEX)
         file = open(path + ".ids", "rb")                            # stays open, should the cache be removed
     except (OSError, ValueError, EOFError):
         return None
