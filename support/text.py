@@ -423,25 +423,28 @@ def load_text(files, tokenizer):
 
 @lru_cache(None)
 def read_shard(path):
-    """Ids (n,) of a shard of FineWeb's or llm.c's, a memory map: 256 int32 (magic, version 1, n), then
-    uint16 ids of GPT-2, its end id before each document. ValueError if the file is anything else."""
-    least = 0
+    """Ids (n,) of a shard in the format of llm.c, a memory map. The file has 256 int32 (magic, version 1, n),
+    then n uint16: ids of GPT-2, with the end id before each document. A name in SHARDS is fetched from the
+    hub. ValueError if the file is anything else."""
+    least = 0                                                       # tokens
     if path in SHARDS:
         from huggingface_hub import hf_hub_download
+        least = SHARD
         try:
-            path, least = hf_hub_download(FINEWEB, path, repo_type="dataset"), SHARD
+            path = hf_hub_download(FINEWEB, path, repo_type="dataset")
         except Exception as e:                                      # the hub's, the network's, the disk's
             raise ValueError(f"--data fineweb: cannot fetch {path} of {FINEWEB} ({str(e)[:200]}); see to "
                              "the network and the disk, or give --data of your own") from None
-    header, size = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
-    if len(header) < 256 or header[:2] != [MAGIC, 1] or size != 1024 + 2 * header[2] or header[2] < least:
+    header = np.fromfile(path, "<i4", 256).tolist()
+    whole = len(header) == 256 and os.path.getsize(path) == 1024 + 2 * header[2]
+    if not whole or header[:2] != [MAGIC, 1] or header[2] < least:
         raise ValueError(f"{path} is no whole shard of tokens (256 int32, {MAGIC}, 1, n ...; n uint16); "
                          "remove it or fetch it again")
     return np.memmap(path, "<u2", "r", offset=1024)
 
 
 def shard_ids(path, places):
-    """Ids of a shard at some places; ValueError if one is none of GPT-2's."""
+    """The ids of a shard at some places (an index of numpy's). ValueError if GPT-2 has no such id."""
     ids = read_shard(path)[places]
     if ids.max(initial=0) > GPT2_END:
         raise ValueError(f"{path} holds the id {ids.max():,}, but GPT-2's ids end at {GPT2_END:,}; give "
@@ -480,48 +483,57 @@ class Joined:
 
 
 class Source:
-    """Documents in a row, the end id after each. All text is one part of the source, in an order that the
-    seed draws; each shard of tokens is a further part. held_out (n,) is one group of text in 16, the same
-    ones on every machine, and the beginning of shards with "val" in their names.
+    """Documents in a row, each with the end id after it, and held_out (n,), the ids that no row has.
 
-    A source is read in cells of `cell` ids: the cells of one part, in an order that each epoch draws anew,
-    then those of the next part. No id comes twice an epoch. A cell is found by its number, so that a run
-    need remember nothing but how many it took."""
+    All text is the first part of a source, its documents in an order that the seed draws. Each shard is a
+    further part. Held out are one group of text in 16, and the beginning of shards with "val" in their names.
+
+    A source is read in cells of `cell` ids, part after part. Each epoch draws a new order of the cells of a
+    part, and reads each cell once. The number of a cell says where it is. A run that goes on therefore needs
+    to know only how many cells it took."""
 
     def __init__(self, paths, tokenizer, seed, cell):
-        self.tokenizer, self.seed, self.cell = tokenizer, seed, cell
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.cell = cell
         self.order = lru_cache(8)(self.order)
         files = [p for path in paths for p in data_files(path)]
-        shards = [p for p in files if p.endswith(".bin")]
-        encoded = load_text([*(stdlib_files() if "stdlib" in paths else []),
-                             *((p, None) for p in files if p not in shards)], tokenizer)
+        text_files = list(stdlib_files()) if "stdlib" in paths else []
+        text_files += [(p, None) for p in files if not p.endswith(".bin")]
+        encoded = load_text(text_files, tokenizer)
         self.n_documents = len(encoded.n_ids)
         order = array("q", range(self.n_documents - int(encoded.is_held_out.sum())))
         random.Random(seed).shuffle(order)
         train = Joined(encoded, np.flatnonzero(~encoded.is_held_out)[np.array(order, int)])
-        held_out = [Joined(encoded, np.flatnonzero(encoded.is_held_out)).read(0, HELD_OUT)]
-        self.parts = [train]                                        # text, then the names of shards
+        held_out = Joined(encoded, np.flatnonzero(encoded.is_held_out)).read(0, HELD_OUT)
+        self.parts = [train]                                        # text, then the paths of shards
         self.sizes = [len(train)]
-        self.names = [encoded.sha256] if self.n_documents else []        # of what is read: Corpus hashes them
-
-        lengths = [SHARD if path in SHARDS else len(read_shard(path)) for path in shards]
-        self.gpt2 = None                                            # decodes shards for another tokenizer
-        if shards and (tokenizer.n_vocab != GPT2_END + 1 or tokenizer.encode("Hello world") != [15496, 995]):
-            self.gpt2 = Tokenizer.load("gpt2")
-        for path, n in zip(shards, lengths):
-            name = os.path.basename(path)
-            self.names.append(f"{name} {n}")
-            if "val" in name:
-                held_out.append(self.from_gpt2(shard_ids(path, slice(HELD_OUT))))
-            else:
-                self.parts.append(path)
-                self.sizes.append(n)
-                if path not in SHARDS:
-                    shard_ids(path, slice(FIRST))                   # a foreign one fails now
+        self.names = [encoded.sha256] if self.n_documents else []   # of all that is read, for Corpus.facts
+        held_out = [held_out, *self.add_shards([p for p in files if p.endswith(".bin")])]
         self.held_out = np.concatenate(held_out)[:HELD_OUT].astype(np.int32)
         self.begins = np.cumsum([0] + [max(0, n - 1) // cell for n in self.sizes]).tolist()   # in cells
         if not self.begins[-1]:
             raise ValueError(f"--data {' '.join(paths)}: too few tokens to train on in sequences of {cell:,}")
+
+    def add_shards(self, paths):
+        """Make each shard a part. Returns the beginnings of those that are held out. All headers are judged
+        before a tokenizer is fetched to decode the shards."""
+        lengths = [SHARD if path in SHARDS else len(read_shard(path)) for path in paths]
+        ours = self.tokenizer
+        is_gpt2 = ours.n_vocab == GPT2_END + 1 and ours.encode("Hello world") == [15496, 995]
+        self.gpt2 = None if is_gpt2 or not paths else Tokenizer.load("gpt2")
+        held_out = []
+        for path, n in zip(paths, lengths):
+            name = os.path.basename(path)
+            self.names.append(f"{name} {n}")
+            if "val" in name:
+                held_out.append(self.from_gpt2(shard_ids(path, slice(HELD_OUT))))
+                continue
+            self.parts.append(path)
+            self.sizes.append(n)
+            if path not in SHARDS:
+                shard_ids(path, slice(FIRST))                       # foreign ids fail now
+        return held_out
 
     def from_gpt2(self, ids):
         """Ids of a shard -> ids of the tokenizer: the same if it is GPT-2's, else by way of their text."""
@@ -534,13 +546,13 @@ class Source:
         return np.concatenate([ids[:0], *encode_documents(self.tokenizer, texts)])
 
     def order(self, k):
-        """Where the cells of the k-th part, over all epochs, begin, in the order in which they are read."""
+        """Where the cells of the k-th part begin, in the order of reading; k counts on through all epochs."""
         n = self.sizes[k % len(self.parts)] - 1
         rng = np.random.default_rng([self.seed, k])
         return rng.integers(n % self.cell + 1) + self.cell * rng.permutation(n // self.cell)
 
     def read(self, c, start, n):
-        """Ids (n,) int64 from place `start` on in cell c, counted over all epochs."""
+        """Ids (n,) int64 from place `start` of cell c on; c counts on through all epochs."""
         epoch, c = divmod(c, self.begins[-1])
         j = bisect.bisect(self.begins, c) - 1                       # the part
         at = self.order(epoch * len(self.parts) + j)[c - self.begins[j]] + start
@@ -553,8 +565,9 @@ class Source:
         return ids.astype(np.int64)
 
     def read_from_gpt2(self, path, at, n):
-        """n ids of the tokenizer for the text of a shard from place `at` on; past its end it begins anew."""
-        size = n
+        """n ids of the tokenizer for the text of a shard from place `at` on. The shard goes on from its start
+        at its end."""
+        size = n                                                    # of GPT-2's ids: as many as give n
         while True:
             size += n // 4 + 1
             places = np.arange(at, at + size) % len(read_shard(path))
@@ -567,12 +580,16 @@ class Source:
 
 
 class Corpus:
-    """Text to train on, and held_out (n,) int32, documents in a row. data: what --data lists, None for the
-    standard library. Sources with weights are mixed, in shares of rows. cell: text is shuffled in stretches
-    of so many tokens, at least a sequence of any stage. ValueError if there is too little of it."""
+    """Text to train on, and held_out (n,) int32, the ids of text to measure on.
+
+    data: what --data lists, or None for the standard library. Sources are mixed in shares of the rows.
+    cell: text is shuffled in stretches of so many ids; no sequence of a stage may be longer.
+    ValueError if there is too little text."""
 
     def __init__(self, tokenizer, data=None, seed=0, cell=1024):
-        self.tokenizer, self.seed, self.cell = tokenizer, seed, cell
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.cell = cell
         self.paths, shares = zip(*data_sources(data or ["stdlib"]))
         self.shares = np.array(shares)
         self.taken = np.zeros(len(shares), int)                     # cells of each source, by stages
@@ -588,13 +605,13 @@ class Corpus:
                           documents=sum(s.n_documents for s in self.sources), sha256=sha256)
 
     def split(self, rows):
-        """How many of the first so many rows of a stage each source gives: (sources,)."""
+        """How many of the first `rows` rows of a stage each source gives: (sources,)."""
         n = np.floor(self.shares * rows + 1e-6).astype(int)
         n[self.shares.argmax()] += rows - n.sum()
         return n
 
     def advance(self, plan):
-        """Count the cells of a stage as taken: the next stage begins behind them."""
+        """Count the cells of a stage as taken, so that the next stage begins after them."""
         rows_in_cell = self.cell // plan.length
         self.taken = self.taken + np.ceil(self.split(plan.steps * plan.batch) / rows_in_cell).astype(int)
 
