@@ -686,7 +686,7 @@ Use: share of the peak. Hours: for all tokens of the plan.""",
         peak=peak)
     for size in args.size:
         plans = halo.PLANS["tiny" if size == "tiny" else "real"]
-        plans = {name: plan for name, plan in plans.items() if name in STAGES}
+        plans = {name: replace(plan, recall=0.0) for name, plan in plans.items() if name in STAGES}
         teacher, student = SIZES[size].teacher, config_of(size, "hybrid")
 
         def report(stage, plan, batch, seconds, **row):

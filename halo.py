@@ -60,7 +60,7 @@ from tqdm import tqdm  # noqa: E402
 from hypenet import FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, locate  # noqa: E402
 from support import fast  # noqa: E402
 from support.common import Parser, command_line, default_device, number, write_json  # noqa: E402
-from support.recall import SIGNS, TASKS, answers, has_room, hide, plant, recall, reworded  # noqa: E402,F401
+from support.recall import TASKS, answers, has_room, plant, recall, training_rows  # noqa: E402,F401
 from support.run import Run, ahead, bf16, checkpoint_blocks, fitted, peak_gb, recorded  # noqa: E402
 from support.text import SHARDS, Corpus  # noqa: E402,F401
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
@@ -284,7 +284,8 @@ def teacher_layers(teacher, config, idx):
 def make_twins(teacher, config, corpus, plan, o):
     """A linear twin of every attention layer, and what its output squared would be on average in the teacher;
     both from one batch of text, of at most 2^14 tokens."""
-    rows = corpus.rows("transfer", replace(plan, batch=min(plan.batch, max(1, 2 ** 14 // plan.length))))(0)
+    plan = replace(plan, batch=min(plan.batch, max(1, 2 ** 14 // plan.length)))
+    rows = training_rows(corpus, "transfer", plan)(0)
     idx, twins, squares = torch.from_numpy(rows[:, :-1]).to(o.device), nn.ModuleList(), []
     with bf16():
         for attn, x, where, y in teacher_layers(teacher, config, idx):
@@ -382,13 +383,6 @@ def objective(student, teacher, o, alpha):
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def held_out(corpus, length, count, seed=0):
-    """Batches idx, targets (b,length) of held-out text, the same at every call."""
-    rows = torch.from_numpy(corpus.windows(np.random.default_rng([seed, 1]), count, length + 1))
-    return [(part[:, :-1], part[:, 1:]) for part in rows.split(max(1, 2 ** 14 // length))]
 
 
 @torch.no_grad()
@@ -501,7 +495,7 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
     bar = tqdm(range(first, plan.steps), desc=f"{stage:9s}", initial=first, total=plan.steps, mininterval=0.5,
                dynamic_ncols=True, disable=first == plan.steps)
     saved_at, pause, tick = time.time(), 120.0, time.time()
-    for step, rows in zip(bar, ahead(corpus.rows(stage, plan), range(first, plan.steps), device)):
+    for step, rows in zip(bar, ahead(training_rows(corpus, stage, plan), range(first, plan.steps), device)):
         if replay:
             both = replay(rows)
         else:
@@ -564,7 +558,7 @@ def swap_scores(teacher, twins, config, corpus, o):
     the stream less wpe: gone is what they added themselves, not what layers before made of it. Returns these
     and the teacher's own C. A swap is made in place; config tells the kind of layer i."""
     own, scores = teacher.config, []
-    batches = held_out(corpus, o.length, max(2, o.eval_windows // 2))
+    batches = corpus.held_out_batches(o.length, max(2, o.eval_windows // 2))
 
     def both(kind=""):
         R = recall(teacher, corpus, o.length, o.trials * 2, varied=o.varied)[0]
@@ -702,7 +696,7 @@ def convert_progressive(run, teacher, corpus, plans, o):
         def usable():
             student.save_pretrained(run.path(stage))
             corpus.tokenizer.save(run.path(stage))
-            loss = losses(student, held_out(corpus, o.length, o.eval_windows)).mean().item()
+            loss = losses(student, corpus.held_out_batches(o.length, o.eval_windows)).mean().item()
             print(f"group {g} of {len(groups)}: {now} | held-out loss {loss:.4f} | usable: {run.path(stage)}")
             return loss
         run.once(stage, usable)
@@ -716,7 +710,7 @@ def fit_logit_base(student, corpus, length, seed, varied=0.0):
     """What each base a of s_t (paper eq. 11) costs at a long length: {a: held-out loss less the mean
     log-probability of an answer's tokens}, nats; the sum that `choose_layers` "swap" goes by. From None, no
     scaling, to ever more, until one costs 0.02 more than the best so far."""
-    batches, out = held_out(corpus, length, 8, seed), {}
+    batches, out = corpus.held_out_batches(length, 8, seed), {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
         R = recall(student, corpus, length, 10, seed + 1, varied=varied)[0]     # not the keys of the report
@@ -756,7 +750,7 @@ def evaluate(teacher, student, corpus, o):
     length of distillation, of the student at 64 times too."""
     lengths = [n * o.length for n in (1, 2, 4, 16, 64)]
     theirs, ours = shares(teacher, corpus, lengths[:4], o), shares(student, corpus, lengths, o)
-    return dict(**compare(teacher, student, held_out(corpus, o.length, o.eval_windows)),
+    return dict(**compare(teacher, student, corpus.held_out_batches(o.length, o.eval_windows)),
                 **{field: dict(teacher=theirs[field], student=ours[field]) for field in ours})
 
 
@@ -1125,7 +1119,7 @@ def pretrain(run, corpus, plans, o):
         config.logit_base = least(fit_logit_base(model, corpus, length, o.seed, o.varied))
     o.tokenizer.save(run.folder)
     model.save_pretrained(run.folder, torch.bfloat16)     # last: a folder that has it is whole
-    loss = losses(model, held_out(corpus, T, o.eval_windows)).mean().item()
+    loss = losses(model, corpus.held_out_batches(T, o.eval_windows)).mean().item()
     found = shares(model, corpus, (T, 16 * T, 64 * T)[:3 if o.hybrid else 1], o)
     write_json(run.path("report.json"), dict(
         teacher=o.teacher, tokens=run.tokens, device=o.device, text=corpus.facts, layers=config.layers,

@@ -718,206 +718,16 @@ def test_sliced_loss_is_its_formula(kl, alpha):
         assert max(map(rmse, value_and_gradients(loss), refs)) < 1e-4
 
 
-@pytest.mark.parametrize("depth, ask", [(0, 1), (0.25, 1), (0.5, 1), (1, 1), (None, 3)])
-def test_plant(depth, ask):
-    """A planted text keeps its length and its order; the key stands at the depth asked for, its question and
-    answer at the end; in training the questions come anywhere after the key. Each is answered by the key."""
-    text, tokenizer = np.frombuffer(b"abcdefghij" * 40, np.uint8).astype(np.int64), Tokenizer.bytes()
-    needle = r"\n# The pass key is (\d{5})\. Remember it\.\n"
-    question = r"\n# What is the pass key\? The pass key is (\d{5})"
-    ids, n = halo.plant(tokenizer, text, np.random.default_rng(3), depth, ask)
-    whole = tokenizer.decode(ids)
-    found, asked = re.search(needle, whole), list(re.finditer(question, whole))
-    rest = re.sub(f"{needle}|{question}", "", whole)
-    assert len(ids) == 400 and rest == tokenizer.decode(text)[:len(rest)] and n == len(" 12345")
-    assert [a[1] for a in asked] == [found[1]] * ask and asked[0].start() >= found.end()
-    assert depth is None or (found.start() == int(depth * len(rest)) and asked[0].end() == 400)
-    with one_line("20 tokens"):
-        halo.plant(tokenizer, text[:20], np.random.default_rng(0))
-
-
-def test_reworded(monkeypatch):
-    """Training also asks for values that follow other words: words of the text, in whatever alphabet. Each
-    value is asked for twice, in any order; a question ends in what stands before its value. A plan says how
-    often, and what ends a document is no word. A long row has more of them."""
-    tokenizer, phrases, sizes, numbers, signs, stops = Tokenizer.bytes(), set(), set(), set(), set(), set()
-    in_a_row = set()
-    for seed in range(30):
-        text = "".join(f"word{chr(97 + i % 26)}{chr(97 + i % 7)}=(42, )\n" for i in range(120))
-        rng, row = np.random.default_rng(seed), tokenizer.encode_array(text)
-        task = halo.reworded(tokenizer, row, np.random.default_rng(seed))
-        ids, n = halo.plant(tokenizer, row, rng, ask=2 * task.needles, task=task)
-        whole, joint = tokenizer.decode(ids), task.question.split("{name}")[1]
-        pattern = "(?<!word.. ){} (?!word)(\\w+)"               # not the words of another one
-        found = {name: re.findall(pattern.format(re.escape(name + joint)), whole) for name in task.names}
-        for name, values in found.items():
-            assert set(name.split()) <= set(re.findall("word..", text))
-            assert sum(v[:task.size] == values[0] for v in values) >= 3 and len(values[0]) == task.size
-        assert n == 1 + task.size and len(task.names) == task.needles
-        phrases, sizes = phrases | set(task.names), sizes | {task.size}
-        head = os.path.commonprefix([*task.names, *task.names[:1]]).split()[:-1]
-        if len(head) > 1:                                           # words as the text has them, or not
-            in_a_row.add(" ".join(head) in " ".join(re.findall("word..", text)))
-        numbers.add(task.needles)
-        signs.add(task.signs)
-        stops.update(re.findall("(.) {name}", task.question))
-    assert len(phrases) > 50 and len(sizes) > 9 and numbers == {1, 2, 3, 4}
-    assert stops == set(halo.STOPS) >= {".", "?"} and in_a_row == {False, True}
-    assert "0123456789" in signs and len(signs) > 9 and all(6 <= len(s) == len(set(s)) <= 36 for s in signs)
-
-    def words(text):
-        names = halo.reworded(tokenizer, tokenizer.encode_array(text), np.random.default_rng(0)).names
-        return set(" ".join(names).split())
-    assert words("1 + 1") == {"number"} and words("größer 中文 3") == {"größer", "中文"}
-    names, orders = ("one", "two", "three"), set()
-    task = halo.Task("\n{name} {value}.\n", "\n{name}", "0123456789", 5, 3, names)
-    for seed in range(40):
-        whole = tokenizer.decode(halo.plant(tokenizer, row, np.random.default_rng(seed), ask=6, task=task)[0])
-        seen, values = [], {}
-        for name, value, dot in re.findall(r"\n(one|two|three) (\d{5})(\.?)", whole):
-            assert (dot == ".") == (name not in seen) and values.setdefault(name, value) == value
-            seen.append(name)                                               # told, then asked for
-        assert sorted(seen) == sorted(3 * names)
-        orders.add(tuple(seen))
-    assert len(orders) > 30
-    with pytest.raises(AssertionError):
-        halo.plant(tokenizer, row, rng, 0.5, ask=2)
-    task, near, firsts = task._replace(needles=16, names=tuple(f"n{i}" for i in range(16))), [], []
-    for seed in range(20):                                                  # of a long row more at the ends
-        ids, _ = halo.plant(tokenizer, np.resize(row, 32768), np.random.default_rng(seed), ask=32, task=task)
-        places = np.array([m.start() for m in re.finditer(r"\nn\d+ \d{5}", tokenizer.decode(ids))])
-        near.append([(places < 1024).mean(), (places > 31744).mean()])
-        firsts.append(places[0])
-    assert len(places) == 48 and (np.mean(near, 0) > 0.08).all() and np.median(firsts) < 64
-
-    def most(length):
-        asked = []
-
-        def plant(tokenizer, row, rng, ask, task="S1", plain=halo.plant):
-            asked.append(ask)
-            return plain(tokenizer, row, rng, ask=ask, task=task)
-        monkeypatch.setattr(halo, "plant", plant)
-        monkeypatch.setattr(halo, "again", lambda row, rng, times: asked.append(times))
-        for seed in range(60):
-            halo.hide(tokenizer, np.resize(row, length), np.random.default_rng(seed), varied=1.0)
-        return max(asked)
-    small, middle, long = (most(length) for length in (256, 1024, 16384))   # 2 times 4 at most, 8, 32
-    assert small == 8 < 10 < middle <= 16 < 40 < long <= 64
-    monkeypatch.undo()
-    corpus = halo.Corpus(tokenizer)
-    for length, share, low, high in ((512, 0.0, 1, 1), (512, 0.5, 0.3, 0.7), (512, 1.0, 0, 0),
-                                     (160, 1.0, 0.05, 0.45)):                # half reworded, no room for many
-        plan = halo.Plan(1e6, length, 100, 1e-3, 1e-4, recall=1.0, varied=share)
-        rows = corpus.rows("distil", plan)(0)
-        assert low <= np.mean(["pass key" in tokenizer.decode(row) for row in rows]) <= high
-
-
-def test_again():
-    """Passages that come again, as long as there is room for: each id of one stands in two places, always as
-    far apart; what is not in them is untouched. About half are out of order, both times."""
-    mixed = 0
-    for seed, length, times in itertools.product(range(20), (4, 20, 100, 1000), (1, 2, 3)):
-        row = 10_000 + np.arange(length)
-        halo.again(row, np.random.default_rng(seed), times)
-        at = {i: np.flatnonzero(row == i) for i in row}
-        twice = {i: places for i, places in at.items() if len(places) == 2}
-        assert all(len(places) < 3 for places in at.values())
-        lengths = len(twice)
-        assert times * min(16, length // (2 * times)) <= lengths <= times * min(128, length // (2 * times))
-        assert len({b - a for a, b in twice.values()}) <= times
-        assert all(i == 10_000 + at[i][0] for i in at if i not in twice)    # once, and where it was
-        mixed += (times, length) == (1, 1000) and any(i - 10_000 not in places for i, places in twice.items())
-    assert 5 <= mixed <= 15                                                 # of 20
-
-
-@pytest.mark.parametrize("task", halo.TASKS)
-def test_tasks(task):
-    """A task hides as many values as it says, under names of their own, and asks for one by its name; the
-    answer is that value, and the needle stands at the depth asked for."""
-    t, tokenizer, found = halo.TASKS[task], Tokenizer.bytes(), set()
-    text = np.frombuffer(b"lorem ipsum " * 100, np.uint8).astype(np.int64)
-    for seed, depth in itertools.product(range(3), (0, 0.5, 1)):
-        ids, n = halo.plant(tokenizer, text, np.random.default_rng(seed), depth, task=task)
-        whole = tokenizer.decode(ids)
-        answer, question = whole[-n:], whole[:-n]
-        name = question.rsplit(" for ", 1)[1].split()[0] if t.prose else ""
-        needle = t.needle.format(name=name, value=answer.strip())
-        assert len(ids) == len(text) and question.endswith(t.question.format(name=name))
-        assert len(answer) == 1 + t.size and set(answer[1:]) <= set(t.signs) and whole.count(needle) == 1
-        names = re.findall(t.needle.format(name="(\\w+)", value=f"[{t.signs}]{{{t.size}}}"), whole)
-        assert len(names) == t.needles and (not t.prose or len(set(names)) == t.needles)
-        assert depth != 0.5 or abs(whole.index(needle) - 600) < 250
-        found.add(answer)
-    assert len(found) == 3
-
-
-def test_prose_is_what_docstrings_say(tmp_path):
-    """Natural text is held out, longer than a docstring, and no code; of one's own text all of it."""
-    corpus = halo.Corpus(Tokenizer.bytes())
-    prose, held_out = (corpus.tokenizer.decode(ids.tolist()) for ids in (corpus.prose, corpus.held_out))
-    assert len(prose) > 20_000 and prose.count("\ndef ") < prose.count("\n\n") / 50
-    assert prose[1000:1030].strip().splitlines()[0] in held_out
-    rows = corpus.windows(np.random.default_rng(0), 2, 2 * len(prose), prose=True)  # around, around
-    assert (rows[:, :len(prose)] == rows[:, len(prose):]).all()
-    lines = [json.dumps({"text": f"{i} " * 90}) for i in range(300)]
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    own = halo.Corpus(Tokenizer.bytes(), [str(tmp_path / "text.jsonl")])
-    assert own.prose is own.held_out
-
-
-def test_held_out_text_is_never_trained_on(home, tmp_path):
-    """A document stands whole on one side, about 1 in 16 of them held out; files and folders, gzipped or not,
-    read alike; a package of the standard library is one group, its tests left out."""
-    corpus = halo.Corpus(Tokenizer.bytes(), [str(home / "text.jsonl")])
-    def documents(ids):
-        return set(re.findall(r"doc\d+ ", corpus.tokenizer.decode(ids)))
-    train, held_out = documents(corpus.sources[0].parts[0]), documents(corpus.held_out)
-    assert not train & held_out and len(train | held_out) == 400 and 10 <= len(held_out) <= 45
-    windows = corpus.windows(np.random.default_rng(0), 50, 700)
-    assert set().union(*map(documents, windows)) <= held_out
-    (tmp_path / "text.jsonl.gz").write_bytes(gzip.compress((home / "text.jsonl").read_bytes()))
-    assert (halo.Corpus(Tokenizer.bytes(), [str(tmp_path)]).held_out == corpus.held_out).all()
-    groups = [group for group, _ in halo.stdlib_documents()]
-    assert groups.count("encodings") > 50 and "argparse" in groups
-    assert not {"test", "site-packages"} & set(groups)
-
-
-def test_answers_are_those_of_a_full_pass():
-    """Pass keys are scored through a state as a full pass would score them; only a whole answer is a hit."""
-    model, prompts = tiny(dtype=torch.float32), some_ids(6, T)
-    for i in range(T - 3, T):                                               # rows 0, 1 say what is likeliest
-        prompts[:2, i] = model(prompts[:2, :i])[0][:, -1].argmax(-1)
-    prompts[1, -3] = (prompts[1, -3] + 1) % 61                              # row 1 but for its first token
-    logp, right = halo.answers(model, prompts, 3)
-    full = model(prompts)[0].log_softmax(-1)[:, -4:-1].gather(-1, prompts[:, -3:, None])[..., 0]
-    assert rmse(logp, full) < 1e-4 and right.all(1).tolist() == [True] + [False] * 5
-    idx, targets, other = prompts[:, :-1], prompts[:, 1:], tiny(1, torch.float32)
+def test_compare_is_its_formula():
+    """Of one model with itself KL is 0 and every likeliest token the same; of two, KL and losses are those of
+    the distillation loss and of the models, whatever the batches."""
+    model, other, prompts = tiny(dtype=torch.float32), tiny(1, torch.float32), some_ids(6, T)
+    idx, targets = prompts[:, :-1], prompts[:, 1:]
     batches = [(idx[:2], targets[:2]), (idx[2:], targets[2:])]
     same, pair = (halo.compare(model, m, batches) for m in (model, other))
     assert same["kl"] == pytest.approx(0, abs=1e-6) and same["top1_agreement"] == 1
     assert pair["kl"] == pytest.approx(halo.distil_loss(other, model, idx, targets, "forward", 0).item())
     assert pair["val_loss"]["student"] == pytest.approx(other(idx, targets)[1].item(), rel=1e-5)
-
-
-def test_recall_of_answers_of_many_lengths():
-    """Pass keys of different numbers of tokens are scored each by its own, as one by one."""
-    class Pairs:
-        """Bytes, but for even numbers of two digits, which are one id."""
-        def encode_array(self, text):
-            parts = re.findall(r"[0-9][02468]|.", text, re.S)
-            return np.array([ord(part) if len(part) == 1 else 150 + int(part) for part in parts], np.int32)
-    model = tiny(dtype=torch.float32, vocab_size=300, layers="AAAA")
-    def windows(rng, n, length, prose=False):
-        return rng.integers(100, 120, (n, length))
-    corpus = types.SimpleNamespace(tokenizer=Pairs(), windows=windows)
-    logp, hits = halo.recall(model, corpus, 128, 9)
-    rng, lengths = np.random.default_rng([0, 128]), set()
-    for i, text in enumerate(windows(rng, 9, 128)):
-        ids, n = halo.plant(corpus.tokenizer, text, rng, depth=(i % 5) / 4)
-        one = halo.answers(model, torch.from_numpy(ids)[None], n)
-        assert logp[i].item() == pytest.approx(one[0].mean().item(), rel=1e-4) and hits[i] == one[1].all()
-        lengths.add(n)
-    assert len(lengths) > 1
 
 
 @pytest.mark.parametrize("speed, rows, total", [
@@ -933,27 +743,6 @@ def test_plan_says_how_long(speed, rows, total, capsys):
     out = capsys.readouterr().out
     assert total in out and all(re.search(rf"^{stage} .* {x}$", out, re.M) for stage, x in zip(plans, rows))
     assert "of which this run reads 7,000,000 (70000.0 rounds, each in a new order); 7 held out" in out
-
-
-def test_recall_of_what_training_hides(monkeypatch):
-    """A share of the answers are values after other words, where these have room."""
-    model, corpus, asked = tiny(dtype=torch.float32, vocab_size=300), halo.Corpus(Tokenizer.bytes()), []
-
-    def plant(tokenizer, text, rng, depth, task, plain=halo.plant):
-        found = plain(tokenizer, text, rng, depth, task=task)
-        asked.append((task, depth))
-        return found
-    monkeypatch.setattr(halo, "plant", plant)
-    for length, varied, low, high in ((512, 0.0, 40, 40), (512, 0.5, 8, 32), (512, 1.0, 0, 0),
-                                      (140, 1.0, 1, 39)):
-        asked.clear()
-        logp, hits = halo.recall(model, corpus, length, 40, varied=varied)
-        assert len(logp) == len(hits) == len(asked) == 40
-        assert [depth for _, depth in asked] == [0, 0.25, 0.5, 0.75, 1] * 8
-        assert low <= sum(task == "S1" for task, _ in asked) <= high
-    monkeypatch.undo()
-    assert halo.has_room("S1", 128, corpus) and halo.has_room("multi-key", 280, corpus)
-    assert not halo.has_room("multi-key", 266, corpus)                      # of long names, and has of short
 
 
 def test_what_is_found_is_reported(monkeypatch, capsys):
@@ -1149,7 +938,7 @@ def log_of(out):
 
 def held_out_loss(home, out):
     """The held-out loss of the model in a folder, measured anew."""
-    batches = halo.held_out(halo.Corpus(Tokenizer.load(out), data_of(home)), 96, 4)
+    batches = halo.Corpus(Tokenizer.load(out), data_of(home)).held_out_batches(96, 4)
     return pytest.approx(halo.losses(HypeNet.from_pretrained(out), batches).mean().item(), rel=1e-6)
 
 

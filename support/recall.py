@@ -1,6 +1,17 @@
-"""What is hidden in text and asked for, and how answers are measured."""
+"""What is hidden in text and asked for, and how answers are measured.
+
+A model that predicts plain text well need not recall a detail of it. Training therefore hides things in the
+text and asks for them (training_rows, hide), and tests ask for things after any amount of text (recall).
+
+    TASKS            what tests hide, in the spirit of RULER (arXiv 2404.06654)
+    plant            hides what a task asks for in a text, and asks
+    reworded, again  what training hides besides the pass key
+    training_rows    rows of a corpus, a share of them with something to recall
+    recall           the share of answers that a model finds, and their log-probability
+"""
 import re
 import string
+import zlib
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -9,76 +20,126 @@ import torch
 
 from support.run import bf16
 
+KEY_NAMES = tuple("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble "
+                  "nettle opal pepper quartz raven saffron thistle".split())
 
-NAMES = tuple("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble nettle "
-              "opal pepper quartz raven saffron thistle".split())
+# `reworded` draws from these: what joins words and value, what ends a sentence, what a value is made of.
+JOINTS = (" is", " was", " has", " =", ":", " equals", " of")
+STOPS = ".?!:;,"
+SIGNS = string.digits + string.ascii_lowercase
 
 
 class Task(NamedTuple):
-    """Something to find in a text, in the spirit of RULER (arXiv 2404.06654)."""
-    needle: str
-    question: str
-    signs: str                       # what a value is drawn from
-    size: int = 5                    # and how many of them it has
-    needles: int = 1                 # of so many, under different names; a test asks for the first
-    names: tuple = NAMES
-    prose: bool = True               # in natural text; else in text like that of training
+    """One kind of thing to find in a text."""
+    needle: str                      # the sentence that tells a value
+    question: str                    # the words right before the answer
+    signs: str                       # the characters that a value is drawn from
+    size: int = 5                    # characters of a value
+    needles: int = 1                 # needles in a text, each with its own name; a test asks for the first
+    names: tuple = KEY_NAMES         # the names to draw from
+    prose: bool = True               # a test hides the needle in natural text, else in text as in training
 
 
 NUMBER = ("\nThe special magic number for {name} is {value}.\n",
           "\nWhich number was mentioned above? The special magic number for {name} is")
 
-
-TASKS = {                                                           # training has the first alone
+TASKS = {                            # training hides the first one; the names are RULER's
     "S1": Task("\n# The pass key is {value}. Remember it.\n", "\n# What is the pass key? The pass key is",
-               "0123456789", prose=False),
-    "S2": Task(*NUMBER, "0123456789"),
+               string.digits, prose=False),
+    "S2": Task(*NUMBER, string.digits),
     "S3": Task(*NUMBER, "0123456789abcdef", 32),
-    "multi-key": Task(*NUMBER, "0123456789", needles=4),
+    "multi-key": Task(*NUMBER, string.digits, needles=4),
 }
 
 
-# S1 in other words, for training: what stands between words and value, what before the words of a question,
-# and what a value is made of
-JOINTS = (" is", " was", " has", " =", ":", " equals", " of")
+# ---- hiding ------------------------------------------------------------------------------------------------
 
 
-STOPS = ".?!:;,"
+def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
+    """Hide the values of a task in text (n,) and ask for them: ids (n,), and the length of an answer in ids.
 
+    depth None is for training: needles and `ask` questions stand at random places. A long text has more of
+    them near both ends, since few would stand there by chance. Questions without room are left out.
+    A depth from 0 to 1 is for testing: the first needle stands at this share of the text, the other needles
+    anywhere, and one question for the first needle ends the text.
 
-SIGNS = string.digits + string.ascii_lowercase
+    task: a Task, or its name in TASKS. ValueError if the text has no room for needles and one question."""
+    assert depth is None or ask == 1, "a test has one question, at its end"
+    task = TASKS[task] if isinstance(task, str) else task
+    names = rng.permutation(task.names)[:task.needles] if "{name}" in task.needle else [""]
+    needles, questions, n_answer = [], [], []
+    for name in names:
+        value = "".join(task.signs[i] for i in rng.integers(0, len(task.signs), task.size))
+        answer = tokenizer.encode_array(f" {value}")
+        needles.append(tokenizer.encode_array(task.needle.format(name=name, value=value)))
+        questions.append(np.concatenate((tokenizer.encode_array(task.question.format(name=name)), answer)))
+        n_answer.append(len(answer))
+
+    asked = [i % len(names) for i in range(ask)]                    # the name of each question
+    left = len(text) - sum(map(len, needles)) - sum(len(questions[i]) for i in asked)
+    while left < 0 and len(asked) > 1:
+        left += len(questions[asked.pop()])
+    if left < 0:
+        raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
+                         f"{len(text) - left} tokens; use a longer length")
+
+    order = [*range(len(names)), *asked]                            # of names: first told, then asked for
+    if depth is None:
+        cuts = np.sort(rng.integers(0, left + 1, len(order)))
+        if len(names) > 1:
+            order = rng.permutation(order)
+            cuts = (left * np.sin(np.pi / 2 * cuts / max(1, left)) ** 2).astype(int)
+    else:
+        cuts = [int(depth * left), *rng.integers(0, max(1, left), len(names) - 1), left]
+    parts = []
+    at = 0
+    told = set()
+    for cut, i in sorted(zip(cuts, order), key=lambda pair: pair[0]):
+        parts += [text[at:cut], questions[i] if i in told else needles[i]]
+        told.add(i)
+        at = cut
+    return np.concatenate([*parts, text[at:left]]), n_answer[0]
 
 
 def reworded(tokenizer, ids, rng, most=4):
-    """S1 in other words: up to `most` values, of 3 to 24 digits or of some digits and letters, each after
-    some words of a text, the first of which (up to 5) all have in common; asked for is what follows when the
-    same words come again. The words are a few drawn at random, so that names are alike, or stand in a row as
-    in the text, so that what usually follows them is not what did here. Who has seen the pass key alone
-    can find a pass key; who has seen these, what followed the same words before. Most of a short row is
-    these."""
-    ends = [i for i in (tokenizer.end, tokenizer.bos) if i is not None]
-    text, n = tokenizer.decode(ids[~np.isin(ids, ends)].tolist()), int(rng.integers(1, most + 1))
-    words = re.findall(r"[^\W\d_]{2,12}", text) or ["number"]
-    few, in_a_row = rng.integers(0, len(words), n + rng.integers(3, 12)), rng.random() < 0.5
+    """S1 in other words: a Task whose values follow words of the text, up to `most` values.
 
-    def some(low, high):
-        size, first = rng.integers(low, high), rng.integers(len(words))
+    A model trained on pass keys alone finds pass keys. A model trained on these finds whatever followed the
+    same words earlier. All names begin with the same words (up to 5), so that a name must be read to its
+    end. Half of the tasks draw few words at random, so that names resemble each other. The other half takes
+    words in a row as the text has them, so that the usual next word is the wrong answer. A value is 3 to 24
+    characters long, all digits or drawn from a few digits and letters."""
+    ends = [i for i in (tokenizer.end, tokenizer.bos) if i is not None]
+    text = tokenizer.decode(ids[~np.isin(ids, ends)].tolist())
+    words = re.findall(r"[^\W\d_]{2,12}", text) or ["number"]
+    n = int(rng.integers(1, most + 1))
+    few = rng.integers(0, len(words), n + rng.integers(3, 12))
+    in_a_row = rng.random() < 0.5
+
+    def some_words(low, high):
+        size = rng.integers(low, high)
+        first = rng.integers(len(words))
         return " ".join(words[first:first + size] if in_a_row else [words[i] for i in rng.choice(few, size)])
-    head, lead = some(0, 6), some(0, 5)
-    joint, stop = JOINTS[rng.integers(len(JOINTS))], STOPS[rng.integers(len(STOPS))]
-    names = dict.fromkeys(f"{head} {some(1, 4)}".strip() for _ in range(n))
-    some_signs = "".join(rng.permutation(list(SIGNS))[:rng.integers(6, len(SIGNS) + 1)])
-    signs, size = rng.choice((string.digits, some_signs)), int(rng.integers(3, 25))
-    return Task("\n{name}" + joint + " {value}.\n", "\n" + f"{lead}{stop} " * bool(lead) + "{name}" + joint,
-                signs, size, len(names), tuple(names), prose=False)
+    head = some_words(0, 6)
+    lead = some_words(0, 5)                                         # words before the question
+    joint = JOINTS[rng.integers(len(JOINTS))]
+    stop = STOPS[rng.integers(len(STOPS))]
+    names = tuple(dict.fromkeys(f"{head} {some_words(1, 4)}".strip() for _ in range(n)))
+    signs = "".join(rng.permutation(list(SIGNS))[:rng.integers(6, len(SIGNS) + 1)])
+    signs = rng.choice((string.digits, signs))
+    size = int(rng.integers(3, 25))
+    lead = f"{lead}{stop} " if lead else ""
+    return Task("\n{name}" + joint + " {value}.\n", "\n" + lead + "{name}" + joint, signs, size,
+                len(names), names, prose=False)
 
 
 def again(row, rng, times):
-    """So many passages of a row of ids, 16 to 128 each where there is room, stand in it once more, later, and
-    none on another; half of them with their ids in a random order, both times, so that nothing but the first
-    place can tell what the second will be."""
+    """Repeat `times` passages of a row of ids (n,), in place, each once and later in the row.
+
+    A passage has 16 to 128 ids, fewer where the row is short, and none overlaps another. Half of the passages
+    get a random order of ids in both places: then only the first place can tell what comes in the second."""
     lengths = np.minimum(rng.integers(16, 129, times), len(row) // (2 * times))
-    order = rng.permutation(np.repeat(np.arange(times), 2))         # of the places, two for each
+    order = rng.permutation(np.repeat(np.arange(times), 2))         # which passage stands in each place
     room = len(row) - lengths[order].sum()
     ends = np.sort(rng.integers(0, room + 1, 2 * times)) + np.cumsum(lengths[order])
     for i, n in enumerate(lengths):
@@ -88,57 +149,14 @@ def again(row, rng, times):
         row[second:second + n] = row[first:first + n]
 
 
-def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
-    """Hide what a task (its name, or itself) asks for in text (n,), and ask: ids (n,), and how many ids at
-    the end of a question are its answer. depth None: needle and questions at random places (training); else
-    the needle at that share of the text and the question at its very end (testing). Other needles stand at
-    random places. A test's question is for the first needle; in training all are asked for, and of several
-    needles and questions more stand near its two ends, of which a long text would have few."""
-    assert depth is None or ask == 1, "a test has one question, at its end"
-    t = TASKS[task] if isinstance(task, str) else task
-    names = rng.permutation(t.names)[:t.needles] if "{name}" in t.needle else [""]
-    values = ["".join(t.signs[i] for i in rng.integers(0, len(t.signs), t.size)) for _ in names]
-    needles = [tokenizer.encode_array(t.needle.format(name=n, value=v)) for n, v in zip(names, values)]
-    answers = [tokenizer.encode_array(f" {v}") for v in values]
-    asked = [np.concatenate((tokenizer.encode_array(t.question.format(name=n)), answer))
-             for n, answer in zip(names, answers)]
-    order = [*range(len(names)), *(i % len(names) for i in range(ask))]        # of names: told, and asked for
-    free = len(text) - sum(map(len, needles))
-    while (left := free - sum(len(asked[i]) for i in order[len(names):])) < 0 and len(order) > len(names) + 1:
-        order.pop()                                                 # a question
-    if left < 0:
-        raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
-                         f"{len(text) - left} tokens; use a longer length")
-    if depth is None:
-        cuts = np.sort(rng.integers(0, left + 1, len(order)))
-        if len(names) > 1:                                          # in any order, more near both ends
-            order = rng.permutation(order)
-            cuts = (left * np.sin(np.pi / 2 * cuts / max(1, left)) ** 2).astype(int)
-    else:
-        cuts = [int(depth * left), *rng.integers(0, max(1, left), len(names) - 1), left]
-    parts, at, told = [], 0, set()
-    for cut, i in sorted(zip(cuts, order), key=lambda pair: pair[0]):
-        parts += [text[at:cut], (asked if i in told else needles)[i]]
-        told, at = told | {i}, cut
-    return np.concatenate([*parts, text[at:left]]), len(answers[0])
-
-
-def has_room(task, n, corpus):
-    """Whether a text of n tokens has room for a task, in 50 draws of names and values."""
-    try:
-        text = np.zeros(min(n, 4096), np.int64)                     # none needs more
-        for seed in range(50):
-            plant(corpus.tokenizer, text, np.random.default_rng(seed), 0.5, task=task)
-    except ValueError:
-        return False
-    return True
-
-
 def hide(tokenizer, row, rng, varied=0.0):
-    """Give a row of ids (n,), in place, something to recall: a pass key; or, with probability `varied`, in
-    equal parts passages that come again and values after other words (a pass key if they have no room). Of
-    these a long row has more than a short one, as the root of its length."""
-    times, more = int(rng.integers(1, 4)), max(1, round((len(row) / 256) ** 0.5))
+    """Give a row of ids (n,), in place, something to recall.
+
+    Most rows get a pass key (S1) and 1 to 3 questions for it. With probability `varied` a row gets passages
+    that come again, or values after words of the text (reworded), each half of the time. A long row has more
+    of both, by the root of its length. A row too short for reworded values gets the pass key."""
+    times = int(rng.integers(1, 4))
+    more = max(1, round((len(row) / 256) ** 0.5))
     if varied and rng.random() < varied:
         if rng.random() < 0.5:
             return again(row, rng, 2 * times * more)
@@ -149,11 +167,66 @@ def hide(tokenizer, row, rng, varied=0.0):
     row[:] = plant(tokenizer, row, rng, ask=times)[0]
 
 
+def training_rows(corpus, stage, plan):
+    """The rows of a stage, a function of the step -> (batch, length + 1) int64.
+
+    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. A share below one
+    row per step gives one row every few steps. A batch depends on seed, stage and step alone, so that a
+    stopped run goes on with the same rows."""
+    plain_rows = corpus.rows(stage, plan)
+    if not plan.recall:
+        return plain_rows
+
+    def rows_of(step):
+        rows = plain_rows(step)
+        rng = np.random.default_rng([corpus.seed, zlib.crc32(stage.encode()), step])
+        share = plan.recall * plan.batch
+        n = int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)
+        for row in rows[:n]:
+            hide(corpus.tokenizer, row, rng, plan.varied)
+        return rows
+    return rows_of
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+def has_room(task, n, corpus):
+    """Whether a text of n tokens has room for a task, whatever names and values are drawn (50 draws)."""
+    text = np.zeros(min(n, 4096), np.int64)                         # no task needs more
+    try:
+        for seed in range(50):
+            plant(corpus.tokenizer, text, np.random.default_rng(seed), 0.5, task=task)
+    except ValueError:
+        return False
+    return True
+
+
+def make_prompts(corpus, length, trials, seed, task, varied):
+    """Prompts (trials, length) that end in their answers, and the length of each answer in ids. The needles
+    stand at five depths in turn of held-out text. A share `varied` of the prompts asks for reworded values in
+    place of the task, as far as there is room."""
+    rng = np.random.default_rng([seed, length])
+    prompts, n_answer = [], []
+    for i, text in enumerate(corpus.windows(rng, trials, length, TASKS[task].prose)):
+        depth = i % 5 / 4
+        planted = None
+        if varied and rng.random() < varied:
+            with suppress(ValueError):                              # no room
+                other = reworded(corpus.tokenizer, text, rng)
+                planted = plant(corpus.tokenizer, text, rng, depth, task=other)
+        ids, n = planted or plant(corpus.tokenizer, text, rng, depth, task=task)
+        prompts.append(ids)
+        n_answer.append(n)
+    return np.stack(prompts), n_answer
+
+
 @torch.no_grad()
 def answers(model, prompts, n_answer):
-    """Prompts (B,n) that end in their answers -> log-probability of each answer token, and whether it is the
-    likeliest after those before it, (B, n_answer) each."""
-    state, cut = model.init_state(len(prompts), prompts.size(1)), prompts.size(1) - n_answer - 1
+    """Prompts (B,n) that end in answers of n_answer ids -> two tensors (B,n_answer): the log-probability of
+    each answer id, and whether the model finds this id the likeliest after the ids before."""
+    cut = prompts.size(1) - n_answer - 1
+    state = model.init_state(len(prompts), prompts.size(1))
     for part in prompts[:, :cut].split(8192 if prompts.is_cuda else 1024, dim=1):
         model.hidden(part, state)
     logits = model(prompts[:, cut:-1], state=state, all_logits=True)[0].float()     # (B, n_answer, V)
@@ -163,27 +236,22 @@ def answers(model, prompts, n_answer):
 
 
 def recall(model, corpus, length, trials, seed=0, task="S1", keep=None, varied=0.0):
-    """Ask for what a task hides at five depths, in turn, of held-out text. At one context length: the mean
-    log-probability of an answer's tokens, and whether greedy decoding gives it in full, (trials,) each. keep:
-    of longer contexts only the first 4 and the last keep - 4 tokens are read. varied: the share of values
-    after other words (reworded) in place of the task, as far as there is room."""
-    rng, rows, n_answer = np.random.default_rng([seed, length]), [], []
-    for i, text in enumerate(corpus.windows(rng, trials, length, TASKS[task].prose)):
-        depth, made = i % 5 / 4, None
-        if varied and rng.random() < varied:
-            with suppress(ValueError):                              # no room
-                made = plant(corpus.tokenizer, text, rng, depth, task=reworded(corpus.tokenizer, text, rng))
-        ids, n = made or plant(corpus.tokenizer, text, rng, depth, task=task)
-        rows.append(ids)
-        n_answer.append(n)
-    prompts = torch.from_numpy(np.stack(rows)).to(model.wte.weight.device)
+    """Ask a model for what a task hides in `length` tokens of held-out text. Two tensors (trials,): the mean
+    log-probability of the ids of each answer, and 1.0 where greedy decoding gives the whole answer.
+
+    keep: the model reads only the first 4 and the last keep - 4 tokens of a longer text.
+    varied: the share of prompts that ask for reworded values, as training does."""
+    prompts, n_answer = make_prompts(corpus, length, trials, seed, task, varied)
+    prompts = torch.from_numpy(prompts).to(model.wte.weight.device)
     if keep and keep < length:
         prompts = torch.cat((prompts[:, :4], prompts[:, 4 - keep:]), 1)
-    most, logp, right = max(n_answer), [], []
+    most = max(n_answer)
+    logp, right = [], []
     for part in prompts.split(max(1, 65536 // length)):
         with bf16():
             found = answers(model, part, most)
         logp += found[0].cpu()
         right += found[1].cpu()
-    return (torch.stack([x[most - n:].mean() for x, n in zip(logp, n_answer)]),
-            torch.stack([x[most - n:].all().float() for x, n in zip(right, n_answer)]))
+    mean_logp = [x[most - n:].mean() for x, n in zip(logp, n_answer)]
+    whole = [x[most - n:].all().float() for x, n in zip(right, n_answer)]
+    return torch.stack(mean_logp), torch.stack(whole)

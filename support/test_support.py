@@ -19,7 +19,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +40,9 @@ import sample  # noqa: E402
 import support.common as common  # noqa: E402
 import support.fast as fast  # noqa: E402
 import support.pretrained as pretrained  # noqa: E402
-import support.recall as recall  # noqa: E402,F401
+import support.recall as recall  # noqa: E402
 import support.run as run  # noqa: E402,F401
-import support.text as text  # noqa: E402,F401
+import support.text as text  # noqa: E402
 from hypenet import FAMILIES, HypeNet, HypeNetConfig  # noqa: E402
 from support.tokens import Tokenizer  # noqa: E402
 
@@ -833,16 +835,13 @@ def test_real_families_go_through(name, recipe, home, tmp_path, capsys):
         assert len({s["C_kept"] for s in scores} | {s["C"] for s in scores}) == 8
 
 
-# ---- halo: text in rows ------------------------------------------------------------------------------------
+# ---- text in rows ------------------------------------------------------------------------------------------
 
 
-
-
-
-
-def shard(path, documents, magic=20240520, version=1, cut=0):
+def shard(path, documents, magic=20240520, version=1, cut=0, last=None):
     """A shard as FineWeb's: a header of 256 int32, then each document after GPT-2's end id, uint16."""
     ids = np.concatenate([[50256, *document] for document in documents]).astype(np.uint16)
+    ids[-1] = ids[-1] if last is None else last
     header = np.zeros(256, np.int32)
     header[:3] = magic, version, len(ids)
     path.write_bytes((header.tobytes() + ids.tobytes())[:-cut or None])
@@ -859,10 +858,14 @@ class Gpt2:
     def encode_array(self, text):
         return np.array(self.encode(text), np.int32)
 
+    def encode_batch(self, texts):
+        return [self.encode_array(text) for text in texts]
+
+    def digest(self):
+        return "a stand-in"
+
     def decode(self, ids):
         return "".join(chr(97 + i % 26) for i in ids)
-
-
 
 
 def rows_of(corpus, stage, plan):
@@ -873,33 +876,45 @@ def rows_of(corpus, stage, plan):
     return rows
 
 
+@pytest.fixture(scope="session")
+def stdlib():
+    """The standard library's text, which no test changes."""
+    return text.Corpus(Tokenizer.bytes())
+
+
+def train_ids(corpus):
+    """All ids to train on of a corpus of one text."""
+    train = corpus.sources[0].parts[0]
+    return train.read(0, len(train))
+
+
 def test_an_epoch_is_every_token_once(tmp_path):
     """Rows of one epoch hold each position of the training text once, but for less than a cell, each row a
     stretch of it; the next epoch has another order, another seed too."""
     write_documents(tmp_path / "text.jsonl", some_documents())
-    corpus = halo.Corpus(Tokenizer.bytes(), [str(tmp_path)], cell=64)
-    text = corpus.sources[0].parts[0].astype(np.int64)
-    n = (len(text) - 1) // 64                                               # cells
-    seen, orders = np.zeros(len(text), int), []
+    corpus = text.Corpus(Tokenizer.bytes(), [str(tmp_path)], cell=64)
+    ids = train_ids(corpus).astype(np.int64)
+    n = (len(ids) - 1) // 64                                                # cells
+    seen, orders = np.zeros(len(ids), int), []
     for epoch in range(2):
         cells = corpus.sources[0].order(epoch)
-        assert len(cells) == n and 0 <= cells.min() and cells.max() + 64 < len(text)
+        assert len(cells) == n and 0 <= cells.min() and cells.max() + 64 < len(ids)
         orders.append(cells.tolist())
         for c, at in enumerate(cells):
             row = corpus.sources[0].read(epoch * n + c, 0, 65)
-            assert (row == text[at:at + 65]).all()
+            assert (row == ids[at:at + 65]).all()
             seen[at:at + 64] += 1
-    assert (seen <= 2).all() and (seen == 2).sum() > len(text) - 3 * 64 and orders[0] != orders[1]
+    assert (seen <= 2).all() and (seen == 2).sum() > len(ids) - 3 * 64 and orders[0] != orders[1]
     rows = rows_of(corpus, "a", a_plan(n // 8 * 8 * 64, 32, 16))
     assert len({row.tobytes() for row in rows}) == len(rows) == n // 8 * 16
-    other = halo.Corpus(Tokenizer.bytes(), [str(tmp_path)], seed=1, cell=64)
+    other = text.Corpus(Tokenizer.bytes(), [str(tmp_path)], seed=1, cell=64)
     assert not (other.rows("a", a_plan(640, 32, 16))(0) == rows[:16]).all()
 
 
 def test_stages_read_disjoint_text(tmp_path):
     """Stages of different lengths take text in turn: none of it twice until it runs out, none held out."""
     write_documents(tmp_path / "a.jsonl", [f"{i:08d}" for i in range(9000)])
-    corpus = halo.Corpus(Tokenizer.bytes(), [str(tmp_path)], cell=96)
+    corpus = text.Corpus(Tokenizer.bytes(), [str(tmp_path)], cell=96)
     found = []
     for name, sizes in dict(a=(20000, 48, 4), b=(20000, 96, 5), c=(9600, 32, 3)).items():
         rows = rows_of(corpus, name, a_plan(*sizes)).astype(np.uint8)
@@ -917,10 +932,10 @@ def test_weights_are_shares_of_rows(tmp_path):
         (tmp_path / name).mkdir()
         write_documents(tmp_path / name / "x.jsonl", [name * 50 + str(i) for i in range(1000)])
     data = [f"{tmp_path}/a:0.7,{tmp_path}/b:0.1", f"{tmp_path}/c:0.2"]
-    corpus = halo.Corpus(Tokenizer.bytes(), data, cell=64)
+    corpus = text.Corpus(Tokenizer.bytes(), data, cell=64)
     first, second = a_plan(64000, 32, 20), a_plan(32000, 64, 10)
     make = corpus.rows("first", first)
-    again = halo.Corpus(Tokenizer.bytes(), data, cell=64).rows("first", first)
+    again = text.Corpus(Tokenizer.bytes(), data, cell=64).rows("first", first)
     assert all((make(step) == again(step)).all() for step in (99, 3, 50))   # any order, any time
     counts = []
     for name, p in dict(first=first, second=second).items():
@@ -928,9 +943,16 @@ def test_weights_are_shares_of_rows(tmp_path):
                    for row in rows_of(corpus, name, p)]
         counts.append([letters.count(letter) / len(letters) for letter in "abc"])
     assert counts == [pytest.approx([0.7, 0.1, 0.2], abs=0.003)] * 2
-    for bad in (["x:0.5", "y"], ["x:0"], ["x:many"], ["fineweb", "x"], ["x:inf", "y:1"], ["x:nan"]):
-        with one_line("weight"):
-            halo.data_sources(bad)
+
+
+@pytest.mark.parametrize("data", [
+    ["x:0.5", "y"], ["x:0"], ["x:many"], ["fineweb", "x"], ["x:inf", "y:1"], ["x:nan"], ["x:-1", "y:-3"],
+    ["x:1e308", "y:1e308"], ["x:1e-320", "y:1e300"]], ids=" ".join)
+def test_bad_weights_are_one_line(data):
+    """Every source has a weight above 0, or none has; the sum is a number, and no share is rounded to 0."""
+    with one_line("weight"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text.data_sources(data)
 
 
 def test_shards_are_read_as_they_are(tmp_path):
@@ -940,30 +962,30 @@ def test_shards_are_read_as_they_are(tmp_path):
     documents = [rng.integers(0, 26, rng.integers(1, 90)) for _ in range(300)]
     val = shard(tmp_path / "x_val_0.bin", documents[:50])
     train = [shard(tmp_path / f"x_train_{i}.bin", documents[a:a + 100]) for i, a in ((1, 50), (2, 150))]
-    corpus = halo.Corpus(Gpt2(), [str(tmp_path)], cell=40)
+    corpus = text.Corpus(Gpt2(), [str(tmp_path)], cell=40)
     source = corpus.sources[0]
     assert (corpus.held_out == val).all() and source.sizes == [0, *map(len, train)]
     n = [(len(ids) - 1) // 40 for ids in train]
     for epoch in range(2):
         for first, cells, ids, path in zip((0, n[0]), n, train, source.parts[1:]):
-            assert isinstance(halo.read_shard(path), np.memmap)
+            assert isinstance(text.read_shard(path), np.memmap)
             windows = {ids[at:at + 40].tobytes(): at for at in range(len(ids) - 39)}
             read = [source.read(epoch * sum(n) + first + c, 0, 40) for c in range(cells)]
             places = sorted(windows[row.astype(np.uint16).tobytes()] for row in read)
             assert (np.diff(places) == 40).all()
     (tmp_path / "x_val_0.bin").unlink()
     with one_line("0 tokens", "val"):
-        halo.Corpus(Gpt2(), [str(tmp_path)], cell=40).windows(rng, 1, 40)
+        text.Corpus(Gpt2(), [str(tmp_path)], cell=40).windows(rng, 1, 40)
 
 
 def test_shards_are_encoded_for_another_tokenizer(tmp_path, monkeypatch):
     """Decoded and encoded again, an end id after each document: a row begins in the text where it would, and
     is as much of it as gives its length; at the end of a shard it goes on from the start."""
-    monkeypatch.setattr(halo.Tokenizer, "load", lambda name: Gpt2())
+    monkeypatch.setattr(Tokenizer, "load", lambda name: Gpt2())
     documents = [[3, 1, 2], [5] * 70, [25], [7] * 100]
     ids = shard(tmp_path / "train.bin", documents)
     shard(tmp_path / "val.bin", documents[:1] * 3)
-    corpus = halo.Corpus(Tokenizer.bytes(), [str(tmp_path)], cell=16)
+    corpus = text.Corpus(Tokenizer.bytes(), [str(tmp_path)], cell=16)
     assert bytes(corpus.held_out.astype(np.uint8)) == b"dbc\0" * 3
     whole, source = "".join("\0" if i == 50256 else chr(97 + i) for i in [*ids, *ids])[1:], corpus.sources[0]
     for c in range((len(ids) - 1) // 16):
@@ -973,18 +995,39 @@ def test_shards_are_encoded_for_another_tokenizer(tmp_path, monkeypatch):
 
     class Joined(Tokenizer):
         """A tokenizer of fewer ids than GPT-2's: three letters are one."""
-        def encode_array(self, text, special=False):
-            return np.full(len(text) // 3 + 1, 97, np.int32)
-    joined = halo.Corpus(Joined(Tokenizer.bytes().spec), [str(tmp_path)], cell=64)
+        def encode_batch(self, texts, special=False):
+            return [np.full(len(text) // 3 + 1, 97, np.int32) for text in texts]
+    joined = text.Corpus(Joined.bytes(), [str(tmp_path)], cell=64)
     assert all(len(joined.sources[0].read(c, 0, 65)) == 65 for c in range(4))
 
 
-@pytest.mark.parametrize("harm", [dict(magic=1), dict(version=9), dict(cut=2), dict(cut=7000)], ids=str)
-def test_damaged_shards_are_one_line(harm, tmp_path):
-    """A shard that is cut short, or no shard at all, is named in one line."""
-    shard(tmp_path / "a.bin", [[1] * 3000], **harm)
-    with one_line("a.bin"):
-        halo.Corpus(Gpt2(), [str(tmp_path)])
+@pytest.mark.parametrize("harm", [
+    dict(magic=1), dict(version=9), dict(cut=2), dict(cut=7000), dict(last=50257), dict(last=65535)], ids=str)
+@pytest.mark.parametrize("tokenizer", [Gpt2, Tokenizer.bytes])
+def test_damaged_shards_are_one_line(tokenizer, harm, tmp_path, monkeypatch):
+    """A shard that is cut short, is no shard, or holds ids past GPT-2's vocabulary is named in one line. The
+    header is judged before a tokenizer is fetched."""
+    if "last" not in harm:
+        monkeypatch.setattr(Tokenizer, "load", lambda name: pytest.fail("fetched"))
+    else:
+        monkeypatch.setattr(Tokenizer, "load", lambda name: Gpt2())
+    for name in ("val.bin", "a.bin") if "last" in harm else ("a.bin",):
+        shard(tmp_path / name, [[1] * 3000], **harm)
+        with one_line(name):
+            text.Corpus(tokenizer(), [str(tmp_path)])
+
+
+def test_ids_past_the_vocabulary_are_found_where_they_are_read(tmp_path, monkeypatch):
+    """A shard is judged by its beginning at the start, by each row later: no id of a model's past its end."""
+    ids = shard(tmp_path / "a.bin", [[1] * 3000], last=60000)
+    monkeypatch.setattr(text, "FIRST", 100)
+    source = text.Corpus(Gpt2(), [str(tmp_path)], cell=100).sources[0]
+    for c, at in enumerate(source.order(1)):
+        n = min(101, len(ids) - 1 - at)
+        assert (source.read(c, 0, n) == ids[at:at + n]).all()
+        if at + 101 >= len(ids):
+            with one_line("a.bin", "60,000"):
+                source.read(c, 0, 150)
 
 
 def test_no_network_is_one_line(monkeypatch, capsys):
@@ -997,7 +1040,7 @@ def test_no_network_is_one_line(monkeypatch, capsys):
         monkeypatch.setattr(huggingface_hub, name, offline)
     for path in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
         with one_line("--data fineweb", path):
-            halo.read_shard(path)
+            text.read_shard(path)
     with pytest.raises(SystemExit) as stop:
         halo.main(["--data", "fineweb", "--device", "cpu"])
     error = capsys.readouterr().err
@@ -1011,11 +1054,498 @@ def test_copies_of_a_text_stand_on_one_side(tmp_path):
     (tmp_path / "copies.jsonl").write_text("\n".join(lines) + "\n\n")
     (tmp_path / "prose.txt").write_text("".join(f"\nparagraph {i} {'word ' * 500}\n" for i in range(1500)))
     for name, texts in (("copies.jsonl", 200), ("prose.txt", 50)):
-        corpus = halo.Corpus(Tokenizer.bytes(), [str(tmp_path / name)], cell=64)
+        corpus = text.Corpus(Tokenizer.bytes(), [str(tmp_path / name)], cell=64)
         sides = [set(corpus.tokenizer.decode(ids).split("\0")) - {""}
-                 for ids in (corpus.sources[0].parts[0], corpus.held_out)]
+                 for ids in (train_ids(corpus), corpus.held_out)]
         assert not sides[0] & sides[1] and len(sides[0] | sides[1]) >= texts
         assert 0.01 < len(sides[1]) / texts < 0.2
+
+
+def test_held_out_text_is_never_trained_on(home, tmp_path):
+    """A document stands whole on one side, about 1 in 16 of them held out; files and folders, gzipped or not,
+    read alike; a package of the standard library is one group, its tests left out."""
+    corpus = text.Corpus(Tokenizer.bytes(), [str(home / "text.jsonl")])
+    def documents(ids):
+        return set(re.findall(r"doc\d+ ", corpus.tokenizer.decode(ids)))
+    train, held_out = documents(train_ids(corpus)), documents(corpus.held_out)
+    assert not train & held_out and len(train | held_out) == 400 and 10 <= len(held_out) <= 45
+    windows = corpus.windows(np.random.default_rng(0), 50, 700)
+    assert set().union(*map(documents, windows)) <= held_out
+    (tmp_path / "text.jsonl.gz").write_bytes(gzip.compress((home / "text.jsonl").read_bytes()))
+    assert (text.Corpus(Tokenizer.bytes(), [str(tmp_path)]).held_out == corpus.held_out).all()
+    groups = [group for _, group in text.stdlib_files()]
+    assert groups.count("encodings") > 50 and "argparse" in groups
+    assert not {"test", "site-packages"} & set(groups)
+
+
+def test_prose_is_what_docstrings_say(tmp_path, stdlib):
+    """Natural text is held out, longer than a docstring, and no code; of one's own text all of it."""
+    prose, held_out = (stdlib.tokenizer.decode(ids.tolist()) for ids in (stdlib.prose, stdlib.held_out))
+    assert len(prose) > 20_000 and prose.count("\ndef ") < prose.count("\n\n") / 50
+    assert prose[1000:1030].strip().splitlines()[0] in held_out
+    rows = stdlib.windows(np.random.default_rng(0), 2, 2 * len(prose), prose=True)  # around, around
+    assert (rows[:, :len(prose)] == rows[:, len(prose):]).all()
+    lines = [json.dumps({"text": f"{i} " * 90}) for i in range(300)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    own = text.Corpus(Tokenizer.bytes(), [str(tmp_path / "text.jsonl")])
+    assert own.prose is own.held_out
+
+
+def test_held_out_batches(stdlib):
+    """As many sequences as asked for, in batches; targets are the next ids; the same at every call."""
+    first, second, other = (stdlib.held_out_batches(600, 70, seed) for seed in (0, 0, 1))
+    assert [idx.shape for idx, _ in first] == [(27, 600), (27, 600), (16, 600)]
+    held_out = stdlib.tokenizer.decode(stdlib.held_out)
+    for (idx, targets), (idx2, targets2) in zip(first, second):
+        assert idx[:, 1:].equal(targets[:, :-1]) and idx.equal(idx2) and targets.equal(targets2)
+        assert stdlib.tokenizer.decode(idx[0]) in held_out
+    assert not first[0][0].equal(other[0][0])
+
+
+def test_a_row_goes_on_across_documents():
+    """Documents in any order read as their ids joined, from any place, up to their end."""
+    rng = np.random.default_rng(0)
+    each = [rng.integers(0, 99, n) for n in rng.integers(1, 9, 40)]
+    ids, order = np.concatenate(each), rng.permutation(40)[:30]
+    row = text.Joined(text.Encoded(lambda: ids, np.array([len(e) for e in each]), None, ""), order)
+    joined = np.concatenate([each[i] for i in order])
+    assert len(row) == len(joined)
+    for at, n in itertools.product(range(len(joined)), (0, 1, 5, 30, 999)):
+        assert (row.read(at, n) == joined[at:at + n]).all() and len(row.read(at, n)) == len(joined[at:at + n])
+
+
+def test_text_files_are_cut_at_line_ends(tmp_path, monkeypatch):
+    """A .txt is cut as readlines(65536) would. A longer line of .txt or document of .jsonl than LONGEST is cut.
+    No character is lost, and the pieces of one document stand on one side."""
+    rng = random.Random(0)
+    lines = ["x" * rng.choice([0, 5, 80, 3000, 65535, 65536, 70000]) + "\n" for _ in range(200)]
+    (tmp_path / "a.txt").write_bytes(("\ufeff" + "".join(lines)).replace("\n", "\r\n").encode())
+    found = [piece for _, piece in text.documents([(str(tmp_path / "a.txt"), None)])]
+    with open(tmp_path / "a.txt", encoding="utf-8-sig") as f:
+        assert found == ["".join(piece) for piece in iter(lambda: f.readlines(65536), [])] and len(found) > 20
+    monkeypatch.setattr(text, "LONGEST", 100_000)
+    long = "".join(rng.choices("abc ", k=500_000))
+    (tmp_path / "b.txt").write_text(long)
+    write_documents(tmp_path / "b.jsonl", [long])
+    for name in ("b.txt", "b.jsonl"):
+        groups, pieces = zip(*text.documents([(str(tmp_path / name), None)]))
+        assert "".join(pieces) == long and list(map(len, pieces)) == 5 * [100_000]
+        assert len(set(groups)) == (1 if name == "b.jsonl" else 5)
+
+
+BAD_TEXT = {  # a file, what is in it: words of the line it gets
+    ("null.jsonl", b'{"text": "a"}\n\n{"text": null}\n'): "line 3", ("1.jsonl", b'{"text": 1}\n'): "line 1",
+    ("list.jsonl", b'["text"]\n'): "line 1", ("other.jsonl", b'{"txt": "a"}\n'): "field text",
+    ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"): "line 1",
+    ("half.jsonl", b'{"text": "a"}\n{"text": "b'): "line 2", ("deep.jsonl.gz", b"no gzip"): "damaged",
+    ("bom.txt", "some text".encode("utf-16")): "UTF-16", ("be.txt", b"\xfe\xff\0a\0b"): "UTF-16",
+    ("bom.jsonl", '{"text": "a"}'.encode("utf-16")): "UTF-16", ("nul.txt", b"\0" * 9): "NULs",
+    ("le.txt", "some text without a mark".encode("utf-16-le")): "NULs",
+    ("tail.txt", b"good line\n" * 9000 + b"\0" * 90_000): "NULs",
+    ("cut.txt.gz", gzip.compress(random.Random(0).randbytes(3000))[:1500]): "damaged",
+    ("bom.txt.gz", gzip.compress("some text".encode("utf-16"))): "UTF-16",
+}
+
+
+@pytest.mark.parametrize("file, content", BAD_TEXT, ids=[file for file, _ in BAD_TEXT])
+def test_bad_text_is_one_line(file, content, tmp_path):
+    """Text that is not what its file's name says is refused in one line that names the file."""
+    (tmp_path / file).write_bytes(content)
+    with one_line(f"--data {tmp_path / file}", BAD_TEXT[file, content]):
+        text.Corpus(Tokenizer.bytes(), [str(tmp_path)])
+
+
+def test_an_unreadable_folder_is_one_line(tmp_path, monkeypatch):
+    """A folder inside that cannot be read is named: text that is left out in silence is another corpus."""
+    (tmp_path / "closed").mkdir()
+    write_documents(tmp_path / "a.jsonl", some_documents())
+
+    def scandir(path, plain=os.scandir):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return plain(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with one_line("closed", "Permission denied"):
+        text.Corpus(Tokenizer.bytes(), [str(tmp_path)])
+
+
+def test_parquet(tmp_path, monkeypatch):
+    """The column text of a .parquet is its documents, as those of a .jsonl; no strings are one line."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="reading .parquet needs pyarrow")
+    import pyarrow
+    texts = some_documents()
+    write_documents(tmp_path / "a.jsonl", texts)
+    parquet.write_table(pyarrow.table(dict(id=range(400), text=texts)), tmp_path / "a.parquet")
+    ours, theirs = (text.Corpus(Tokenizer.bytes(), [str(tmp_path / f"a.{kind}")])
+                    for kind in ("parquet", "jsonl"))
+    assert (train_ids(ours) == train_ids(theirs)).all() and ours.facts["sha256"] == theirs.facts["sha256"]
+    tables = dict(null=dict(text=["a", None]), number=dict(text=[1]), other=dict(txt=["a"]))
+    for name, table in tables.items():
+        parquet.write_table(pyarrow.table(table), tmp_path / f"{name}.parquet")
+        with one_line(f"{name}.parquet", "column text"):
+            text.Corpus(Tokenizer.bytes(), [str(tmp_path / f"{name}.parquet")])
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with one_line("cut.parquet"):
+        text.Corpus(Tokenizer.bytes(), [str(tmp_path / "cut.parquet")])
+
+
+def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with one_line("a.parquet", "pip install pyarrow"):
+        text.Corpus(Tokenizer.bytes(), [str(tmp_path)])
+
+
+# ---- encoded text, cached
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache that takes text of any size, a folder of text, and a clock that says the text is old."""
+    monkeypatch.setenv("HYPENET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(text, "SMALL", 1)
+    monkeypatch.setattr(text, "time", types.SimpleNamespace(time=lambda: time.time() + 10))
+    (tmp_path / "data").mkdir()
+    write_documents(tmp_path / "data" / "a.jsonl", some_documents())
+    return tmp_path / "cache"
+
+
+def rows_and_held_out(cache, tokenizer=None):
+    corpus = text.Corpus(tokenizer or Tokenizer.bytes(), [str(cache.parent / "data")], seed=3, cell=64)
+    return np.concatenate((corpus.rows("a", a_plan(6400, 32, 20))(3).ravel(), corpus.held_out))
+
+
+def test_cached_text_is_the_text(cache, monkeypatch):
+    """Rows and held-out text are those of text in memory, at the first start and at the second, which neither
+    reads nor encodes text. A tokenizer in threads of any speed keeps the order of documents."""
+    class Uneven(Tokenizer):
+        def encode_batch(self, texts, special=False):
+            time.sleep(random.random() / 100)
+            return [self.encode_array(t) for t in texts]
+
+        def encode_array(self, text, special=False):
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    monkeypatch.setattr(text, "BATCH", 2000)
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "SMALL", 2 ** 24)
+        in_memory = rows_and_held_out(cache)
+    assert not cache.exists()
+    assert (rows_and_held_out(cache, Uneven.bytes()) == in_memory).all()
+    assert sorted(path.suffix for path in cache.iterdir()) == [".ids", ".json", ".npy"]
+    monkeypatch.setattr(text, "documents", lambda files: pytest.fail("text is read"))
+    assert (rows_and_held_out(cache) == in_memory).all()
+
+
+@pytest.mark.parametrize("change", ["same size and time", "boundaries", "cut ids", "cut index", "no ids",
+                                    "tokenizer", "young"])
+def test_no_stale_ids(change, cache, monkeypatch):
+    """A change of the text is seen though size and times of a file say there is none, or though the joined
+    text is the same; so are a damaged cache and another tokenizer."""
+    file, tokenizer = cache.parent / "data" / "a.jsonl", Tokenizer.bytes()
+    if change == "young":                            # a second change could leave the same times
+        monkeypatch.setattr(text, "time", time)
+    rows_and_held_out(cache)
+    stat = os.stat(file)
+    content = file.read_text()
+    if change == "same size and time":
+        file.write_text(content.replace("doc1", "DOC9"))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "boundaries":                     # the first letter of a document ends the one before
+        file.write_text(content.replace('"}\n{"text": "d', 'd"}\n{"text": "'))
+        assert file.stat().st_size == stat.st_size
+    elif change == "tokenizer":
+        tokenizer = Tokenizer({"type": "bytes"}, [7])
+    for path in cache.iterdir() if "ids" in change or "index" in change else ():
+        if path.suffix == (".ids" if "ids" in change else ".npy"):
+            path.unlink() if change == "no ids" else os.truncate(path, path.stat().st_size - 3)
+    assert change != "young" or not list(cache.glob("*.json"))
+    found = rows_and_held_out(cache, tokenizer)
+    monkeypatch.setattr(text, "SMALL", 2 ** 24)
+    assert (found == rows_and_held_out(cache, tokenizer)).all()
+
+
+def test_touched_text_is_not_encoded_again(cache, monkeypatch):
+    """Ids are named by their text: a file with a new time, or elsewhere, has the same ids."""
+    first = rows_and_held_out(cache)
+    os.utime(cache.parent / "data" / "a.jsonl")
+    monkeypatch.setattr(text, "encode_all", lambda *_: pytest.fail("text is encoded"))
+    assert (rows_and_held_out(cache) == first).all()
+    (cache.parent / "data" / "a.jsonl").rename(cache.parent / "data" / "b.jsonl")
+    assert (rows_and_held_out(cache) == first).all()
+
+
+@pytest.mark.parametrize("how", ["no folder", "full"])
+def test_a_cache_that_cannot_be_written(how, cache, monkeypatch, capfd):
+    """The ids go to a temporary file, with one line; nothing half-written is left."""
+    def full(path, write):
+        with open(f"{path}.tmp", "wb"):
+            os.remove(f"{path}.tmp")
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+    if how == "full":
+        monkeypatch.setattr(text, "write_file", full)
+    else:
+        cache.write_text("a file")
+    found = rows_and_held_out(cache)
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "HYPENET_CACHE" in error
+    assert how == "no folder" or not list(cache.glob("*.ids*"))
+    monkeypatch.setattr(text, "SMALL", 2 ** 24)
+    assert (found == rows_and_held_out(cache)).all()
+
+
+def test_a_file_that_changes_while_it_is_read_is_one_line(cache, monkeypatch):
+    def survey(files, plain=text.survey):
+        found = plain(files)
+        with open(files[0][0], "a") as f:
+            f.write('{"text": "more"}\n')
+        return found
+    monkeypatch.setattr(text, "survey", survey)
+    with one_line("changed while it was read"):
+        rows_and_held_out(cache)
+
+
+# ---- things to recall --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth, ask", [(0, 1), (0.25, 1), (0.5, 1), (1, 1), (None, 3)])
+def test_plant(depth, ask):
+    """A planted text keeps its length and its order. A test has the key at the depth asked for, question and
+    answer at the end; training has the questions anywhere after the key. Each answer is the key."""
+    ids, tokenizer = np.frombuffer(b"abcdefghij" * 40, np.uint8).astype(np.int64), Tokenizer.bytes()
+    needle = r"\n# The pass key is (\d{5})\. Remember it\.\n"
+    question = r"\n# What is the pass key\? The pass key is (\d{5})"
+    planted, n = recall.plant(tokenizer, ids, np.random.default_rng(3), depth, ask)
+    whole = tokenizer.decode(planted)
+    found, asked = re.search(needle, whole), list(re.finditer(question, whole))
+    rest = re.sub(f"{needle}|{question}", "", whole)
+    assert len(planted) == 400 and rest == tokenizer.decode(ids)[:len(rest)] and n == len(" 12345")
+    assert [a[1] for a in asked] == [found[1]] * ask and asked[0].start() >= found.end()
+    assert depth is None or (found.start() == int(depth * len(rest)) and asked[0].end() == 400)
+    with one_line("20 tokens"):
+        recall.plant(tokenizer, ids[:20], np.random.default_rng(0))
+    with pytest.raises(AssertionError):
+        recall.plant(tokenizer, ids, np.random.default_rng(0), 0.5, ask=2)
+
+
+@pytest.mark.parametrize("task", recall.TASKS)
+def test_tasks(task):
+    """A task hides as many values as it says, each with its own name, and asks for one by its name. The value
+    is the answer, and its needle stands at the depth asked for."""
+    t, tokenizer, found = recall.TASKS[task], Tokenizer.bytes(), set()
+    ids = np.frombuffer(b"lorem ipsum " * 100, np.uint8).astype(np.int64)
+    for seed, depth in itertools.product(range(3), (0, 0.5, 1)):
+        planted, n = recall.plant(tokenizer, ids, np.random.default_rng(seed), depth, task=task)
+        whole = tokenizer.decode(planted)
+        answer, question = whole[-n:], whole[:-n]
+        name = question.rsplit(" for ", 1)[1].split()[0] if t.prose else ""
+        needle = t.needle.format(name=name, value=answer.strip())
+        assert len(planted) == len(ids) and question.endswith(t.question.format(name=name))
+        assert len(answer) == 1 + t.size and set(answer[1:]) <= set(t.signs) and whole.count(needle) == 1
+        names = re.findall(t.needle.format(name="(\\w+)", value=f"[{t.signs}]{{{t.size}}}"), whole)
+        assert len(names) == t.needles and (not t.prose or len(set(names)) == t.needles)
+        assert depth != 0.5 or abs(whole.index(needle) - 600) < 250
+        found.add(answer)
+    assert len(found) == 3
+
+
+WORDS = "".join(f"word{chr(97 + i % 26)}{chr(97 + i % 7)}=(42, )\n" for i in range(120))
+
+
+def test_reworded():
+    """Values follow words of the text. Each value is asked for twice, in any order, by the words before it.
+    Names, sizes, signs and the ends of sentences vary. Names are words of the text in a row, or not."""
+    tokenizer, tasks, in_a_row = Tokenizer.bytes(), [], set()
+    for seed in range(30):
+        rng, row = np.random.default_rng(seed), tokenizer.encode_array(WORDS)
+        task = recall.reworded(tokenizer, row, np.random.default_rng(seed))
+        ids, n = recall.plant(tokenizer, row, rng, ask=2 * task.needles, task=task)
+        whole, joint = tokenizer.decode(ids), task.question.split("{name}")[1]
+        for name in task.names:
+            pattern = f"(?<!word.. ){re.escape(name + joint)} (?!word)(\\w+)"       # not a longer name
+            values = re.findall(pattern, whole)
+            assert set(name.split()) <= set(re.findall("word..", WORDS))
+            assert sum(v[:task.size] == values[0] for v in values) >= 3 and len(values[0]) == task.size
+        assert n == 1 + task.size and len(task.names) == task.needles
+        head = os.path.commonprefix([*task.names, *task.names[:1]]).split()[:-1]
+        if len(head) > 1:
+            in_a_row.add(" ".join(head) in " ".join(re.findall("word..", WORDS)))
+        tasks.append(task)
+    assert len(set(itertools.chain(*(task.names for task in tasks)))) > 50
+    assert len({task.size for task in tasks}) > 9 and {task.needles for task in tasks} == {1, 2, 3, 4}
+    stops = set(itertools.chain(*(re.findall("(.) {name}", task.question) for task in tasks)))
+    assert stops == set(recall.STOPS) >= {".", "?"} and in_a_row == {False, True}
+    signs = {str(task.signs) for task in tasks}
+    assert "0123456789" in signs and len(signs) > 9 and all(6 <= len(s) == len(set(s)) <= 36 for s in signs)
+
+
+@pytest.mark.parametrize("given, words", [("1 + 1", {"number"}), ("größer 中文 3", {"größer", "中文"}),
+                                          ("tea\0tea", {"tea"})])
+def test_reworded_words_are_those_of_the_text(given, words):
+    """In whatever alphabet; the id that ends a document is no word; without words there is one."""
+    tokenizer = Tokenizer.bytes()
+    names = recall.reworded(tokenizer, tokenizer.encode_array(given), np.random.default_rng(0)).names
+    assert set(" ".join(names).split()) <= words | {"teatea"} and names
+
+
+def test_values_are_told_once_then_asked_for():
+    """In training several needles and questions stand in any order, the needle of a name before its
+    questions. A long row has more of them near both ends."""
+    tokenizer, row = Tokenizer.bytes(), Tokenizer.bytes().encode_array(WORDS)
+    names, orders = ("one", "two", "three"), set()
+    task = recall.Task("\n{name} {value}.\n", "\n{name}", "0123456789", 5, 3, names)
+    for seed in range(40):
+        ids, _ = recall.plant(tokenizer, row, np.random.default_rng(seed), ask=6, task=task)
+        seen, values = [], {}
+        for name, value, dot in re.findall(r"\n(one|two|three) (\d{5})(\.?)", tokenizer.decode(ids)):
+            assert (dot == ".") == (name not in seen) and values.setdefault(name, value) == value
+            seen.append(name)
+        assert sorted(seen) == sorted(3 * names)
+        orders.add(tuple(seen))
+    assert len(orders) > 30
+    task, near, firsts = task._replace(needles=16, names=tuple(f"n{i}" for i in range(16))), [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        ids, _ = recall.plant(tokenizer, np.resize(row, 32768), rng, ask=32, task=task)
+        places = np.array([m.start() for m in re.finditer(r"\nn\d+ \d{5}", tokenizer.decode(ids))])
+        near.append([(places < 1024).mean(), (places > 31744).mean()])
+        firsts.append(places[0])
+        assert len(places) == 48
+    assert (np.mean(near, 0) > 0.08).all() and np.median(firsts) < 64
+
+
+def test_long_rows_have_more_to_recall(monkeypatch):
+    """By the root of the length: 8 questions or passages at most in 256 ids, 16 in 1,024, 64 in 16,384."""
+    tokenizer, asked = Tokenizer.bytes(), []
+
+    def plant(tokenizer, row, rng, ask, task="S1", plain=recall.plant):
+        asked.append(ask)
+        return plain(tokenizer, row, rng, ask=ask, task=task)
+    monkeypatch.setattr(recall, "plant", plant)
+    monkeypatch.setattr(recall, "again", lambda row, rng, times: asked.append(times))
+    most = []
+    for length in (256, 1024, 16384):
+        asked.clear()
+        for seed in range(60):
+            row = np.resize(tokenizer.encode_array(WORDS), length)
+            recall.hide(tokenizer, row, np.random.default_rng(seed), varied=1.0)
+        most.append(max(asked))
+    assert most[0] == 8 < 10 < most[1] <= 16 < 40 < most[2] <= 64
+
+
+def test_again():
+    """Passages come again, as long as there is room for: each id of one stands in two places, always as far
+    apart. What is not in them is untouched. About half are out of order, both times."""
+    mixed = 0
+    for seed, length, times in itertools.product(range(20), (4, 20, 100, 1000), (1, 2, 3)):
+        row = 10_000 + np.arange(length)
+        recall.again(row, np.random.default_rng(seed), times)
+        at = {i: np.flatnonzero(row == i) for i in row}
+        twice = {i: places for i, places in at.items() if len(places) == 2}
+        assert all(len(places) < 3 for places in at.values())
+        lengths = len(twice)
+        assert times * min(16, length // (2 * times)) <= lengths <= times * min(128, length // (2 * times))
+        assert len({b - a for a, b in twice.values()}) <= times
+        assert all(i == 10_000 + at[i][0] for i in at if i not in twice)    # once, and where it was
+        mixed += (times, length) == (1, 1000) and any(i - 10_000 not in places for i, places in twice.items())
+    assert 5 <= mixed <= 15                                                 # of 20
+
+
+@pytest.mark.parametrize("length, varied, low, high", [
+    (512, 0.0, 1, 1), (512, 0.5, 0.3, 0.7), (512, 1.0, 0, 0),
+    (160, 1.0, 0.05, 0.45)])                                                # half reworded, no room for many
+def test_a_plan_says_what_is_hidden(length, varied, low, high, stdlib):
+    """A share `varied` of the rows with something to recall has other things than a pass key."""
+    plan = halo.Plan(1e6, length, 100, 1e-3, 1e-4, recall=1.0, varied=varied)
+    rows = recall.training_rows(stdlib, "distil", plan)(0)
+    assert low <= np.mean(["pass key" in stdlib.tokenizer.decode(row) for row in rows]) <= high
+
+
+@pytest.mark.parametrize("share, batch, steps", [
+    (0.0, 4, 5), (0.25, 4, 8), (0.3, 2, 20), (0.1, 1, 30), (1.0, 2, 3)])
+def test_a_share_of_training_rows_hides_something(share, batch, steps, stdlib):
+    """The first rows of a batch, in steps of any order: of all rows the share, less than one a step now and
+    then. The other rows are those of the corpus."""
+    plan = halo.Plan(128 * batch * steps, 128, batch, 1e-3, 1e-4, recall=share)
+    plain, hiding = stdlib.rows("a", plan), recall.training_rows(stdlib, "a", plan)
+    found = np.array([(plain(step) != hiding(step)).any(1) for step in reversed(range(steps))])
+    assert found.shape == (steps, batch) and found.sum() == round(share * batch * steps)
+    assert (np.sort(found, 1)[:, ::-1] == found).all() and found.sum(1).max() - found.sum(1).min() <= 1
+
+
+def test_answers_are_those_of_a_full_pass():
+    """Pass keys are scored through a state as a full pass would score them; only a whole answer is a hit."""
+    model, prompts = tiny(dtype=torch.float32), some_ids(6, T)
+    for i in range(T - 3, T):                                               # rows 0, 1 say what is likeliest
+        prompts[:2, i] = model(prompts[:2, :i])[0][:, -1].argmax(-1)
+    prompts[1, -3] = (prompts[1, -3] + 1) % 61                              # row 1 but for its first token
+    logp, right = recall.answers(model, prompts, 3)
+    full = model(prompts)[0].log_softmax(-1)[:, -4:-1].gather(-1, prompts[:, -3:, None])[..., 0]
+    assert rmse(logp, full) < 1e-4 and right.all(1).tolist() == [True] + [False] * 5
+
+
+def test_recall_of_answers_of_many_lengths():
+    """Pass keys of different numbers of tokens are scored each by its own, as one by one."""
+    class Pairs:
+        """Bytes, but for even numbers of two digits, which are one id."""
+        def encode_array(self, text):
+            parts = re.findall(r"[0-9][02468]|.", text, re.S)
+            return np.array([ord(part) if len(part) == 1 else 150 + int(part) for part in parts], np.int32)
+    model = tiny(dtype=torch.float32, vocab_size=300, layers="AAAA")
+
+    def windows(rng, n, length, prose=False):
+        return rng.integers(100, 120, (n, length))
+    corpus = types.SimpleNamespace(tokenizer=Pairs(), windows=windows)
+    logp, hits = recall.recall(model, corpus, 128, 9)
+    rng, lengths = np.random.default_rng([0, 128]), set()
+    for i, window in enumerate(windows(rng, 9, 128)):
+        ids, n = recall.plant(corpus.tokenizer, window, rng, depth=(i % 5) / 4)
+        one = recall.answers(model, torch.from_numpy(ids)[None], n)
+        assert logp[i].item() == pytest.approx(one[0].mean().item(), rel=1e-4) and hits[i] == one[1].all()
+        lengths.add(n)
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("length, varied, low, high", [
+    (512, 0.0, 40, 40), (512, 0.5, 8, 32), (512, 1.0, 0, 0), (140, 1.0, 1, 39)])
+def test_recall_of_what_training_hides(length, varied, low, high, monkeypatch, stdlib):
+    """A test asks at five depths in turn; a share of the answers are values after other words, where these
+    have room."""
+    model, asked = tiny(dtype=torch.float32, vocab_size=300), []
+
+    def plant(tokenizer, ids, rng, depth, task, plain=recall.plant):
+        found = plain(tokenizer, ids, rng, depth, task=task)
+        asked.append((task, depth))
+        return found
+    monkeypatch.setattr(recall, "plant", plant)
+    logp, hits = recall.recall(model, stdlib, length, 40, varied=varied)
+    assert len(logp) == len(hits) == len(asked) == 40
+    assert [depth for _, depth in asked] == [0, 0.25, 0.5, 0.75, 1] * 8
+    assert low <= sum(task == "S1" for task, _ in asked) <= high
+
+
+def test_only_the_ends_of_a_long_text_are_read(monkeypatch, stdlib):
+    """keep: the first 4 and the last keep - 4 tokens, which hold the question and the answer."""
+    seen = []
+
+    def answers(model, prompts, n_answer):
+        seen.append(prompts)
+        return torch.zeros(len(prompts), n_answer), torch.ones(len(prompts), n_answer)
+    monkeypatch.setattr(recall, "answers", answers)
+    for keep in (None, 128, 1000):
+        recall.recall(tiny(vocab_size=300), stdlib, 600, 5, keep=keep)
+    whole, kept, all_kept = seen
+    assert kept.equal(torch.cat((whole[:, :4], whole[:, -124:]), 1)) and all_kept.equal(whole)
+
+
+def test_has_room():
+    """A task has room where the longest names have."""
+    corpus = types.SimpleNamespace(tokenizer=Tokenizer.bytes())
+    assert recall.has_room("S1", 128, corpus) and recall.has_room("multi-key", 280, corpus)
+    assert not recall.has_room("multi-key", 266, corpus)                    # short names would have
+
+
+# ---- a run's log -------------------------------------------------------------------------------------------
 
 
 def test_a_log_cut_off_is_read(tmp_path):
