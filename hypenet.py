@@ -78,13 +78,16 @@ class HypeNetConfig:
     norm: str = "rms"               # "rms" (RMSNorm) or "layer" (LayerNorm)
     norm_eps: float = 1e-6
     mlp: str = "swiglu"             # "swiglu" or "gelu" (tanh form)
-    bias: bool = False              # biases in every Linear but the forget gate, which always has one
+    qkv_bias: bool = False          # biases of the projections to q, k, v and z (Qwen2, GPT-2)
+    out_bias: bool = False          # biases of the mixers' output projections
+    mlp_bias: bool = False          # biases of the MLP; the forget gate always has one
     position: str = "rope"          # what the teacher knows positions by: "rope" or "learned" (wpe)
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_...
+    rope_scaling: dict | None = None  # rope_type llama3, yarn or linear, and its fields (ROPE_FIELDS)
     tied: bool = True               # the head is the embedding
     qk_norm: bool = True            # RMSNorm of q and k, per head, in attention layers
     # attention layers of a student
+    attn_position: bool = True      # False: attention layers know no positions
     attn_pe: float = 1.0            # scales RoPE's angles or wpe: 1 as in the teacher, 0 none (HyPE)
     chunk: int | None = None        # chunk HyPE: positions modulo this many tokens ...
     n_chunks: int = 0               # ... plus a learned embedding of each of this many chunks
@@ -135,11 +138,9 @@ class HypeNetConfig:
         if self.position == "learned" and self.chunk and self.chunk > self.max_len:
             raise ValueError(f"chunk {self.chunk}, n_chunks {self.n_chunks}, position learned: "
                              f"a chunk exceeds the {self.max_len} positions of max_len")
-        missing = [] if self.rope_scaling is None else [
-            k for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            if k not in self.rope_scaling]
-        if missing:
-            raise ValueError(f"rope_scaling lacks {', '.join(missing)}; only Llama 3's kind is known")
+        if not self.attn_position:
+            self.attn_pe = 0.0
+        check_rope_scaling(self.rope_scaling)
 
     def limit(self):
         """The most tokens a sequence may have: only learned embeddings of positions set one."""
@@ -148,23 +149,53 @@ class HypeNetConfig:
         return self.max_len if self.position == "learned" and self.attn_pe else math.inf
 
 
+# What rope_scaling needs, and what else it may have, by rope_type; the names and defaults are transformers'.
+ROPE_FIELDS = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (("factor", "original_max_position_embeddings"),
+             ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")),
+}
+
+
+def check_rope_scaling(scaling):
+    """ValueError unless rope_scaling is None, or has the fields of its rope_type, each a positive number."""
+    if scaling is None:
+        return
+    kind = scaling.get("rope_type", "llama3")
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"rope_scaling has rope_type {kind!r}; allowed: {', '.join(ROPE_FIELDS)}")
+    needed, allowed = ROPE_FIELDS[kind]
+    missing = [name for name in needed if name not in scaling]
+    if missing:
+        raise ValueError(f"rope_scaling of rope_type {kind} lacks {', '.join(missing)}")
+    for name, value in scaling.items():
+        if name not in ("rope_type", *needed, *allowed):
+            raise ValueError(f"rope_scaling has {name}; {kind} has {', '.join((*needed, *allowed))}")
+        if name == "truncate" and type(value) is not bool:
+            raise ValueError(f"rope_scaling has truncate {value!r}; allowed: true, false")
+        if name not in ("rope_type", "truncate") and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ValueError(f"rope_scaling has {name} {value!r}; it must be a positive number")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError(f"rope_scaling has low_freq_factor {scaling['low_freq_factor']}; it must be below "
+                         f"high_freq_factor {scaling['high_freq_factor']}")
+
+
 # The three teacher families, as data; the sizes are a model's own.
 FAMILIES = {
-    "gpt2": dict(norm="layer", norm_eps=1e-5, mlp="gelu", bias=True, qk_norm=False, position="learned",
-                 tied=True),
-    "qwen3": dict(norm="rms", mlp="swiglu", bias=False, qk_norm=True, position="rope"),
-    "llama": dict(norm="rms", mlp="swiglu", bias=False, qk_norm=False, position="rope"),
+    "gpt2": dict(norm="layer", norm_eps=1e-5, mlp="gelu", qk_norm=False, position="learned", tied=True,
+                 qkv_bias=True, out_bias=True, mlp_bias=True),
+    "qwen3": dict(norm="rms", mlp="swiglu", qk_norm=True, position="rope"),
+    "llama": dict(norm="rms", mlp="swiglu", qk_norm=False, position="rope"),
 }
 
 # ---- positions ---------------------------------------------------------------------------------------------
 
 
 def rope_frequencies(config, dim, device=None):
-    """Angle a token of each pair of channels, (dim / 2,) fp32: theta^(-2i / dim) (RoPE section 3.2), the long
-    wavelengths slowed where rope_scaling is Llama 3's. No weight, no buffer, so that no cast touches it."""
-    s = config.rope_scaling
-    scaling = s and (s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"],
-                     s["factor"])
+    """Angle a token of each pair of channels, (dim / 2,) fp32: theta^(-2i / dim) (RoPE section 3.2), slowed as
+    rope_scaling asks. No weight, no buffer, so that no cast touches it."""
+    scaling = config.rope_scaling and tuple(config.rope_scaling.items())
     return frequencies(config.rope_theta, dim, scaling, device)
 
 
@@ -172,12 +203,40 @@ def rope_frequencies(config, dim, device=None):
 @torch.inference_mode(False)
 def frequencies(theta, dim, scaling, device):
     freq = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    if scaling:
-        pretrained, low, high, factor = scaling
-        turns = pretrained * freq / (2 * math.pi)                             # full turns when pretrained
+    if not scaling:
+        return freq
+    s = dict(scaling)
+    kind, factor = s.get("rope_type", "llama3"), s["factor"]
+    if kind == "linear":
+        return freq / factor
+    if kind == "llama3":
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns when pretrained
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)                     # 1: as it was, 0: fully slowed
-        freq = keep * freq + (1 - keep) * freq / factor
-    return freq
+        return keep * freq + (1 - keep) * freq / factor
+
+    def channel(turns):              # YaRN (2309.00071) eq. 17: the pair that makes so many turns when pretrained
+        length = s["original_max_position_embeddings"] / (2 * math.pi * turns)
+        return dim * math.log(length) / (2 * math.log(theta))
+    low, high = channel(s.get("beta_fast", 32)), channel(s.get("beta_slow", 1))
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 * (low == high)
+    slow = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+    return (1 - slow) * freq + slow * freq / factor
+
+
+def temperature(scaling):
+    """What YaRN multiplies cos and sin by: 0.1 log(factor) + 1 (section 3.4), or as its other fields say."""
+    s = scaling or {}
+    if s.get("rope_type") != "yarn":
+        return 1.0
+
+    def grown(by):
+        return 0.1 * by * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0
+    plain = grown(s["mscale"]) / grown(s["mscale_all_dim"]) if s.get("mscale") and s.get("mscale_all_dim") else None
+    return s.get("attention_factor", plain or grown(1))
 
 
 @lru_cache(None)
@@ -207,7 +266,8 @@ def locate(config, pos, start=0):
     """The Where of tokens at positions pos (B or 1, T); start: see Where."""
     def cos_sin(pos, dim, scale=1.0):
         angle = scale * pos[..., None, None] * rope_frequencies(config, dim, pos.device)  # (B or 1,T,1,dim/2)
-        return angle.cos(), angle.sin()
+        t = temperature(config.rope_scaling)
+        return (angle.cos(), angle.sin()) if t == 1 else (t * angle.cos(), t * angle.sin())
     c, attn_rope, linear_rope = config, None, None
     if c.position == "rope" and c.attn_pe:
         attn_rope = cos_sin(pos % c.chunk if c.chunk else pos, c.head_dim, c.attn_pe)
@@ -332,8 +392,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.swiglu = config.mlp == "swiglu"
-        self.up = nn.Linear(config.n_embd, config.n_hidden * (2 if self.swiglu else 1), bias=config.bias)
-        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.n_hidden * (2 if self.swiglu else 1), bias=config.mlp_bias)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down(activated(self.up(x), self.swiglu))
@@ -399,8 +459,8 @@ class Attention(nn.Module):
         self.config = c = config
         self.sizes = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim,
                       c.n_head * c.head_dim * c.attn_gate]
-        self.qkvz = nn.Linear(c.n_embd, sum(self.sizes), bias=c.bias)
-        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.qkvz = nn.Linear(c.n_embd, sum(self.sizes), bias=c.qkv_bias)
+        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps)
             self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps)
@@ -496,8 +556,8 @@ class LinearAttention(nn.Module):
         self.config = c = config
         self.sizes = [c.n_head * c.key_dim, c.linear_kv_head * c.key_dim, c.linear_kv_head * c.head_dim,
                       c.n_head * c.head_dim * c.linear_gate]
-        self.qkvz = nn.Linear(c.n_embd, sum(self.sizes), bias=c.bias)
-        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
+        self.qkvz = nn.Linear(c.n_embd, sum(self.sizes), bias=c.qkv_bias)
+        self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
         if c.linear_qk_norm:
             self.q_norm = RMSNorm(c.key_dim, eps=c.norm_eps)
             self.k_norm = RMSNorm(c.key_dim, eps=c.norm_eps)
@@ -814,26 +874,27 @@ class HypeNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir, dtype=torch.float32, device="cpu"):
-        """Load a folder that save_pretrained wrote, or GPT-2, Qwen3, Llama 3 or the authors' HypeNet, from a
-        folder or the hub, as dtype whatever it holds. Each weight is read straight into its place, so little
-        more memory is needed than the weights take. ValueError, in one line, for all that does not fit."""
-        from support.pretrained import fetch, find_weights, is_conv1d, open_weights, read_config
-        path = fetch(name_or_dir)
-        config, family, q_scale = read_config(path)
-        with torch.device("meta"):                   # no memory for weights that are about to be replaced
-            model = cls(config)
-        found = open_weights(path)
-        places = find_weights(model, family, found, path)
-        weights = {name: torch.empty(p.shape, dtype=dtype, device=device)
-                   for name, p in model.state_dict().items()}
-        for theirs, (ours, start, shape) in places.items():
-            w = found[theirs].get_tensor(theirs)     # a view of the file, read as it is copied
-            weights[ours][start:start + shape[0]] = w.T if is_conv1d(theirs) else w
-        model.load_state_dict(weights, assign=True)
-        for block in model.blocks:                   # a constant scale of the queries is a gain of their norm
-            if q_scale != 1 and isinstance(block.mixer, Attention):
-                block.mixer.q_norm.weight.data *= q_scale
-        return model.eval()
+        """Load a folder that save_pretrained wrote, as dtype whatever it holds; every other format goes to
+        support.pretrained.load."""
+        from support import pretrained
+        from support.common import read_json
+        path = os.fspath(name_or_dir)
+        given = read_json(path, "config.json", "model") if os.path.isdir(path) else {}
+        if not pretrained.is_ours(given):
+            return pretrained.load(path, dtype, device)
+        try:
+            if "bias" in given:
+                given |= dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), given.pop("bias"))
+            unknown = given.keys() - {f.name for f in fields(HypeNetConfig)} - {"model_type"}
+            if unknown:
+                raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
+            config = HypeNetConfig(**{k: v for k, v in given.items() if k != "model_type"})
+        except (TypeError, AttributeError, ZeroDivisionError) as e:
+            raise ValueError(f"{path}/config.json: a field has a value of the wrong type or size ({e})") from None
+        except ValueError as e:
+            raise ValueError(f"{path}/config.json: {e}") from None
+        found = pretrained.open_safetensors(path)
+        return pretrained.assemble(config, None, found, path, dtype, device)
 
 
 class Decoder:

@@ -362,13 +362,14 @@ def test_triton_is_not_needed(monkeypatch):
 T = 45
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 GPT2 = dict(FAMILIES["gpt2"], n_kv_head=4)
+BIASED = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
 HYPE = dict(attn_pe=0.0, attn_gate=True, logit_base=20.0)
 PLAIN = dict(linear_norm=False, linear_gate=False, linear_qk_norm=False, linear_rope=False)
 ARTICLE = dict(PLAIN, decay="channel", key_dim=4, chunk=8, n_chunks=6, window=11)
 VARIANTS = {
     "teacher": dict(layers="AAA"),
     "teacher llama3": dict(FAMILIES["llama"], layers="AAA", rope_scaling=LLAMA3, tied=False, n_kv_head=1),
-    "teacher biased": dict(layers="AAA", bias=True, n_kv_head=4),
+    "teacher biased": dict(layers="AAA", n_kv_head=4, **BIASED),
     "teacher gpt2": dict(layers="AAA", **GPT2),
     "hype": HYPE,
     "hype no decay": dict(HYPE, decay="none", linear_kv_head=1),
@@ -597,7 +598,7 @@ def options(recipe="paper", **changes):
     return argparse.Namespace(**vars(halo.get_args([])) | rows | changes)
 
 
-@pytest.mark.parametrize("family", [dict(bias=True), GPT2], ids=["rope", "gpt2"])
+@pytest.mark.parametrize("family", [BIASED, GPT2], ids=["rope", "gpt2"])
 @pytest.mark.parametrize("recipe", halo.RECIPES)
 def test_all_attention_student_is_the_teacher(recipe, family):
     """With all layers "A", the teacher's positions and chunk embeddings 0, the transfer changes no logit."""
@@ -618,7 +619,7 @@ def test_all_attention_student_is_the_teacher(recipe, family):
 def test_low_rank_keys_are_the_best(qk_norm, rank):
     """A head's product of q and k rows is the truncated SVD of A_q^T A_k, split evenly, A holding QK-norm's
     gain and typical 1 / rms; at full rank without QK-norm q . k is the teacher's, biases included."""
-    attn = tiny(layers="A", bias=True, qk_norm=qk_norm).blocks[0].mixer
+    attn = tiny(layers="A", qk_norm=qk_norm, **BIASED).blocks[0].mixer
     x = torch.randn(3, 50, 32, dtype=torch.float64)
     ones = torch.cat((x, torch.ones(3, 50, 1)), -1)
     sides = torch.cat((attn.qkvz.weight, attn.qkvz.bias[:, None]), 1).split(attn.sizes)
