@@ -10,7 +10,6 @@
 Without --model: the newest run under out/, else the shipped student. The context is read in segments, so all
 that grows with it is the K/V of the few attention layers, and with a window not even that.
 """
-import codecs
 import glob
 import json
 import os
@@ -119,7 +118,7 @@ def run_main(argv):
     S, KV = state.nbytes()
     ids = tokenizer.decode(prompt[-300:])
     with tqdm(total=len(prompt), desc="reading", unit="tok", unit_scale=True, file=sys.stderr) as bar:
-        decoder, out, began, times = codecs.getincrementaldecoder("utf-8")("replace"), [], time.time(), []
+        decoder, out, began, times = tokenizer.stream_decoder(), [], time.time(), []
         for idx in model.stream([prompt], o.tokens, o.temperature, o.top_k, o.top_p, o.seed,
                                 tokenizer.n_vocab, o.segment, bar.update, state, tokenizer.holes):
             times.append(time.time())
@@ -130,9 +129,9 @@ def run_main(argv):
             if token in tokenizer.stops:
                 break
             out.append(token)
-            sys.stdout.write(decoder.decode(tokenizer.token_bytes(token)))
+            sys.stdout.write(decoder.push(token))
             sys.stdout.flush()
-    sys.stdout.write(decoder.decode(b"", final=True) + ("\033[0m\n" if sys.stdout.isatty() else "\n"))
+    sys.stdout.write(decoder.flush() + ("\033[0m\n" if sys.stdout.isatty() else "\n"))
     read = times[0] - began
     attention = replace(c, layers="A" * len(c.layers), window=None)   # what it would hold with no L
     teacher_KV = State(attention, 1, total, "meta", dtype).nbytes()[1]
