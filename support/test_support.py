@@ -208,9 +208,10 @@ def test_bad_model_files_are_one_line(file, harm, word, tmp_path):
     dict(n_embd=32.5), dict(n_kv_head=3), dict(linear_kv_head=3), dict(linear_kv_head=-1), dict(key_dim=-8),
     dict(head_dim=7), dict(key_dim=5), dict(logit_base=1.0), dict(logit_base=INF), dict(logit_base="fit"),
     dict(window=0), dict(n_chunks=4, chunk=0), dict(chunk=8), dict(n_chunks=4), dict(chunk=8, n_chunks=-4),
-    dict(attn_pe=2.0), dict(attn_pe=-0.5), dict(rope_theta=0.0), dict(rope_scaling=dict(rope_type="llama3", factor=8.0)),
-    dict(rope_scaling=dict(rope_type="dynamic", factor=8.0)), dict(rope_scaling=dict(rope_type="linear", factor="8")),
-    dict(qkv_bias=1),
+    dict(attn_pe=2.0), dict(attn_pe=-0.5), dict(rope_theta=0.0), dict(qkv_bias=1),
+    dict(rope_scaling=dict(rope_type="llama3", factor=8.0)),
+    dict(rope_scaling=dict(rope_type="dynamic", factor=8.0)),
+    dict(rope_scaling=dict(rope_type="linear", factor="8")),
     dict(position="learned", n_chunks=4, chunk=512)], ids=str)
 def test_bad_config_is_one_line(changes):
     """A value that is not allowed, alone or beside the others, raises one line that names its field."""
@@ -336,8 +337,8 @@ def assert_same_logits(model, theirs, limit=1e-5):
 @pytest.mark.parametrize("files", ["one file", "shards", "older config", "bf16"])
 @pytest.mark.parametrize("name", TEACHERS)
 def test_teacher_gives_the_logits_of_transformers(name, files, tmp_path):
-    """A model that transformers made and saved gives its logits through our loader, also past the length it was
-    trained at. Saved by us and loaded again, the logits are the same to the bit."""
+    """A model that transformers made and saved gives its logits through our loader, also past the length it
+    was trained at. Saved by us and loaded again, the logits are the same to the bit."""
     theirs = teacher(name, tmp_path, max_shard_size="20KB" if files == "shards" else "1GB")
     assert (tmp_path / "model.safetensors").exists() == (files != "shards")
     if files == "bf16":
@@ -400,11 +401,9 @@ def test_a_foreign_prefix_is_one_short_line(tmp_path):
     """Where every name is another, the line names three of a kind and counts the others."""
     teacher("llama", tmp_path)
     edit(tmp_path / "model.safetensors", lambda w: {f"base_model.{name}": value for name, value in w.items()})
-    with one_line("and 18 more", "embed_tokens.weight is missing", "base_model.lm_head.weight is unexpected") as e:
+    with pytest.raises(ValueError, match="embed_tokens.weight is missing.*and 18 more.*unexpected") as error:
         pretrained.load(tmp_path)
-    with pytest.raises(ValueError) as e:
-        pretrained.load(tmp_path)
-    assert len(str(e.value)) < 800
+    assert "base_model.lm_head.weight is unexpected" in str(error.value) and len(str(error.value)) < 800
 
 
 @needs_transformers
@@ -476,7 +475,7 @@ def test_bad_shards_are_one_line(tmp_path):
 
 @needs_transformers
 def test_shards_stay_in_their_folder(tmp_path):
-    """An index that leads out of its folder is refused: a checkpoint cannot read other files of the machine."""
+    """An index that leads out of its folder is refused: no checkpoint reads other files of the machine."""
     teacher("llama", tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").rename(tmp_path / "secret.safetensors")
     for file in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), 7, None):
@@ -731,9 +730,9 @@ def random_texts(n):
 
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_tokenizer_is_that_of_the_tokenizers_library(family, tmp_path):
-    """Any text gets the ids and the text that the library gives. A special token is text, unless special=True;
-    another added token is always one id. Lone surrogates become U+FFFD. A batch, a copy in another process and
-    a call for one text agree."""
+    """Any text gets the ids and text that the library gives. A special token is text, unless special=True. Any
+    other added token is always one id. Lone surrogates become U+FFFD. A pickled copy, a batch and a call
+    for one text agree."""
     theirs, ours = our_tokenizer(family, tmp_path)
     texts, rng, differ = list(random_texts(300)), random.Random(0), 0
     batch = pickle.loads(pickle.dumps(ours)).encode_batch(texts)
@@ -756,11 +755,11 @@ def test_tokenizer_is_that_of_the_tokenizers_library(family, tmp_path):
 
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_every_character_comes_back(family, tmp_path):
-    """Every code point, among letters, digits and spaces, decodes to itself (Qwen: to its NFC). So do long runs:
-    a million spaces take seconds."""
+    """Every code point, among letters, digits and spaces, decodes to itself (Qwen: to its NFC). So do long
+    runs: a million spaces take a second."""
     _, ours = our_tokenizer(family, tmp_path)
     points = [*range(0xD800), *range(0xE000, 0x20000, 3)]
-    text = "".join(f"a{chr(i)}b {chr(i)}1" if i % 2 else chr(i) for i in points)
+    text = "".join(f"a{chr(i)}b {chr(i)}1" if i % 8 == 0 else chr(i) for i in points)
     form = unicodedata.normalize if family == "qwen3" else lambda _, text: text
     assert ours.decode(ours.encode(text)) == form("NFC", text)
     for run in (" " * 10 ** 6 + "x", "\n\n " * 10 ** 5, "1234567890" * 10 ** 4, "👩‍👩‍👧🏽" * 10 ** 4):
@@ -769,8 +768,8 @@ def test_every_character_comes_back(family, tmp_path):
 
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_tokenizer_is_saved_beside_the_student(family, tmp_path):
-    """Saved, with a student's config.json there, the file is the same to the byte; the ends, the beginning and
-    the digest, too. Llama's template says what begins a text; the first end ends a document."""
+    """Saved beside a student's config.json, the file is the same to the byte. The ends, the beginning and the
+    digest are the same, too. Llama's template says what begins a text. The first end ends a document."""
     theirs, ours = our_tokenizer(family, tmp_path)
     end, begin = map(theirs.token_to_id, ("<|end|>", "<|im_start|>"))
     assert (ours.end, ours.stops, ours.bos) == (end, {end}, begin if family == "llama" else None)
@@ -832,7 +831,8 @@ def test_split_characters_come_whole(family, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     dict(model={}), dict(model=dict(type="Words", vocab={})), dict(added_tokens=[dict(id=1)]),
-    dict(pre_tokenizer=dict(type="Nothing")), dict(model=dict(type="BPE", vocab={"a": 0}, merges=["b c"]))], ids=str)
+    dict(pre_tokenizer=dict(type="Nothing")),
+    dict(model=dict(type="BPE", vocab={"a": 0}, merges=["b c"]))], ids=str)
 def test_tokenizers_that_the_library_refuses_are_one_line(changes, tmp_path):
     """A tokenizer.json that the library cannot read is an error that names the file."""
     with one_line("tokenizer.json"):
@@ -854,7 +854,7 @@ def test_tokenizer_needs_an_end_and_a_model_of_its_size(tmp_path):
 @needs_jinja2
 def test_chat_template(tmp_path):
     """The template of tokenizer_config.json, alone or named default among several, or of chat_template.jinja,
-    writes the prompt, with the tokens that the config names. Its own errors, and its absence, are one line."""
+    writes the prompt, with the tokens that the config names. Its errors, and its absence, are one line."""
     theirs, ours = our_tokenizer("llama", tmp_path)
     say = [dict(role="user", content="Hi"), dict(role="assistant", content="é")]
     with one_line("no chat template"):
@@ -937,9 +937,9 @@ LLAMA_CPP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "l
              "mlp.c_proj": "ffn_down"}
 
 
-def save_gguf(theirs, path, kind="F32", tokenizer=None, harm=()):
-    """Write a model of transformers as a .gguf file, its matrices quantised, and give the model the numbers that
-    the file holds. harm: (field, value) pairs that are written too."""
+def save_gguf(theirs, path, kind="F32", more=()):
+    """Write a model of transformers as a .gguf file, its matrices quantised. Give the model the numbers that
+    the file holds. more: other fields, (name, value) pairs."""
     import gguf
     c, kind = theirs.config, gguf.GGMLQuantizationType[kind]
     family, gpt2 = c.model_type, c.model_type == "gpt2"
@@ -954,20 +954,17 @@ def save_gguf(theirs, path, kind="F32", tokenizer=None, harm=()):
         writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
         sizes |= dict(head_count_kv=c.num_key_value_heads)
         if family != "qwen2":
-            sizes |= dict(key_length=c.head_dim, rope_dimension_count=c.head_dim, value_length=c.head_dim)
+            sizes |= dict(key_length=c.head_dim, value_length=c.head_dim)
     for name, size in sizes.items():
         getattr(writer, f"add_{name}")(size)
-    for name, value in harm:
+    for name, value in more:
         writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
-    for name, value in (tokenizer or {}).items():
-        getattr(writer, f"add_{name}")(value)
     for name, p in theirs.named_parameters():
         w = p.data.T if pretrained.is_conv1d(name) else p.data
-        if family == "llama" and re.search("[qk]_proj", name):           # the channels of a pair, side by side
+        order = torch.arange(len(w))
+        if family == "llama" and re.search("[qk]_proj", name):       # the channels of a pair, side by side
             n_head = c.num_attention_heads if "q_proj" in name else c.num_key_value_heads
-            order = torch.arange(len(w)).view(n_head, 2, -1).transpose(1, 2).flatten()
-        else:
-            order = torch.arange(len(w))
+            order = order.view(n_head, 2, -1).transpose(1, 2).flatten()
         w = w[order].contiguous().numpy()
         its_kind = kind if w.ndim == 2 else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(w, its_kind)
@@ -986,18 +983,17 @@ def save_gguf(theirs, path, kind="F32", tokenizer=None, harm=()):
 @needs_gguf
 @needs_transformers
 @pytest.mark.parametrize("name, kind", [
-    ("llama yarn", "F32"), ("llama", "F16"), ("llama biased", "BF16"), ("qwen2", "Q8_0"), ("qwen3 tied", "Q4_1"),
-    ("gpt2", "Q5_0"), ("gpt2", "F16"), ("llama linear", "Q8_0")])
+    ("llama yarn", "F32"), ("llama linear", "F16"), ("llama biased", "BF16"), ("qwen2", "Q8_0"),
+    ("qwen3 tied", "Q4_1"), ("gpt2", "Q5_0"), ("gpt2", "F16")])
 def test_gguf_gives_the_logits_of_its_numbers(name, kind, tmp_path):
-    """A model written by the package gguf gives the logits of transformers with the same rounded weights: rows
-    of q and k in llama.cpp's order, biases, scaled RoPE, a tied head."""
-    rope = TEACHERS[name][1].get("rope_parameters", {})
-    plain = dict(rope_parameters=dict(rope_type="default", rope_theta=5e4)) if name == "llama" else {}
-    theirs = teacher(name, tmp_path, **plain)
-    harm = [(f"llama.rope.scaling.{field}", value) for field, value in (
-        ("type", rope.get("rope_type")), ("factor", rope.get("factor")),
-        ("original_context_length", rope.get("original_max_position_embeddings"))) if value and name != "llama"]
-    save_gguf(theirs, tmp_path / "tiny.gguf", kind, harm=harm)
+    """A model written by the package gguf gives the logits of transformers with the same rounded weights.
+    That holds for rows of q and k in llama.cpp's order, biases, scaled RoPE, and a tied head."""
+    theirs = teacher(name, tmp_path)
+    rope, at = TEACHERS[name][1].get("rope_parameters", {}), "llama.rope.scaling"
+    more = [(f"{at}.type", rope["rope_type"]), (f"{at}.factor", rope["factor"])] if rope else []
+    if name == "llama yarn":
+        more.append((f"{at}.original_context_length", rope["original_max_position_embeddings"]))
+    save_gguf(theirs, tmp_path / "tiny.gguf", kind, more)
     assert_same_logits(pretrained.load(tmp_path / "tiny.gguf"), theirs)
 
 
@@ -1067,16 +1063,22 @@ def test_llama_3_in_gguf(tmp_path):
 @needs_gguf
 @needs_transformers
 @pytest.mark.parametrize("harm, word", [
-    (("general.architecture", "bert"), "general.architecture"), (("llama.expert_count", 8), "llama.expert_count"),
-    (("llama.rope.dimension_count", 4), "llama.rope.dimension_count"),
-    (("llama.rope.scaling.type", "longrope"), "rope_scaling"), (("llama.attention.causal", False), "is_causal"),
-    (("llama.block_count", 3), "blk.2.attn_k.weight is missing"), (1000, "cannot be read"),
-    (b"", "cannot be read"), (None, "tokenizer.ggml.model")], ids=str)
+    (b"", "cannot be read"), (("llama.expert_count", 8), "llama.expert_count"),
+    (("llama.rope.scaling.type", "longrope"), "rope_scaling"),
+    (("llama.attention.causal", False), "is_causal"),
+    (("llama.attention.scale", 2.0), "llama.attention.scale"),
+    (("llama.rope.dimension_count", 4), "llama.rope.dimension_count"), (1000, "cannot be read"), (None, "tokenizer.ggml.model"),
+    (("num_hidden_layers", 3), "blk.2.attn_k.weight is missing"),
+    (("model_type", "bert"), "general.architecture")], ids=str)
 def test_bad_gguf_files_are_one_line(harm, word, tmp_path):
-    """A .gguf file that is cut, of another kind, or asks for what our layers lack is one line with its name."""
+    """A .gguf file that is cut, of another kind, or asks for what our layers lack is one line that names it.
+    harm: a length to cut to, a field of the file, or one of the config it is written by."""
     theirs = teacher("llama biased", tmp_path, rope_parameters=dict(rope_type="default", rope_theta=5e4))
     path = tmp_path / "tiny.gguf"
-    save_gguf(theirs, path, harm=[harm] if isinstance(harm, tuple) else [])
+    more = [harm] if isinstance(harm, tuple) and "." in harm[0] else []
+    if isinstance(harm, tuple) and not more:
+        setattr(theirs.config, *harm)
+    save_gguf(theirs, path, more=more)
     if isinstance(harm, (int, bytes)):
         path.write_bytes(path.read_bytes()[:harm] if isinstance(harm, int) else harm)
     with one_line("tiny.gguf", word):

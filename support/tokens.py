@@ -1,7 +1,7 @@
 """Tokenizers: text -> token ids, and ids -> text.
 
-The library tokenizers defines the file tokenizer.json, so that library reads it here. The tiny models have a
-tokenizer of one id per byte of UTF-8, which tiktoken encodes. Both packages are imported only where they are used.
+The library tokenizers defines the file tokenizer.json, so that library reads the file here. The tiny models
+have one id per byte of UTF-8, which tiktoken encodes. Both packages are imported only where they are used.
 """
 import hashlib
 import json
@@ -31,7 +31,7 @@ def content(token):
 
 
 def unpack(text):
-    """The text of a tokenizer.json -> the encoder of tokenizers or tiktoken, and its ids by token."""
+    """The text of a tokenizer.json -> the encoder of tokenizers or tiktoken, and its ids, token -> id."""
     if json.loads(text).get("type") == "bytes":
         import tiktoken
         ids = {bytes([i]): i for i in range(256)}
@@ -52,18 +52,31 @@ class Tokenizer:
     end: the id between two documents. stops: every id that ends a generated text. bos: the id that begins a
     text, or None. n_vocab: the largest id + 1. holes: the ids below n_vocab that no token has."""
 
-    def __init__(self, spec, ends=(0,), bos=None, config=None):
-        """spec: what tokenizer.json says, a str. ends: the stops, the end of a document first. config: what
-        tokenizer_config.json says."""
+    def __init__(self, spec, configs=()):
+        """spec: the text of tokenizer.json. configs: the other files, as dicts, tokenizer_config.json last.
+        Every id that a config calls eos ends a text. The first of these ids ends a document."""
         self.spec = spec
         self.encoder, ids = unpack(spec)
+        self.is_bytes = b"a" in ids
+        self.config = configs[-1] if configs else {}
+        self.bos = None
+        ends = [0]
+        if not self.is_bytes:
+            first = self.encoder.encode("a")         # with what the library itself puts before a text
+            self.bos = first.ids[0] if first.special_tokens_mask[:1] == [1] else None
+            ends = []
+        for config in () if self.is_bytes else configs:
+            given = config.get("eos_token_id")
+            ends += given if isinstance(given, list) else [given]
+            ends.append(ids.get(content(config.get("eos_token"))))
+            if self.bos is None and config.get("add_bos_token"):
+                self.bos = ids.get(content(config.get("bos_token")))
+        ends = [end for end in dict.fromkeys(ends) if end is not None]
         known = set(ids.values())
         if not ends or set(ends) - known:
-            raise ValueError(f"eos_token_id is {list(ends)}; give at least one id, all of them its tokens")
-        self.bos = bos
+            raise ValueError(f"eos_token_id is {ends}; give at least one id, all of them its tokens")
         self.end = ends[0]
         self.stops = set(ends)
-        self.config = config or {}
         self.n_vocab = max(known) + 1
         self.holes = sorted(set(range(self.n_vocab)) - known)
 
@@ -73,26 +86,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name_or_path):
-        """From a folder, the hub or a .gguf file. Every id that config.json, generation_config.json or
-        tokenizer_config.json calls eos ends a text. The first of these ids ends a document."""
+        """From a folder, the hub or a .gguf file (see support.pretrained.fetch)."""
         path = fetch(name_or_path, weights=False)
-        where = path if os.path.isfile(path) else os.path.join(path, "tokenizer.json")
+        is_file = os.path.isfile(path)
+        where = path if is_file else os.path.join(path, "tokenizer.json")
         try:
-            text, configs = gguf_files(path) if os.path.isfile(path) else folder_files(path)
-            encoder, ids = unpack(text)
-            if text == BYTES or "model" not in json.loads(text):
-                return cls(text)
-            first = encoder.encode("a")
-            bos = first.ids[0] if first.special_tokens_mask[:1] == [1] else None
-            ends = []
-            for config in configs:
-                given = config.get("eos_token_id")
-                ends += given if isinstance(given, list) else [given]
-                ends.append(ids.get(content(config.get("eos_token"))))
-                if bos is None and config.get("add_bos_token"):
-                    bos = ids.get(content(config.get("bos_token")))
-            ends = [end for end in dict.fromkeys(ends) if end is not None]
-            return cls(text, ends, bos, configs[-1])
+            return cls(*(gguf_files(path) if is_file else folder_files(path)))
         except (KeyError, TypeError, AttributeError, IndexError) as e:
             raise ValueError(f"{where} is no tokenizer ({e!r}); copy it again") from None
         except ValueError as e:
@@ -107,20 +106,21 @@ class Tokenizer:
         return self.encode_batch([text], special)[0]
 
     def encode_batch(self, texts, special=False):
-        """A list of str -> a list of ids (n,), numpy int32, on all cores. Neither bos nor end is added. Where a
-        text spells out a special token, such as <|endoftext|>, special=True gives the id of that token. By
-        default the token is text like any other, because a document may talk about tokens."""
+        """A list of str -> a list of ids (n,), numpy int32, on all cores. Neither bos nor end is added.
+
+        A document may spell out a special token, such as <|endoftext|>, without the meaning of that token. So
+        the token is encoded as text. special=True gives its id."""
         texts = [repaired(text) for text in texts]
-        if not hasattr(self.encoder, "encode_special_tokens"):
+        if self.is_bytes:
             return [self.encoder.encode_to_numpy(text).astype(np.int32) for text in texts]
         self.encoder.encode_special_tokens = not special
         found = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def decode(self, ids):
-        """ids -> str. Bytes that are not UTF-8 become U+FFFD; ids that no token has are left out."""
+        """ids -> str. Bytes that are not UTF-8 become U+FFFD. Ids that no token has are left out."""
         ids = [int(id) for id in ids if id < self.n_vocab]
-        if hasattr(self.encoder, "decode_bytes"):
+        if self.is_bytes:
             return self.encoder.decode_bytes(ids).decode("utf-8", "replace")
         return self.encoder.decode(ids, skip_special_tokens=False)
 
@@ -132,19 +132,16 @@ class Tokenizer:
         """A sha256 that names this tokenizer with its bos and end: files of encoded text are named by it."""
         return hashlib.sha256(json.dumps([self.spec, self.bos, self.end]).encode()).hexdigest()
 
-    def token(self, id):
-        """The token of an id, as tokenizer_config.json would spell it."""
-        return None if id is None else self.encoder.id_to_token(id)
-
     def save(self, path):
         """Write tokenizer.json as it was read, and beside it the ids that begin and end a text."""
         write_text(os.path.join(path, "tokenizer.json"), self.spec)
-        if self.spec != BYTES and "model" in json.loads(self.spec):
-            config = dict(self.config, add_bos_token=self.bos is not None,
-                          eos_token_id=[self.end, *sorted(self.stops - {self.end})])
-            if self.bos is not None:
-                config["bos_token"] = self.token(self.bos)
-            write_json(os.path.join(path, "tokenizer_config.json"), config)
+        if self.is_bytes:
+            return
+        config = dict(self.config, add_bos_token=self.bos is not None,
+                      eos_token_id=[self.end, *sorted(self.stops - {self.end})])
+        if self.bos is not None:
+            config["bos_token"] = self.encoder.id_to_token(self.bos)
+        write_json(os.path.join(path, "tokenizer_config.json"), config)
 
     def chat(self, messages):
         """[{"role": "user", "content": "Hello"}, ...] -> the prompt, a str, that ends where an instruct model
@@ -253,7 +250,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5      # tokenizer.
 
 
 def gguf_files(path):
-    """What folder_files gives, for a .gguf file: the tokenizer.json of its vocabulary and merges, and configs."""
+    """The same of a .gguf file: a tokenizer.json of its vocabulary and merges, and one config."""
     fields, _ = open_gguf(path)
     prefix = "tokenizer.ggml."
     given = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
