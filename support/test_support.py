@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -744,6 +745,10 @@ def test_tokenizer_is_that_of_the_tokenizers_library(family, tmp_path):
         noise = rng.choices(range(ours.n_vocab), k=20)
         assert ours.decode(noise) == theirs.decode(noise, skip_special_tokens=False), noise
     assert 50 < differ < 300
+    with ThreadPoolExecutor(4) as pool:
+        many = list(pool.map(ours.encode_batch, [texts[i::8] for i in range(8)]))
+    for i, part in enumerate(many):
+        assert [ids.tolist() for ids in part] == [ids.tolist() for ids in batch[i::8]]
     think, end = map(theirs.token_to_id, ("<think>", "<|end|>"))
     ids = ours.encode("<|end|><think>")
     assert ids[-1] == think and end not in ids and ours.decode(ids) == "<|end|><think>"

@@ -32,7 +32,7 @@ def content(token):
 
 def unpack(text):
     """The text of a tokenizer.json -> the encoder of tokenizers or tiktoken, and its ids, token -> id."""
-    if json.loads(text).get("type") == "bytes":
+    if "".join(text[:99].split()) == "".join(BYTES.split()):
         import tiktoken
         ids = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("", pat_str=r"(?s:.{1,128})", special_tokens={}, mergeable_ranks=ids), ids
@@ -43,6 +43,7 @@ def unpack(text):
         raise ValueError(f"the library tokenizers cannot read it ({' '.join(str(e).split())})") from None
     encoder.no_truncation()                          # both belong to batches for a model, not to text
     encoder.no_padding()
+    encoder.encode_special_tokens = True             # as text, see encode_batch
     return encoder, encoder.get_vocab(with_added_tokens=True)
 
 
@@ -56,6 +57,7 @@ class Tokenizer:
         """spec: the text of tokenizer.json. configs: the other files, as dicts, tokenizer_config.json last.
         Every id that a config calls eos ends a text. The first of these ids ends a document."""
         self.spec = spec
+        self.configs = configs
         self.encoder, ids = unpack(spec)
         self.is_bytes = b"a" in ids
         self.config = configs[-1] if configs else {}
@@ -80,6 +82,10 @@ class Tokenizer:
         self.n_vocab = max(known) + 1
         self.holes = sorted(set(range(self.n_vocab)) - known)
 
+    def __reduce__(self):
+        """Pickled by its files: the library would forget how to treat special tokens."""
+        return type(self), (self.spec, self.configs)
+
     @classmethod
     def bytes(cls):
         return cls(BYTES)
@@ -93,9 +99,9 @@ class Tokenizer:
         try:
             return cls(*(gguf_files(path) if is_file else folder_files(path)))
         except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{where} is no tokenizer ({e!r}); copy it again") from None
+            raise ValueError(f"no tokenizer in {where} ({e!r}); copy it again") from None
         except ValueError as e:
-            raise ValueError(f"{where}: {e}") from None
+            raise ValueError(f"no tokenizer in {where}: {e}") from None
 
     def encode(self, text, special=False):
         """str -> ids, a list of ints. special: see encode_batch."""
@@ -113,8 +119,11 @@ class Tokenizer:
         texts = [repaired(text) for text in texts]
         if self.is_bytes:
             return [self.encoder.encode_to_numpy(text).astype(np.int32) for text in texts]
-        self.encoder.encode_special_tokens = not special
+        if special:                                  # threads share the encoder: it may change for special alone
+            self.encoder.encode_special_tokens = False
         found = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
+        if special:
+            self.encoder.encode_special_tokens = True
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def decode(self, ids):
@@ -212,7 +221,8 @@ def check_tokenizer(tokenizer, config):
 
 def folder_files(path):
     """A folder -> the text of tokenizer.json, and the configs beside it, tokenizer_config.json last."""
-    read_json(path, "tokenizer.json", "tokenizer")   # one line if there is none
+    if not os.path.exists(os.path.join(path, "tokenizer.json")):
+        raise ValueError("no such file; give the folder of a whole model")
     with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as f:
         text = f.read()
     configs = []
