@@ -473,6 +473,8 @@ def read_gguf(path):
         raise ValueError(f"{path}: general.architecture is {family!r}; known are llama, qwen2, qwen3, gpt2")
     try:
         given = gguf_config(family, fields, found)
+    except (KeyError, TypeError, ZeroDivisionError) as e:
+        raise ValueError(f"{path}: a field of a size is missing or no number ({e!r})") from None
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     config, _ = translate(given, path)

@@ -967,7 +967,7 @@ def save_gguf(theirs, path, kind="F32", more=()):
         w = p.data.T if pretrained.is_conv1d(name) else p.data
         order = torch.arange(len(w))
         if family == "llama" and re.search("[qk]_proj", name):       # the channels of a pair, side by side
-            n_head = c.num_attention_heads if "q_proj" in name else c.num_key_value_heads
+            n_head = (c.num_attention_heads if "q_proj" in name else c.num_key_value_heads) or 1
             order = order.view(n_head, 2, -1).transpose(1, 2).flatten()
         w = w[order].contiguous().numpy()
         its_kind = kind if w.ndim == 2 else gguf.GGMLQuantizationType.F32
@@ -1072,7 +1072,7 @@ def test_llama_3_in_gguf(tmp_path):
     (("llama.attention.causal", False), "is_causal"),
     (("llama.attention.scale", 2.0), "llama.attention.scale"),
     (("llama.rope.dimension_count", 4), "llama.rope.dimension_count"), (1000, "cannot be read"), (None, "tokenizer.ggml.model"),
-    (("num_hidden_layers", 3), "blk.2.attn_k.weight is missing"),
+    (("num_attention_heads", 0), "a field of a size"), (("num_hidden_layers", 3), "blk.2.attn_k.weight is missing"),
     (("model_type", "bert"), "general.architecture")], ids=str)
 def test_bad_gguf_files_are_one_line(harm, word, tmp_path):
     """A .gguf file that is cut, of another kind, or asks for what our layers lack is one line that names it.

@@ -61,19 +61,7 @@ class Tokenizer:
         self.encoder, ids = unpack(spec)
         self.is_bytes = b"a" in ids
         self.config = configs[-1] if configs else {}
-        self.bos = None
-        ends = [0]
-        if not self.is_bytes:
-            first = self.encoder.encode("a")         # with what the library itself puts before a text
-            self.bos = first.ids[0] if first.special_tokens_mask[:1] == [1] else None
-            ends = []
-        for config in () if self.is_bytes else configs:
-            given = config.get("eos_token_id")
-            ends += given if isinstance(given, list) else [given]
-            ends.append(ids.get(content(config.get("eos_token"))))
-            if self.bos is None and config.get("add_bos_token"):
-                self.bos = ids.get(content(config.get("bos_token")))
-        ends = [end for end in dict.fromkeys(ends) if end is not None]
+        self.bos, ends = (None, [0]) if self.is_bytes else self.limits(ids)
         known = set(ids.values())
         if not ends or set(ends) - known:
             raise ValueError(f"eos_token_id is {ends}; give at least one id, all of them its tokens")
@@ -81,6 +69,20 @@ class Tokenizer:
         self.stops = set(ends)
         self.n_vocab = max(known) + 1
         self.holes = sorted(set(range(self.n_vocab)) - known)
+
+    def limits(self, ids):
+        """bos, and a list of the ids that end a text. ids: token -> id. bos is what the library itself puts
+        before a text, or else what a config asks for."""
+        first = self.encoder.encode("a")
+        bos = first.ids[0] if first.special_tokens_mask[:1] == [1] else None
+        ends = []
+        for config in self.configs:
+            given = config.get("eos_token_id")
+            ends += given if isinstance(given, list) else [given]
+            ends.append(ids.get(content(config.get("eos_token"))))
+            if bos is None and config.get("add_bos_token"):
+                bos = ids.get(content(config.get("bos_token")))
+        return bos, [end for end in dict.fromkeys(ends) if end is not None]
 
     def __reduce__(self):
         """Pickled by its files: the library would forget how to treat special tokens."""
@@ -119,7 +121,7 @@ class Tokenizer:
         texts = [repaired(text) for text in texts]
         if self.is_bytes:
             return [self.encoder.encode_to_numpy(text).astype(np.int32) for text in texts]
-        if special:                                  # threads share the encoder: it may change for special alone
+        if special:                                  # threads share the encoder, which seldom changes
             self.encoder.encode_special_tokens = False
         found = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
         if special:
