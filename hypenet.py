@@ -663,8 +663,11 @@ def write_file(path, content):
 # ---- checks of a config ------------------------------------------------------------------------------------
 
 CHOICES = dict(norm=("rms", "layer"), mlp=("swiglu", "gelu"), position=("rope", "learned"), decay=(*DECAYS,))
-SCALINGS = dict(linear=(), yarn=("original_max_position_embeddings",), llama3=(
-    "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))    # fields besides factor
+SCALINGS = {                         # fields of rope_scaling that each rope_type must have, and may have
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (("factor", "original_max_position_embeddings"),
+             ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"))}
 SIZES = ("vocab_size", "n_embd", "n_head", "n_kv_head", "head_dim", "n_hidden", "max_len", "key_dim",
          "linear_kv_head", "window", "chunk")
 
@@ -710,9 +713,15 @@ def check_type(name, value, kind):
 def check_scaling(s):
     kind = s.get("rope_type")
     refuse(kind not in SCALINGS, f"rope_scaling has rope_type {kind!r}; allowed: {', '.join(SCALINGS)}")
-    for name in ("factor", *SCALINGS[kind]):
-        number = isinstance(s.get(name), (int, float)) and math.isfinite(s[name]) and s[name] > 0
-        refuse(not number, f"rope_scaling has {name} {s.get(name)!r}; it must be a positive number")
+    needed, allowed = SCALINGS[kind]
+    for name in needed:
+        refuse(name not in s, f"rope_scaling of rope_type {kind} lacks {name}")
+    for name, value in s.items():
+        refuse(name not in ("rope_type", *needed, *allowed), f"rope_scaling of rope_type {kind} has {name}")
+        number = type(value) in (int, float) and 0 < value < math.inf
+        refuse(name not in ("rope_type", "truncate") and not number,
+               f"rope_scaling has {name} {value!r}; it must be a positive number")
+    refuse(type(s.get("truncate", True)) is not bool, "rope_scaling has truncate; allowed: true, false")
     refuse(kind == "llama3" and s["low_freq_factor"] >= s["high_freq_factor"],
            "rope_scaling: low_freq_factor must be below high_freq_factor")
 

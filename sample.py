@@ -12,7 +12,6 @@ Without --model, the newest run under out/ answers, or the shipped student if th
 read in segments. With its length grows only the K/V of the few attention layers, up to the window if there
 is one.
 """
-import codecs
 import glob
 import os
 import sys
@@ -125,7 +124,7 @@ def write(args, tokenizer, model, state, prompt):
     """Read the prompt, print its end and the text that follows. Return the generated ids, and the times of
     the start and of every id."""
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    characters = codecs.getincrementaldecoder("utf-8")("replace")    # one may be several tokens
+    characters = tokenizer.stream_decoder()          # a character may be several tokens
     out, times = [], [time.time()]
     with tqdm(total=len(prompt), desc="reading", unit="tok", unit_scale=True, file=sys.stderr) as bar:
         for idx in fast.stream(model, [prompt], args.tokens, temperature=args.temperature, top_k=args.top_k,
@@ -138,8 +137,8 @@ def write(args, tokenizer, model, state, prompt):
             if idx.item() in tokenizer.stops:
                 break
             out.append(idx.item())
-            print(characters.decode(tokenizer.token_bytes(out[-1])), end="", flush=True)
-    print(characters.decode(b"", final=True), end=f"{plain}\n")
+            print(characters.push(out[-1]), end="", flush=True)
+    print(characters.flush(), end=f"{plain}\n")
     return out, times
 
 

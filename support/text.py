@@ -216,10 +216,7 @@ def id_type(tokenizer):
 
 def encode_documents(tokenizer, texts):
     """The ids of each text, with the ids that begin and end a document."""
-    if hasattr(tokenizer, "encode_batch"):
-        found = tokenizer.encode_batch(texts)
-    else:
-        found = [tokenizer.encode_array(text) for text in texts]
+    found = tokenizer.encode_batch(texts)
     begin = np.array([] if tokenizer.bos is None else [tokenizer.bos], np.int32)
     end = np.array([tokenizer.end], np.int32)
     return [np.concatenate((begin, ids, end)).astype(id_type(tokenizer)) for ids in found]
@@ -316,8 +313,7 @@ def cache_path(name):
 
 def shard_path(name, tokenizer):
     """Where the ids of a text are, without the ending: a hash of the text's name and of the tokenizer."""
-    spec = tokenizer.digest() if hasattr(tokenizer, "digest") else json.dumps(tokenizer.spec, sort_keys=True)
-    facts = json.dumps([FORMAT, name, spec, tokenizer.bos, tokenizer.end, tokenizer.n_vocab])
+    facts = json.dumps([FORMAT, name, tokenizer.digest()])
     return cache_path(hashlib.sha256(facts.encode()).hexdigest()[:32])
 
 

@@ -1,173 +1,215 @@
-"""Tokenizers."""
+"""Tokenizers: text -> token ids, and ids -> text.
+
+The library tokenizers defines the file tokenizer.json, so that library reads the file here. The tiny models
+have one id per byte of UTF-8, which tiktoken encodes. Both packages are imported only where they are used.
+"""
+import hashlib
+import json
 import os
-import re
-import unicodedata
-from itertools import groupby
+from datetime import datetime
 
 import numpy as np
 
+from hypenet import write_file
 from support.common import read_json, write_json
-from support.pretrained import fetch
+from support.pretrained import fetch, open_gguf
+
+BYTES = '{\n "type": "bytes"\n}\n'                  # the tokenizer.json of one id per byte
 
 
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+def repaired(text):
+    """The text, each lone surrogate replaced by U+FFFD, because UTF-8 has no bytes for a lone surrogate."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def byte_alphabet():
-    """The characters that stand for bytes in a vocabulary (GPT-2's): printable ones for themselves, the other
-    bytes, in order, from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+def content(token):
+    """The text of a token in a config file: files write a string, or an object with the field content."""
+    return token["content"] if isinstance(token, dict) else token
 
 
-def cut(text, added):
-    """text -> ids of the added tokens in it, and as str what is between them; of two that fit, the longer."""
-    if not added:
-        return [text]
-    pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
-    return [added.get(part, part) for part in re.split(f"({pattern})", text) if part]
+def unpack(text):
+    """The text of a tokenizer.json -> the encoder of tokenizers or tiktoken, and its ids, token -> id."""
+    if "".join(text[:99].split()) == "".join(BYTES.split()):
+        import tiktoken
+        ids = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("", pat_str=r"(?s:.{1,128})", special_tokens={}, mergeable_ranks=ids), ids
+    import tokenizers
+    try:
+        encoder = tokenizers.Tokenizer.from_str(text)
+    except Exception as e:                           # the library raises nothing more special
+        raise ValueError(f"the library tokenizers cannot read it ({' '.join(str(e).split())})") from None
+    encoder.no_truncation()                          # both belong to batches for a model, not to text
+    encoder.no_padding()
+    encoder.encode_special_tokens = True             # as text, see encode_batch
+    return encoder, encoder.get_vocab(with_added_tokens=True)
 
 
 class Tokenizer:
-    """A tiktoken encoding and the spec it is built from: tokenizer.json of a byte-level BPE (GPT-2, Qwen3,
-    Llama 3), or {"type": "bytes"}, one id a byte of UTF-8. end: the id between documents; stops: all ids that
-    end a text; bos: the id that begins one, or None; n_vocab: the largest id + 1; holes: those below it that
-    are no token."""
+    """One tokenizer.json, with the ids that begin and end a text.
 
-    def __init__(self, spec, ends=(0,), bos=None):
-        """ends: stops, the end of a document first."""
-        import tiktoken
-        self.spec, self.added, self.form = spec, ({}, {}), None
-        if spec.get("type") == "bytes":
-            pattern, ranks = r"(?s:.{1,128})", {bytes([i]): i for i in range(256)}
-            self.tokens, self.ids = dict(enumerate(ranks)), np.arange(256)
-        elif "model" in spec:
-            pattern, ranks = self.parse()
-        else:
-            raise ValueError(f"type is {spec.get('type')!r}; known are bytes and the tokenizer.json of a BPE")
-        self.encoding = tiktoken.Encoding("", pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
-        self.n_vocab = max(self.tokens) + 1
-        self.holes = sorted(set(range(self.n_vocab)) - self.tokens.keys())
-        self.bos, self.stops = bos, set(ends)
-        if not ends or self.stops - self.tokens.keys():
-            raise ValueError(f"eos_token_id is {list(ends)}; give at least one id, all of them its tokens")
+    end: the id between two documents. stops: every id that ends a generated text. bos: the id that begins a
+    text, or None. n_vocab: the largest id + 1. holes: the ids below n_vocab that no token has."""
+
+    def __init__(self, spec, configs=()):
+        """spec: the text of tokenizer.json. configs: the other files, as dicts, tokenizer_config.json last.
+        Every id that a config calls eos ends a text. The first of these ids ends a document."""
+        self.spec = spec
+        self.configs = configs
+        self.encoder, ids = unpack(spec)
+        self.is_bytes = b"a" in ids
+        self.config = configs[-1] if configs else {}
+        self.bos, ends = (None, [0]) if self.is_bytes else self.limits(ids)
+        known = set(ids.values())
+        if not ends or set(ends) - known:
+            raise ValueError(f"eos_token_id is {ends}; give at least one id, all of them its tokens")
         self.end = ends[0]
-        text = "".join(map(chr, range(0xD800)))      # tiktoken drops what its pattern does not match
-        if self.decode(self.ids[self.encoding.encode_to_numpy(text)]) != text:
-            raise ValueError(f"the pattern {pattern!r} leaves out some text")
+        self.stops = set(ends)
+        self.n_vocab = max(known) + 1
+        self.holes = sorted(set(range(self.n_vocab)) - known)
 
-    def parse(self):
-        """tokenizer.json -> tiktoken's pattern and ranks. Of all neighbours that make up a token, tiktoken
-        joins those of lowest rank; so the rank of a token is its place among the merges, and `ids` leads from
-        ranks to ids, whatever their order."""
-        spec, model, alphabet = self.spec, self.spec["model"], byte_alphabet()
-        vocab, added = model["vocab"], spec.get("added_tokens") or []
-        merges = [m.replace(" ", "") if isinstance(m, str) else "".join(m) for m in model["merges"]]
-        whole = []                                   # ignore_merges: a piece that is a token is taken whole
-        if model.get("ignore_merges"):
-            whole = [token for token in vocab.keys() - set(merges) if alphabet.keys() >= set(token)]
-        norm, split = spec.get("normalizer") or dict(normalizers=[]), spec.get("pre_tokenizer") or {}
-        norms = [n["type"] for n in norm.get("normalizers", [norm])]
-        *splits, last = split.get("pretokenizers", [split])
-        patterns = [s["pattern"].get("Regex") for s in splits
-                    if s.get("type") == "Split" and s["behavior"] == "Isolated" and not s.get("invert")]
-        if last.get("use_regex", True):
-            splits, patterns = [*splits, last], [*patterns, GPT2_PATTERN]
-        wrong = [name for name, fits in dict(
-            normalizer=set(norms) <= {"NFC"},
-            pre_tokenizer=last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
-            and len(splits) == len(patterns) == 1 and patterns[0],
-            model=model["type"] == "BPE" and not any(model.get(flag) for flag in (
-                "dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")),
-            vocab=alphabet.keys() <= vocab.keys(),
-            # two merges that make one token stand side by side, and one is there for all that could be joined
-            merges=len(list(groupby(merges))) == len(set(merges)) and not any(
-                token[:i] in vocab and token[i:] in vocab for token in whole for i in range(1, len(token))),
-            added_tokens=not any(t.get(flag) for t in added for flag in ("single_word", "lstrip", "rstrip")),
-        ).items() if not fits]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}: not of the kind that GPT-2, Qwen3 and Llama 3 have")
+    def limits(self, ids):
+        """bos, and a list of the ids that end a text. ids: token -> id. bos is what the library itself puts
+        before a text, or else what a config asks for."""
+        first = self.encoder.encode("a")
+        bos = first.ids[0] if first.special_tokens_mask[:1] == [1] else None
+        ends = []
+        for config in self.configs:
+            given = config.get("eos_token_id")
+            ends += given if isinstance(given, list) else [given]
+            ends.append(ids.get(content(config.get("eos_token"))))
+            if bos is None and config.get("add_bos_token"):
+                bos = ids.get(content(config.get("bos_token")))
+        return bos, [end for end in dict.fromkeys(ends) if end is not None]
 
-        def to_bytes(token):
-            return bytes(map(alphabet.get, token)) if alphabet.keys() >= set(token) else token.encode()
-        self.form = "NFC" if norms else None
-        for token in added:                          # found in the text as it is, or once it is normalized
-            late, text = bool(token.get("normalized")), token["content"]
-            self.added[late][self.normalize(text) if late else text] = token["id"]
-        vocab = vocab | {token["content"]: token["id"] for token in added}
-        self.tokens = {id: to_bytes(token) for token, id in vocab.items()}
-        order = list(dict.fromkeys([*alphabet, *merges, *whole]))
-        self.ids = np.array([vocab[token] for token in order])
-        return patterns[0], {to_bytes(token): rank for rank, token in enumerate(order)}
+    def __reduce__(self):
+        """Pickled by its files: the library would forget how to treat special tokens."""
+        return type(self), (self.spec, self.configs)
 
     @classmethod
     def bytes(cls):
-        return cls({"type": "bytes"})
+        return cls(BYTES)
 
-    def normalize(self, text):
-        return unicodedata.normalize(self.form, text) if self.form else text
+    @classmethod
+    def load(cls, name_or_path):
+        """From a folder, the hub or a .gguf file (see support.pretrained.fetch)."""
+        path = fetch(name_or_path, weights=False)
+        is_file = os.path.isfile(path)
+        where = path if is_file else os.path.join(path, "tokenizer.json")
+        try:
+            return cls(*(gguf_files(path) if is_file else folder_files(path)))
+        except (KeyError, TypeError, AttributeError, IndexError) as e:
+            raise ValueError(f"no tokenizer in {where} ({e!r}); copy it again") from None
+        except ValueError as e:
+            raise ValueError(f"no tokenizer in {where}: {e}") from None
 
     def encode(self, text, special=False):
-        """str -> ids, a list of ints."""
+        """str -> ids, a list of ints. special: see encode_batch."""
         return self.encode_array(text, special).tolist()
 
     def encode_array(self, text, special=False):
-        """str -> ids, numpy int32; a lone surrogate becomes U+FFFD. special: added tokens, such as
-        <|endoftext|>, that the text spells out become their ids; else they are text like any other."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        early, late = self.added if special else ({}, {})
-        parts = []
-        for part in cut(text, early):
-            parts += [part] if isinstance(part, int) else cut(self.normalize(part), late)
-        ids = [[part] if isinstance(part, int) else self.ids[self.encoding.encode_to_numpy(part)]
-               for part in parts]
-        return np.concatenate(ids or [[]]).astype(np.int32)
+        """str -> ids (n,), numpy int32. special: see encode_batch."""
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self, texts, special=False):
+        """A list of str -> a list of ids (n,), numpy int32, on all cores. Neither bos nor end is added.
+
+        A document may spell out a special token, such as <|endoftext|>, without the meaning of that token. So
+        the token is encoded as text. special=True gives its id."""
+        texts = [repaired(text) for text in texts]
+        if self.is_bytes:
+            return [self.encoder.encode_to_numpy(text).astype(np.int32) for text in texts]
+        if special:                                  # threads share the encoder, which seldom changes
+            self.encoder.encode_special_tokens = False
+        found = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
+        if special:
+            self.encoder.encode_special_tokens = True
+        return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def decode(self, ids):
-        """ids -> str; bytes that are no UTF-8, and ids that are no token, become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        """ids -> str. Bytes that are not UTF-8 become U+FFFD. Ids that no token has are left out."""
+        ids = [int(id) for id in ids if id < self.n_vocab]
+        if self.is_bytes:
+            return self.encoder.decode_bytes(ids).decode("utf-8", "replace")
+        return self.encoder.decode(ids, skip_special_tokens=False)
 
-    def token_bytes(self, id):
-        return self.tokens.get(int(id), b"\xef\xbf\xbd")
+    def stream_decoder(self):
+        """A StreamDecoder, for ids that come one by one."""
+        return StreamDecoder(self.decode)
+
+    def digest(self):
+        """A sha256 that names this tokenizer with its bos and end: files of encoded text are named by it."""
+        return hashlib.sha256(json.dumps([self.spec, self.bos, self.end]).encode()).hexdigest()
 
     def save(self, path):
-        """Write tokenizer.json to path and, unless it tells, what begins and ends a text beside it."""
-        write_json(os.path.join(path, "tokenizer.json"), self.spec)
-        if "model" in self.spec:
-            bos = None if self.bos is None else self.token_bytes(self.bos).decode()
-            write_json(os.path.join(path, "tokenizer_config.json"), dict(
-                add_bos_token=bos is not None, bos_token=bos,
-                eos_token_id=[self.end, *sorted(self.stops - {self.end})]))
+        """Write tokenizer.json as it was read, and beside it the ids that begin and end a text."""
+        write_file(os.path.join(path, "tokenizer.json"), self.spec)
+        if self.is_bytes:
+            return
+        config = dict(self.config, add_bos_token=self.bos is not None,
+                      eos_token_id=[self.end, *sorted(self.stops - {self.end})])
+        if self.bos is not None:
+            config["bos_token"] = self.encoder.id_to_token(self.bos)
+        write_json(os.path.join(path, "tokenizer_config.json"), config)
 
-    @classmethod
-    def load(cls, name_or_dir):
-        """From a folder or the hub. Every id that config.json, generation_config.json, tokenizer_config.json
-        call eos ends a text; the first, in this order, is the end of a document."""
-        path = fetch(name_or_dir, weights=False)
-        spec = read_json(path, "tokenizer.json", "tokenizer")
+    def chat(self, messages):
+        """[{"role": "user", "content": "Hello"}, ...] -> the prompt, a str, that ends where an instruct model
+        answers. Encode the prompt with special=True and put no bos before it: the template writes bos."""
+        template = self.config.get("chat_template")
+        if isinstance(template, list):               # several templates, each with a name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not template:
+            raise ValueError("this model has no chat template: give an instruct model, or leave out --chat")
         try:
-            if "model" not in spec:
-                return cls(spec)
-            configs = [read_json(path, f"{name}.json", "tokenizer") for name in (
-                "config", "generation_config", "tokenizer_config")
-                if os.path.exists(os.path.join(path, f"{name}.json"))]
-            ids = spec["model"]["vocab"] | {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
-            ends, bos, post = [], None, spec.get("post_processor") or {}
-            for c in configs:
-                given, eos, begin = c.get("eos_token_id"), c.get("eos_token"), c.get("bos_token")
-                ends += given if isinstance(given, list) else [given]
-                ends.append(ids.get(eos["content"] if isinstance(eos, dict) else eos))
-                if c.get("add_bos_token"):
-                    bos = ids.get(begin["content"] if isinstance(begin, dict) else begin)
-            for step in post.get("processors", [post]):
-                if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-                    bos = step["special_tokens"][step["single"][0]["SpecialToken"]["id"]]["ids"][0]
-            return cls(spec, [end for end in dict.fromkeys(ends) if end is not None], bos)
-        except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{path}/tokenizer.json is no tokenizer ({e!r}); copy it again") from None
-        except ValueError as e:
-            raise ValueError(f"{path}/tokenizer.json: {e}") from None
+            import jinja2
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise ValueError("a chat template needs the package jinja2: pip install jinja2") from None
+
+        def fail(message):
+            raise jinja2.TemplateError(message)
+
+        def to_json(value, **options):
+            return json.dumps(value, ensure_ascii=False, **options)
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=["jinja2.ext.loopcontrols"])
+        env.globals.update(raise_exception=fail, strftime_now=lambda form: datetime.now().strftime(form))
+        env.filters["tojson"] = to_json
+        names = {name: content(token) for name, token in self.config.items() if name.endswith("_token")}
+        try:
+            return env.from_string(template).render(messages=messages, add_generation_prompt=True, **names)
+        except Exception as e:                       # a template is a program: it may fail in any way
+            raise ValueError(f"the chat template of this model fails ({' '.join(str(e).split())})") from None
+
+
+class StreamDecoder:
+    """Ids one by one -> text. Where several tokens make up a character, the last of them gives all of it."""
+
+    def __init__(self, decode):
+        self.decode = decode
+        self.ids = []                                # the ids that were shown last, then those that wait
+        self.n_shown = 0
+
+    def push(self, id):
+        """The next id -> the text that is now whole."""
+        self.ids.append(id)
+        text = self.decode(self.ids)
+        return "" if text.endswith("\ufffd") else self.show(text)
+
+    def flush(self):
+        """The text of the ids that still wait for the rest of a character."""
+        return self.show(self.decode(self.ids))
+
+    def show(self, text):
+        """What text adds to the ids that were shown. A decoder may treat the first token of a text unlike the
+        others, so the ids that were shown last stay in front."""
+        before = self.decode(self.ids[:self.n_shown])
+        self.ids = self.ids[self.n_shown:]
+        self.n_shown = len(self.ids)
+        return text[len(before):]
 
 
 def check_tokenizer(tokenizer, config):
@@ -175,3 +217,75 @@ def check_tokenizer(tokenizer, config):
     if tokenizer.n_vocab > config.vocab_size:
         raise ValueError(f"the tokenizer's ids go up to {tokenizer.n_vocab - 1:,}, the model's embedding has "
                          f"{config.vocab_size:,} rows: they do not belong together")
+
+
+# ---- the files of a tokenizer ------------------------------------------------------------------------------
+
+
+def folder_files(path):
+    """A folder -> the text of tokenizer.json, and the configs beside it, tokenizer_config.json last."""
+    if not os.path.exists(os.path.join(path, "tokenizer.json")):
+        raise ValueError("no such file; give the folder of a whole model")
+    with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as f:
+        text = f.read()
+    configs = []
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        found = os.path.exists(os.path.join(path, name))
+        configs.append(read_json(path, name, "tokenizer") if found else {})
+    template = os.path.join(path, "chat_template.jinja")
+    if os.path.exists(template):
+        with open(template, encoding="utf-8") as f:
+            configs[-1]["chat_template"] = f.read()
+    return text, configs
+
+
+def splits(pattern):
+    """How text is cut into words before bytes are merged: by this pattern, or by GPT-2's own."""
+    parts = []
+    if pattern:
+        parts = [dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)]
+    return [*parts, dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=not pattern)]
+
+
+# Words of Qwen2; Llama 3 has digits in groups of up to three.
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+# tokenizer.ggml.pre of a .gguf file, and the pre-tokenizer of the tokenizer.json that it stands for.
+PRE_TOKENIZERS = {
+    "gpt-2": splits(None),
+    "smollm": [dict(type="Digits", individual_digits=True), *splits(None)],
+    "qwen2": splits(QWEN2),
+    "llama-bpe": splits(LLAMA3),
+}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5      # tokenizer.ggml.token_type
+
+
+def gguf_files(path):
+    """The same of a .gguf file: a tokenizer.json of its vocabulary and merges, and one config."""
+    fields, _ = open_gguf(path)
+    prefix = "tokenizer.ggml."
+    given = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+    kind, pre = given.get("model"), given.get("pre")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise ValueError(f"{prefix}model and pre are {kind!r} and {pre!r}; allowed: 'gpt2' and one of "
+                         f"{', '.join(PRE_TOKENIZERS)}")
+    tokens = given["tokens"]
+    kinds = given.get("token_type") or [NORMAL] * len(tokens)
+    vocab = {token: id for id, token in enumerate(tokens) if kinds[id] != UNUSED}
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    added = [dict(id=id, content=token, special=kinds[id] == CONTROL, **flags)
+             for token, id in vocab.items() if kinds[id] in (CONTROL, USER_DEFINED)]
+    spec = dict(
+        version="1.0", truncation=None, padding=None, added_tokens=added,
+        normalizer=dict(type="NFC") if pre == "qwen2" else None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=PRE_TOKENIZERS[pre]), post_processor=None,
+        decoder=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True),
+        model=dict(type="BPE", vocab=vocab, merges=given["merges"], ignore_merges=pre == "llama-bpe"))
+    names = {f"{name}_token": tokens[given[f"{name}_token_id"]] for name in ("bos", "eos")
+             if f"{name}_token_id" in given}
+    ends = [given[f"{name}_token_id"] for name in ("eos", "eot", "eom") if f"{name}_token_id" in given]
+    config = dict(names, add_bos_token=given.get("add_bos_token", pre == "llama-bpe"),
+                  eos_token_id=ends, chat_template=fields.get("tokenizer.chat_template"))
+    return json.dumps(spec, ensure_ascii=False), [config]
