@@ -93,7 +93,7 @@ def config_of(size, kind):
     would limit the latter to its length: it goes without, which saves one addition a token."""
     s = SIZES[size]
     if kind == "teacher":
-        return replace(s.teacher, attn_pe=float(s.teacher.position == "rope"))
+        return replace(s.teacher, attn_position=s.teacher.position == "rope")
     o = recipe("article" if kind == "article" else "paper", max_ctx=2 * s.contexts[-1])
     layers = halo.choose_layers("ends" if kind == "article" else s.layers, len(s.teacher.layers))
     return replace(halo.student_config(s.teacher, layers, o), logit_base=500.0 if kind == "hybrid" else None)

@@ -85,7 +85,7 @@ class HypeNetConfig:
     tied: bool = True               # the head is the embedding
     qk_norm: bool = True            # RMSNorm of q and k, per head, in attention layers
     # attention layers of a student
-    attn_pe: float = 1.0            # scales RoPE's angles or wpe: 1 as in the teacher, 0 none (HyPE)
+    attn_position: bool = True      # attention knows positions as in the teacher; False: it does not (HyPE)
     chunk: int | None = None        # chunk HyPE: positions modulo this many tokens ...
     n_chunks: int = 0               # ... plus a learned embedding of each of this many chunks
     attn_gate: bool = False         # sigmoid output gate
@@ -127,8 +127,8 @@ class HypeNetConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; RoPE pairs channels, so it must be even")
         if self.logit_base is not None and self.logit_base <= 1:
             raise ValueError(f"logit_base is {self.logit_base}; s_t = log(t + a) / log(a) needs a > 1")
-        if not 0 <= self.attn_pe <= 1 or self.rope_theta <= 0 or self.norm_eps < 0:
-            raise ValueError(f"attn_pe {self.attn_pe} (0 to 1), rope_theta {self.rope_theta} (positive), "
+        if self.rope_theta <= 0 or self.norm_eps < 0:
+            raise ValueError(f"rope_theta {self.rope_theta} (positive), "
                              f"norm_eps {self.norm_eps} (not negative)")
         if (self.chunk is None) != (self.n_chunks == 0) or self.n_chunks < 0:
             raise ValueError(f"chunk {self.chunk} and n_chunks {self.n_chunks}: give both or neither")
@@ -145,7 +145,7 @@ class HypeNetConfig:
         """The most tokens a sequence may have: only learned embeddings of positions set one."""
         if self.chunk:
             return self.chunk * self.n_chunks
-        return self.max_len if self.position == "learned" and self.attn_pe else math.inf
+        return self.max_len if self.position == "learned" and self.attn_position else math.inf
 
 
 # The three teacher families, as data; the sizes are a model's own.
@@ -205,12 +205,12 @@ class Where(NamedTuple):
 
 def locate(config, pos, start=0):
     """The Where of tokens at positions pos (B or 1, T); start: see Where."""
-    def cos_sin(pos, dim, scale=1.0):
-        angle = scale * pos[..., None, None] * rope_frequencies(config, dim, pos.device)  # (B or 1,T,1,dim/2)
+    def cos_sin(pos, dim):
+        angle = pos[..., None, None] * rope_frequencies(config, dim, pos.device)  # (B or 1,T,1,dim/2)
         return angle.cos(), angle.sin()
     c, attn_rope, linear_rope = config, None, None
-    if c.position == "rope" and c.attn_pe:
-        attn_rope = cos_sin(pos % c.chunk if c.chunk else pos, c.head_dim, c.attn_pe)
+    if c.position == "rope" and c.attn_position:
+        attn_rope = cos_sin(pos % c.chunk if c.chunk else pos, c.head_dim)
     if c.linear_rope:
         linear_rope = cos_sin(pos, c.key_dim)
     s_t = torch.log(pos + c.logit_base) / math.log(c.logit_base) if c.logit_base else None
@@ -634,7 +634,7 @@ class HypeNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config                     # shared by all layers: a change of attn_pe reaches each
+        self.config = c = config                     # shared by all layers
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         if c.position == "learned":
             self.wpe = nn.Embedding(c.max_len, c.n_embd)
@@ -661,14 +661,14 @@ class HypeNet(nn.Module):
         c, x = self.config, self.wte(idx)
         if c.position == "learned" and c.chunk:
             x = x + self.wpe(where.pos % c.chunk) + self.chunk_embd(where.pos // c.chunk)
-        elif c.position == "learned" and c.attn_pe:
-            x = x + c.attn_pe * self.wpe(where.pos)
+        elif c.position == "learned" and c.attn_position:
+            x = x + self.wpe(where.pos)
         return x
 
     def can_step(self, idx):
-        """Whether Block.step runs here, and for blocks as they are (halo.swap_scores lends them others)."""
+        """Whether Block.step runs here: for blocks of another class (halo.WithoutPositions) it does not."""
         return (fast.has_kernels(idx, self.config.head_dim, self.config.key_dim)
-                and not any("forward" in vars(block) for block in self.blocks))
+                and all(type(block) is Block for block in self.blocks))
 
     def check_room(self, state, n):
         if state.seen + n > state.max_tokens:

@@ -109,7 +109,7 @@ def run_main(argv):
         model.config.logit_base = replace(model.config, logit_base=o.logit_base).logit_base
     prompt, answer = context(o, tokenizer)
     c, total = model.config, len(prompt) + o.tokens
-    if total > 16384 and "A" in c.layers and not (c.attn_pe or c.chunk or c.logit_base):
+    if total > 16384 and "A" in c.layers and not (c.attn_position or c.chunk or c.logit_base):
         print(f"sample.py: {total:,} tokens are more than the 16,384 of the paper's training, and the model "
               "does not scale its queries: give --logit-base (paper: 500 for 2B, 600 for 5B, 900 for 9B)",
               file=sys.stderr)

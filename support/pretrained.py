@@ -99,6 +99,8 @@ def read_config(path):
     given = read_json(path, "config.json", "model")
     try:
         if given.get("model_type") == "hypenet" and "mixer_types" not in given:
+            if "attn_pe" in given:
+                given["attn_position"] = bool(given.pop("attn_pe"))
             unknown = given.keys() - {f.name for f in fields(HypeNetConfig)} - {"model_type"}
             if unknown:
                 raise ValueError(f"unknown fields {', '.join(sorted(unknown))}")
@@ -155,7 +157,7 @@ def translate(given):
         if "L" in c["layers"] and c["n_head"] & (c["n_head"] - 1):
             raise ValueError(f"num_attention_heads is {c['n_head']}; allowed: powers of two, for which alone "
                              "the authors' decays are those of eq. 19, and ours")
-        c |= dict(attn_pe=float(given.get("attn_use_rope", True)),
+        c |= dict(attn_position=given.get("attn_use_rope", True),
                   attn_gate=given.get("attn_use_output_gate", False),
                   linear_kv_head=given.get("lightning_nkv") or c["n_kv_head"],
                   linear_rope=given.get("lightning_use_rope", True),
