@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -357,6 +358,46 @@ def within_memory(stage, module, at_once, work):
                    + ", blocks checkpointed" * checkpointed(module))
 
 
+def by_slices(work, n_vocab, *tensors, elements=None):
+    """[work(slice of each tensor)] for slices of the tokens (N,...), each with about `elements` logits."""
+    n = max(1, (elements or (2 ** 27 if tensors[0].is_cuda else 2 ** 24)) // n_vocab)
+    slices = [t.split(n) for t in tensors]
+    return [work(*part) for part in zip(*slices)]
+
+
+def loss_by_slices(work, n_vocab, weight, xs, *others, elements=None):
+    """The sum of work(weight, slice of xs, slices of others): a loss of tokens xs (N,C) behind a head, whose
+    weight is (n_vocab,C). All logits (N,n_vocab) may need more memory than the model. So the gradient of a
+    slice is taken as soon as its loss is known, and its logits are dropped."""
+    return SlicedLoss.apply(work, n_vocab, elements, weight, xs, *others)
+
+
+class SlicedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, work, n_vocab, elements, weight, xs, *others):
+        weight = weight.detach().requires_grad_(ctx.needs_input_grad[3])
+        xs = xs.detach()
+
+        def one(x, *others):
+            x.requires_grad_(ctx.needs_input_grad[4])
+            with torch.enable_grad():
+                loss = work(weight, x, *others)
+            if loss.requires_grad:
+                loss.backward()
+            return loss.detach(), x.grad
+        losses, grads = zip(*by_slices(one, n_vocab, xs, *others, elements=elements))
+        ctx.grads = weight.grad, torch.cat(grads) if ctx.needs_input_grad[4] else None
+        ctx.n_others = len(others)
+        return sum(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grads = [g if g is None else g.mul_(grad) for g in ctx.grads]
+        ctx.grads = None                              # in place, so that no second copy is made
+        return None, None, None, *grads, *[None] * ctx.n_others
+
+
 def peak_gb(device):
     """Peak memory in GB of the GPU, or of this process; None where the system does not tell."""
     if device.startswith("cuda"):
@@ -417,6 +458,21 @@ def cpu_hours(params, tokens):
         seconds.append(time.perf_counter() - began)
     rate = 2 * 1024 ** 3 / min(seconds)
     return 8 * params * tokens / (rate / 2) / 3600
+
+
+def change_plans(plans, items):
+    """Change entries of plans, in place, by items STAGE.FIELD=X."""
+    for item in items:
+        key, _, value = item.partition("=")
+        stage, _, field = key.partition(".")
+        types = {f.name: f.type for f in fields(next(iter(plans.values())))}
+        if stage not in plans or field not in types:
+            raise ValueError(f"--plan {item}: STAGE is one of {', '.join(plans)}; FIELD one of "
+                             + ", ".join(types))
+        try:
+            plans[stage] = replace(plans[stage], **{field: types[field](float(value))})
+        except (ValueError, OverflowError):
+            raise ValueError(f"--plan {item}: {value!r} is no number") from None
 
 
 def print_stages(plans, found):
