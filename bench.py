@@ -49,6 +49,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 import halo  # noqa: E402
 from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, fuse, write_file  # noqa: E402
 from support.common import Parser, command_line, default_device, number, read_json, write_json  # noqa: E402
+from support.recall import TASKS, answers, has_room, recall  # noqa: E402
+from support.run import Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb  # noqa: E402
+from support.text import Corpus  # noqa: E402
+from support.tokens import Tokenizer  # noqa: E402
 from kernel import chunked_scan  # noqa: E402
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
@@ -533,34 +537,45 @@ class RandomText:
         return lambda step: rng.integers(self.n_vocab, size=shape)
 
 
-class Trial(halo.Probe):
-    """Stands in for a Run of halo.py: takes two steps of every stage on random ids and reports the second. A
-    step of more than o.seconds is cut to fewer sequences, of which each costs the same."""
+class Trial(Probe):
+    """Stands in for a Run of halo.py: takes a few steps of every stage of o.stage on random ids, as a Probe,
+    then two of a whole batch, of which the second is reported. A step of more than o.seconds is cut to fewer
+    sequences: each costs the same."""
 
     def __init__(self, teacher, plans, o):
+        super().__init__(vars(o), o.tokenizer.n_vocab)
         self.o = o
-        super().__init__(teacher, o.tokenizer, plans, o)
+        halo.convert_staged(self, teacher, o.tokenizer, plans, o)
 
-    def measure(self, stage, plan, module, params, loss_fn, micro):
-        if stage not in self.o.stage:
+    def stage(self, name, plan, module, optimizer, gradients):
+        return TrialStage(self, name, plan, module, optimizer, gradients)
+
+
+class TrialStage(ProbeStage):
+    def steps(self, corpus):
+        o, plan = self.run.o, self.plan
+        if self.name not in o.stage:
             return
-        super().measure(stage, plan, module, params, loss_fn, micro)           # finds what fits at once
-        device, (micro, speed, _) = params[0].device, self.found[stage]
-        batch = min(plan.batch, micro * max(1, int(self.o.seconds * speed / (micro * plan.length))))
-        rows = torch.randint(self.n_vocab, (batch, plan.length + 1), device=device)
-        opt = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        yield from super().steps(corpus)                                       # finds what fits at once
+        speed, self.replay = self.run.found[self.name][1], None
+        whole = max(1, int(o.seconds * speed / (self.at_once * plan.length)))
+        batch = min(plan.batch, self.at_once * whole)
+        device = next(self.module.parameters()).device
+        rows = torch.randint(self.run.n_vocab, (batch, plan.length + 1), device=device)
+        for step in range(2):
+            wait(device)
+            began = time.perf_counter()
+            yield step, rows
+            wait(device)
+            seconds = time.perf_counter() - began
+        o.report(self.name, plan, batch, seconds, at_once=self.at_once, peak_gb=peak_gb(device.type),
+                 checkpoint=checkpointed(self.module))
+        checkpoint_blocks(self.module, on=False)
 
-        def step(micro):                                                       # as halo.train's first
-            _, micro = halo.fitted(stage, module, micro, partial(halo.backward, loss_fn, rows, 0))
-            nn.utils.clip_grad_norm_(params, 1.0)
-            opt.step()
-            opt.zero_grad()
-            return micro
-        micro = step(micro)
-        seconds, _ = once(lambda: step(micro), device)                         # and its peak memory
-        blocks = getattr(module, "blocks", [])
-        self.o.report(stage, plan, batch, seconds, at_once=micro, peak_gb=halo.peak_gb(device.type),
-                      checkpoint=bool(blocks) and "forward" in vars(blocks[0]))
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def train_operations(stage, teacher, student, T):
@@ -735,14 +750,14 @@ def stretched(model, factor):
 
 def last_loss(model, texts, count):
     """Mean loss, nats a token, of the last `count` tokens of each text (texts, n), all before them read."""
-    with halo.bf16():
-        logp = [halo.answers(model, torch.from_numpy(text).to(model.wte.weight.device)[None], count)[0]
+    with bf16():
+        logp = [answers(model, torch.from_numpy(text).to(model.wte.weight.device)[None], count)[0]
                 for text in texts]
     return -torch.cat(logp).mean(1).cpu().numpy()
 
 
 def bench_niah(o):
-    """Rows of two kinds: the tasks of halo.TASKS after so much text, by_depth of those at 0, 1/4, .. of it,
+    """Rows of two kinds: the tasks of TASKS after so much text, by_depth of those at 0, 1/4, .. of it,
     the last of which stand right before the question; "loss", of the ends of held-out texts after so much of
     each."""
     device, report = torch.device(o.device), read_json(o.model, "report.json", "report of halo.py")
@@ -751,7 +766,7 @@ def bench_niah(o):
     student, teacher = (HypeNet.from_pretrained(path, kind, o.device) for path in (o.model, teacher_at))
     if not o.data and os.path.exists(os.path.join(o.model, "run.json")):
         o.data = read_json(o.model, "run.json", "run of halo.py")["options"]["data"]
-    corpus = halo.Corpus(halo.Tokenizer.load(teacher_at), o.data)
+    corpus = Corpus(Tokenizer.load(teacher_at), o.data)
     T, base, layers = teacher.config.max_len, student.config.logit_base, student.config.layers
     lengths = [T * n for n in (1, 2, 4, 16, 64, 256) if n <= o.times]
     table = Table(o, device, 3, "model:<24 task:<10 context:9, of:6 value:9.3f low:8.3f high:8.3f",
@@ -761,7 +776,7 @@ where none is at two lengths, longer ones are not tried.
 loss: nats a token of the same ends of held-out texts, so much of each text read; its interval is that of the
 difference to the first.""", trained=T, layers=layers, logit_base=base)
     table.rows = []                                      # another model's
-    last, every = min(lengths[-1], 64 * T), list(halo.TASKS)
+    last, every = min(lengths[-1], 64 * T), list(TASKS)
     texts = corpus.windows(np.random.default_rng(0), o.windows, last)
     kinds = [("student", student, every, base, None), ("student without s_t", student, ["S1"], None, None),
              ("teacher", teacher, every, None, None), ("teacher, YaRN", teacher, every, None, None),
@@ -774,10 +789,10 @@ difference to the first.""", trained=T, layers=layers, logit_base=base)
         model.config.logit_base, first = a, None
         for task in tasks:
             found = []
-            for n in [n for n in lengths if halo.has_room(task, n, corpus)]:
+            for n in [n for n in lengths if has_room(task, n, corpus)]:
                 if min(n, keep or n) <= model.config.limit() and found[-2:] != [0, 0]:
                     with stretched(model, n / T if yarn else 1):
-                        each = halo.recall(model, corpus, n, o.trials, task=task, keep=keep)[1]
+                        each = recall(model, corpus, n, o.trials, task=task, keep=keep)[1]
                     hits = each.sum().item()
                     found, (low, high) = [*found, hits], wilson(hits, o.trials)
                     table.add(model=name, task=task, context=n, of=o.trials, value=hits / o.trials, low=low,

@@ -444,8 +444,9 @@ def convert_staged(run, teacher, corpus, plans, args):
     everything = [list(student.parameters())]
 
     # From here attention has no positions (HyPE). With RoPE the score of two tokens depends on their
-    # distance, and at a distance that training never had the score is arbitrary. Without positions the score
-    # depends on the two tokens alone, near or far. The linear layers keep RoPE: they know the order of tokens.
+    # distance, and at a distance that training never had the score is arbitrary. Without positions the
+    # score depends on the two tokens alone, near or far. The order of tokens comes from the linear layers,
+    # which keep RoPE.
     distil = objective(student, teacher, args.kl, args.alpha)
     train(run, "distil", plans["distil"], corpus, student, everything, distil)
 
@@ -608,14 +609,14 @@ def convert_progressive(run, teacher, corpus, plans, args):
     twins, _ = make_twins(teacher, config, corpus, plan, args)
     mixers = [attention_twin(block.mixer, config) for block in teacher.blocks]
     student = teacher
-    for number, group in enumerate(groups, 1):
+    for n, group in enumerate(groups, 1):
         for i in group:
             mixers[i] = twins[i]
         letters = "".join("L" if isinstance(mixer, LinearAttention) else "A" for mixer in mixers)
         student = assemble(student, replace(config, layers=letters), mixers)
         params = [p for i in group for p in student.blocks[i].mixer.parameters()]
         params += [p for name, p in student.named_parameters() if "chunk_embd" in name]
-        stage = f"group{number}"
+        stage = f"group{n}"
         train(run, stage, plan, corpus, student, [params], objective(student, teacher, args.kl, args.alpha))
 
         def usable():
@@ -623,7 +624,7 @@ def convert_progressive(run, teacher, corpus, plans, args):
             corpus.tokenizer.save(run.path(stage))
             batches = held_out_batches(corpus, args.length, args.eval_windows)
             loss = losses(student, batches).mean().item()
-            print(f"group {number} of {len(groups)}: {letters} | held-out loss {loss:.4f} | "
+            print(f"group {n} of {len(groups)}: {letters} | held-out loss {loss:.4f} | "
                   f"usable: {run.path(stage)}")
             return loss
         run.once(stage, usable)
@@ -684,8 +685,8 @@ def compare(teacher, student, batches):
 #
 # Why s_t is a logarithm (paper eq. 11). Say the score of the right key exceeds all others by m. Among t keys
 # its softmax weight is e^m / (e^m + t), which falls as t grows. Let s_t = log(t + a) / log(a) multiply the
-# query. If m is log(a), the weight becomes (t + a) / (2t + a), at least a half at any t. So a is the number of
-# keys that the scores outweigh by themselves. s_t is 1 at t = 0, and grows later where a is larger.
+# query. If m is log(a), the weight becomes (t + a) / (2t + a), at least a half at any t. So a is the number
+# of keys that the scores outweigh by themselves. s_t is 1 at t = 0, and grows later where a is larger.
 #
 # Why training has no s_t: the weights learn scores that are sharp enough for the length they train at. Left
 # out, a can be chosen afterwards, on texts that are much longer than any training sequence.

@@ -203,7 +203,7 @@ def test_bad_model_files_are_one_line(file, harm, word, tmp_path):
     dict(n_embd=32.5), dict(n_kv_head=3), dict(linear_kv_head=3), dict(linear_kv_head=-1), dict(key_dim=-8),
     dict(head_dim=7), dict(key_dim=5), dict(logit_base=1.0), dict(logit_base=INF), dict(logit_base="fit"),
     dict(window=0), dict(n_chunks=4, chunk=0), dict(chunk=8), dict(n_chunks=4), dict(chunk=8, n_chunks=-4),
-    dict(attn_pe=2.0), dict(attn_pe=-0.5), dict(rope_theta=0.0), dict(rope_scaling={"factor": 8.0}),
+    dict(attn_position=1.0), dict(rope_theta=0.0), dict(rope_scaling={"factor": 8.0}),
     dict(position="learned", n_chunks=4, chunk=512)], ids=str)
 def test_bad_config_is_one_line(changes):
     """A value that is not allowed, alone or beside the others, raises one line that names its field."""
@@ -765,7 +765,7 @@ def test_real_families_go_through(name, recipe, home, tmp_path, capsys):
     assert student.config.layers == report["layers"] and "L" in report["layers"]
     if recipe == "paper":
         scores = json.loads((tmp_path / "run" / "run.json").read_text())["done"]["scores"][0]
-        assert student.config.attn_pe == 0
+        assert student.config.attn_position is False
         assert len({s["C_kept"] for s in scores} | {s["C"] for s in scores}) == 8
 
 
@@ -962,7 +962,7 @@ def test_a_log_cut_off_is_read(tmp_path):
         run.log(stage="align", step=step)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"stage": "al')
-    run.forget("align", 2)
+    run.trim_log("align", 2)
     assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")] == [1, 2]
 
 
@@ -977,14 +977,15 @@ def test_what_cannot_fit_is_refused(monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("out of memory")
     monkeypatch.setattr(halo, "make_twins", full)
     with one_line("--recipe article"):
-        halo.Probe(teacher, None, dict(align=None), options(tokenizer=tokenizer))
+        halo.probe(teacher, None, dict(align=None), options(tokenizer=tokenizer))
     with one_line("--groups"):
-        halo.Probe(teacher, None, dict(group=a_plan(640, 64, 5)), options("article", tokenizer=tokenizer))
-    for plans, o in ((dict(align=None), options()), (dict(group=None), options("article"))):
-        halo.check_disk(tmp_path / "run", teacher, plans, o)
+        halo.probe(teacher, None, dict(group=a_plan(640, 64, 5)), options("article", tokenizer=tokenizer))
+    for plans, args in ((dict(align=None), options()), (dict(group=None), options("article"))):
+        gigabytes = halo.disk_gb(teacher, plans, args)
+        run.check_disk(tmp_path / "run", gigabytes)
         with monkeypatch.context() as patch, one_line("--out", str(tmp_path)):
-            patch.setattr(halo.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
-            halo.check_disk(tmp_path / "a" / "run", teacher, plans, o)
+            patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
+            run.check_disk(tmp_path / "a" / "run", gigabytes)
 
 
 def test_plans_of_real_teachers(monkeypatch, tmp_path):
@@ -992,8 +993,8 @@ def test_plans_of_real_teachers(monkeypatch, tmp_path):
     that of tiny and the standard library; the article's plan is 2.3B tokens, 2M a step."""
     monkeypatch.setattr(halo, "default_device", lambda name=None: "cuda")
     def plans(*argv):
-        o = halo.get_args(list(argv))
-        return halo.settle(o)[0], o.data
+        args = halo.get_args(list(argv))
+        return halo.settle(args), args.data
     real, data = plans("--teacher", "gpt2-xl")
     assert data == ["fineweb"] and [(p.steps, p.length, p.batch) for p in real.values()] == [
         (19531, 512, 32), (20345, 512, 96), (477, 16384, 128)]
@@ -1005,19 +1006,30 @@ def test_plans_of_real_teachers(monkeypatch, tmp_path):
     assert plans("--teacher", str(tmp_path)) == (real, ["fineweb"])
 
 
-def test_probe_measures_every_stage(tmp_path):
-    """A probe tries each stage, the memory of its optimizer set aside, and changes nothing of the teacher."""
+def test_probe_measures_every_stage(monkeypatch, tmp_path):
+    """A probe tries each stage, its optimizer too, and changes no weight; it takes no text from the corpus and
+    writes no file."""
     write_documents(tmp_path / "text.jsonl", some_documents(words=400))
     teacher, tokenizer = tiny(dtype=torch.float32, vocab_size=256, layers="AAAA"), Tokenizer.bytes()
     before = {name: w.clone() for name, w in teacher.state_dict().items()}
-    corpus = halo.Corpus(tokenizer, [str(tmp_path)], cell=64)
+    corpus, steps = halo.Corpus(tokenizer, [str(tmp_path)], cell=64), []
+
+    def step(optimizer, plain=torch.optim.AdamW.step):
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        old = [p.clone() for p in weights]
+        plain(optimizer)
+        assert all(p.equal(q) for p, q in zip(weights, old)) and len(optimizer.state) == len(weights)
+        steps.append(len(weights))
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     for recipe, stages in dict(paper=["align", "distil", "finetune"], article=["group"]).items():
-        o = options(recipe, tokenizer=tokenizer)
-        found = halo.Probe(teacher, corpus, {stage: a_plan(640, 64, 5) for stage in stages}, o).found
+        args = options(recipe, tokenizer=tokenizer)
+        found = halo.probe(teacher, corpus, {stage: a_plan(640, 64, 5) for stage in stages}, args)
         assert list(found) == stages and all(m == 5 and speed > 0 for m, speed, _ in found.values())
         assert not corpus.taken.any()
+    assert len(steps) == 3 * 3 + 3 * 2                                      # stages, and groups
     assert all(w.equal(before[name]) for name, w in teacher.state_dict().items())
     assert not any("forward" in vars(block) for block in teacher.blocks)
+    assert os.listdir(tmp_path) == ["text.jsonl"]
 
 
 # ---- halo: what bad input gets -----------------------------------------------------------------------------
@@ -1031,7 +1043,7 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--layers some": "some", "--groups 2": "progressive", "--training progressive": "--layers",
     "--training progressive --layers ends": "--pe", "--layers AAAA": "--layers",
     "--recipe article --groups -1": "groups", "--recipe article --max-ctx 50": "max-ctx",
-    "--recipe article --fade 1": "fade", "--fade -1": "fade", "--alpha 1.5": "alpha", "--alpha nan": "alpha",
+    "--alpha 1.5": "alpha", "--alpha nan": "alpha",
     "--window -1": "window", "--retention 1": "retention", "--trials 0": "trials", "--budget 0": "budget",
     "--logit-base 1": "logit-base", "--logit-base long": "logit-base", "--logit-base inf": "logit-base",
     "--budget nan": "budget", "--budget inf": "budget", "--plan distil.token=1": "lr_end",
@@ -1259,14 +1271,14 @@ def test_bench_niah(results, home, runs, monkeypatch, capsys):
     """What a student and its teacher find and predict at each length, with intervals, and a figure; reading
     on YaRN's terms leaves the teacher as it was."""
     run = runs["paper"][0]
-    for name, task in list(halo.TASKS.items())[1:]:                         # short ones, for short texts
+    for name, task in list(bench.TASKS.items())[1:]:                         # short ones, for short texts
         short = task._replace(needle="{name} is {value}.", question="{name} is", size=4)
-        monkeypatch.setitem(halo.TASKS, name, short)
+        monkeypatch.setitem(bench.TASKS, name, short)
     argv = ["niah", "--device", "cpu", "--model", str(run), "--teacher", str(home / "teacher"), "--data",
             str(home / "text.jsonl"), "--trials", "2", "--times", "2", "--windows", "2"]
     bench.main(argv)
     rows, T = bench_rows(results, "niah-cpu"), HypeNet.from_pretrained(home / "teacher").config.max_len
-    assert {r["task"] for r in rows if r["model"] == "student"} == {*halo.TASKS, "loss"}
+    assert {r["task"] for r in rows if r["model"] == "student"} == {*bench.TASKS, "loss"}
     assert {r["model"] for r in rows} >= {"student", "teacher", "teacher, sink + window"}
     assert {r["context"] for r in rows} == {T, 2 * T}
     assert all(r["low"] <= r["value"] <= r["high"] for r in rows)
