@@ -37,7 +37,6 @@ per stage, report.json, and the student: config.json, model.safetensors, tokeniz
 """
 import argparse
 import itertools
-import json
 import math
 import os
 from dataclasses import dataclass, fields, replace
@@ -57,7 +56,7 @@ from support.common import Parser, command_line, default_device, number, write_j
 from support.recall import has_room, plant, recall  # noqa: E402
 from support.run import (  # noqa: E402
     Probe, Run, bf16, by_slices, change_plans, check_disk, cpu_hours, loss_by_slices, new_folder, options_of,
-    peak_gb, print_stages)
+    peak_gb, print_plan, read_set)
 from support.text import Corpus  # noqa: E402
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
 
@@ -838,39 +837,32 @@ def pretrain(run, corpus, plans, args):
 
 
 def get_args(argv):
-    p = Parser(prog="halo.py", description=__doc__.split("\n\n")[0],
-               epilog="eq. N: an equation of arXiv 2601.22156.")
+    p = Parser(prog="halo.py", description=__doc__.split("\n\n")[0], epilog="eq. N: of arXiv 2601.22156")
     add, many = p.add_argument, dict(nargs="+", action="extend")
     add("--teacher", default="tiny",
-        help="tiny (shipped, 1M parameters). mini, small (3.5M, 14M), tiny-gpt2, small-gpt2: trained first, "
-             "once, on a GPU. gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository of the hub such as "
-             "Qwen/Qwen3-1.7B, or a folder of a GPT-2, a Qwen3, a Llama 3 or a run with --pretrain. Teachers "
-             "of the hub get the paper's plan and fineweb, and want a GPU. Folders get a plan by the size of "
-             "their weights: tiny, mini (from 4 MB), small (10 MB) or the paper's (100 MB)")
+        help="tiny: shipped, 1M parameters. mini, small (3.5M, 14M), tiny-gpt2, small-gpt2: trained first, "
+             "once, on a GPU. gpt2, gpt2-xl, Qwen/Qwen3-1.7B or another repository of the hub: by the "
+             "paper's plan, on a GPU. A folder of a GPT-2, Qwen3, Llama 3 or of --pretrain: by a plan for its size")
     add("--recipe", default="paper", choices=RECIPES, help="whose values the rows below take; default: paper")
     add("--out", help="folder of the run; default: out/TEACHER-RECIPE, then -2, -3, ...")
     add("--resume", metavar="RUN",
-        help="go on with the run in this folder, by its own options; only --device and --plain can be given")
+        help="go on with the run in this folder, by its own options; --device and --plain can be given too")
     add("--data", **many, metavar="PATH[:WEIGHT]",
-        help="text to train on: stdlib (source of Python's standard library), fineweb (fetched as needed), "
-             ".txt, .jsonl (field text), .gz of either, .bin (llm.c's shards of GPT-2 tokens; val in the "
-             "name: held out), or folders of these. Weights are shares of sequences: web/:0.7 code/:0.1 "
-             "books/:0.2")
+        help="text to train on: stdlib (source of Python's standard library, the default), fineweb (fetched "
+             "as needed, the default of teachers of the hub), .txt, .jsonl (field text), .gz of either, .bin "
+             "(llm.c's shards of GPT-2 tokens; val in the name: held out), or folders of these. Weights are "
+             "shares of sequences: web/:0.7 code/:0.1 books/:0.2")
     add("--device", help=f"cuda, mps or cpu; default here: {default_device()}")
-    add("--micro", type=number(int, 1), metavar="N",
-        help="at most so many sequences go through the models at once; default: as many as fit, up to "
-             "131,072 tokens")
-    add("--plain", action="store_true",
-        help="on a GPU, neither compile operations (torch.compile, up to a minute) nor record steps (CUDA "
-             "graph)")
+    add("--micro", type=number(int, 1), metavar="N", help="sequences that go through the models at once, at "
+        "most; default: as many as fit, up to 131,072 tokens")
+    add("--plain", action="store_true", help="on a GPU, neither compile operations nor record steps")
     add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and time, then end")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="seed of all random choices")
-    add("--budget", type=number(float, 1e-6), default=1.0, metavar="X",
-        help="multiply the tokens of every stage by X")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all random choices")
+    add("--budget", type=number(float, 1e-6), default=1.0, metavar="X", help="multiply all tokens by X")
     add("--plan", **many, default=[], metavar="STAGE.FIELD=X",
         help="change entries of the plan, such as distil.tokens=4e6 or align.lr=1e-3")
     add("--pretrain", action="store_true",
-        help=f"train the teacher ({', '.join(TEACHERS)}) from random weights; with --layers a hybrid")
+        help=f"train a teacher ({', '.join(TEACHERS)}) from random weights; with --layers a hybrid")
     add = p.add_argument_group("rows of the recipe").add_argument
     for name, paper, article, allowed, text in ROWS:
         check = dict(choices=allowed) if isinstance(allowed, tuple) else dict(type=allowed, metavar="X")
@@ -881,13 +873,13 @@ def get_args(argv):
     add("--groups", type=number(int, 0), default=0, metavar="N",
         help="groups of linear layers in a progressive run; default: one per 6 layers, at least 2")
     add("--transfer", choices=("on", "off"), default="on",
-        help="linear layers start from the weights of their attention layers (on) or random (off)")
+        help="linear layers start from the weights of attention layers (on) or random (off)")
     add("--retention", type=number(float, 0.001, 0.999), default=0.7, metavar="X",
         help="share of the state that a new forget gate keeps at each token; default: 0.7")
     add("--max-ctx", type=number(int, 1), default=65536 + 1024, metavar="N",
         help="positions that a chunk HyPE model knows, for context and answer together")
     add("--trials", type=number(int, 1), default=20, metavar="N",
-        help="questions asked at each length (a quarter at 64 times the length on a CPU); default: 20")
+        help="questions asked at each length; at 64 times the length on a CPU a quarter; default: 20")
     add("--eval-windows", type=number(int, 2), default=256, metavar="N",
         help="held-out sequences that losses are measured on; default: 256")
     add("--set", **many, default=[], metavar="FIELD=X",
@@ -901,34 +893,32 @@ def settle(args):
     """Fill in what the options leave open. Returns the plans of the stages to come; ValueError for options
     that do not go together."""
     args.hybrid = args.layers is not None         # whether --pretrain trains a hybrid
-    asked = args.device or args.dry_run or args.resume
+    free = args.device or args.dry_run or args.resume              # a CPU will do
     args.device = default_device(args.device)
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.path = teacher_path(args.teacher)
     weight = sum(file.stat().st_size for file in Path(args.path).glob("*.safetensors"))
-    size = plan_name(args, weight)
+    if args.teacher in TEACHERS:
+        size = args.teacher.split("-")[0]
+    else:
+        fitting = [name for name, least in SIZES.items() if weight >= least]
+        size = fitting[-1] if os.path.isdir(args.path) else "real"
     args.data = args.data or (["fineweb"] if size == "real" else None)
     args.fused = size != "tiny" and args.device.startswith("cuda") and not args.plain
-    args.changes = read_set(args.set)
+    names = [field.name for field in fields(HypeNetConfig)]
+    known = [name for name in names[names.index("attn_position"):] if name != "logit_base"]
+    args.changes = read_set(args.set, known)                       # fields of a student alone
     plans = {stage: replace(plan, tokens=plan.tokens * args.budget) for stage, plan in PLANS[size].items()}
     change_plans(plans, args.plan)
-    check_plans(plans)
-    check_options(args)
-    made = args.teacher in TEACHERS and (args.pretrain or not weight)      # trained here, or before all else
+    check_options(args, plans)
+    made = args.teacher in TEACHERS and (args.pretrain or not weight)      # the teacher is trained here
     stages = ["align", "distil", "finetune"] if args.training == "staged" else ["group"]
     stages = ["pretrain"] if args.pretrain else stages
-    if args.device == "cpu" and not asked:
-        if size == "real" and not args.pretrain:
-            raise ValueError(f"--teacher {args.teacher} is no folder of a small model, and wants a GPU; "
-                             "--teacher tiny runs on a CPU, --device cpu tries it all the same")
-        if made or size == "small":
-            first = ["pretrain"] if made and not args.pretrain else []
-            tokens = sum(plans[stage].total for stage in first + stages)
-            hours = cpu_hours(weight / 2 or n_params(TEACHERS[args.teacher]), tokens)
-            raise ValueError(f"--teacher {args.teacher} wants a GPU: about {hours:,.1f} hours on this CPU; "
-                             "--teacher tiny takes minutes, --device cpu tries it all the same")
+    if args.device == "cpu" and not free and (made or size in ("small", "real")):
+        now = ["pretrain"] * (made and not args.pretrain) + stages
+        check_hours(args, size, weight, sum(plans[stage].total for stage in now))
     args.varied = plans["distil" if "distil" in stages else stages[0]].varied
     return {stage: plans[stage] for stage in stages}
 
@@ -941,31 +931,6 @@ def teacher_path(name):
     return shipped if os.path.isdir(shipped) else os.path.join("out", f"{name}-teacher")
 
 
-def plan_name(args, weight):
-    """The row of PLANS for a teacher: by its name, or by the bytes of weights in its folder."""
-    if args.teacher in TEACHERS:
-        return args.teacher.split("-")[0]
-    if not os.path.isdir(args.path):
-        return "real"
-    return [name for name, least in SIZES.items() if weight >= least][-1]
-
-
-def read_set(items):
-    """The changes of --set, a list of FIELD=X, as a dict; the fields are those of a student alone."""
-    names = [field.name for field in fields(HypeNetConfig)]
-    known = [name for name in names[names.index("attn_position"):] if name != "logit_base"]
-    changes = {}
-    for item in items:
-        key, _, value = item.partition("=")
-        if key not in known:
-            raise ValueError(f"--set {item}: fields are {', '.join(known)}")
-        try:
-            changes[key] = json.loads(value)
-        except ValueError:
-            changes[key] = value
-    return changes
-
-
 def refuse(rows):
     """ValueError with the message of the first of rows (wrong, message) that is wrong."""
     for wrong, message in rows:
@@ -973,61 +938,62 @@ def refuse(rows):
             raise ValueError(message)
 
 
-def check_plans(plans):
-    for plan in plans.values():
-        positive = min(plan.tokens, plan.length, plan.batch, plan.lr, plan.warmup) > 0
-        share = 0 <= plan.recall <= 1 and 0 <= plan.varied <= 1 and plan.weight_decay >= 0
-        finite = all(map(math.isfinite, vars(plan).values()))
-        refuse([
-            (not (positive and share and finite),
-             "--plan: tokens, length, batch, lr and warmup must be positive, recall and varied between 0 and "
-             "1, weight_decay at least 0"),
-            (plan.varied and not plan.recall,
-             "--plan: varied is a share of the sequences of recall, which are 0")])
-
-
-def check_options(args):
+def check_options(args, plans):
     """ValueError for options that do not go together."""
-    scored, staged, given = args.layers in SCORED, args.training == "staged", args.given
+    scored, staged, layers = args.layers in SCORED, args.training == "staged", args.layers
     try:
         is_base = args.logit_base in ("fit", "none") or 1 < float(args.logit_base) < math.inf
     except ValueError:
         is_base = False
-    refuse([
-        (not is_base, f"--logit-base {args.logit_base}: give fit, none or a number above 1"),
-        (args.groups and staged, "--groups goes with --training progressive"),
-        ("--retention" in given and args.decay not in ("head", "channel"),
-         "--retention goes with --decay head or channel"),
-        ("--max-ctx" in given and args.pe != "chunk", "--max-ctx goes with --pe chunk"),
-        ("--kl" in given and args.alpha == 1, "--kl goes with --alpha below 1"),
-        (args.keep and not (scored or args.layers == "even"),
-         f"--keep goes with --layers {', '.join(SCORED)} or even")])
+    rows = [(not is_base, f"--logit-base {args.logit_base}: give fit, none or a number above 1")]
+    for flag, possible, wants in (
+            ("--groups", not staged, "--training progressive"),
+            ("--retention", args.decay in ("head", "channel"), "--decay head or channel"),
+            ("--max-ctx", args.pe == "chunk", "--pe chunk"),
+            ("--kl", args.alpha < 1, "--alpha below 1"),
+            ("--keep", scored or layers == "even", f"--layers {', '.join(SCORED)} or even")):
+        rows.append((flag in args.given and not possible, f"{flag} goes with {wants}"))
+    for p in plans.values():
+        positive = min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0
+        others = 0 <= p.recall <= 1 and 0 <= p.varied <= 1 and p.weight_decay >= 0
+        finite = all(map(math.isfinite, vars(p).values()))
+        rows += [(not (positive and others and finite),
+                  "--plan: tokens, length, batch, lr and warmup must be positive, recall and varied between "
+                  "0 and 1, weight_decay at least 0"),
+                 (p.varied and not p.recall,
+                  "--plan: varied is a share of the sequences of recall, which are 0")]
     if args.pretrain:
-        refuse([
-            (args.teacher not in TEACHERS,
-             f"--pretrain --teacher {args.teacher}: known sizes are {', '.join(TEACHERS)}"),
-            (args.hybrid and scored,
-             f"--pretrain with --layers {args.layers}: no teacher to score; use ends, even or letters"),
-            ((args.set or args.keep) and not args.hybrid,
-             "--pretrain --set and --keep go with --layers: a hybrid"),
-            (args.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")])
-        if args.hybrid:
-            check_layers(args.layers, len(TEACHERS[args.teacher].layers))
+        rows += [(args.teacher not in TEACHERS,
+                  f"--pretrain --teacher {args.teacher}: known sizes are {', '.join(TEACHERS)}"),
+                 (args.hybrid and scored,
+                  f"--pretrain with --layers {layers}: no teacher to score; use ends, even or letters"),
+                 ((args.set or args.keep) and not args.hybrid,
+                  "--pretrain --set and --keep go with --layers: a hybrid"),
+                 (args.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")]
     else:
-        refuse([
-            (not staged and scored,
-             f"--training progressive with --layers {args.layers}: no stage 1 to score by; use ends or even"),
-            (not staged and args.pe == "hype",
-             "--training progressive with --pe hype: its attention layers do not train; use chunk or rope")])
+        rows += [(not staged and scored,
+                  f"--training progressive with --layers {layers}: no stage 1 to score by; use ends or even"),
+                 (not staged and args.pe == "hype",
+                  "--training progressive with --pe hype: its attention does not train; use chunk or rope")]
+    refuse(rows)
+
+
+def check_hours(args, size, weight, tokens):
+    """Refuse what takes hours on a CPU that nobody asked for."""
+    refuse([(size == "real", f"--teacher {args.teacher} is no folder of a small model, and wants a GPU; "
+             "--teacher tiny runs on a CPU, --device cpu tries it all the same")])
+    with torch.device("meta"):
+        params = weight / 2 or HypeNet(TEACHERS[args.teacher]).n_params()
+    raise ValueError(f"--teacher {args.teacher} wants a GPU: about {cpu_hours(params, tokens):,.1f} hours on "
+                     "this CPU; --teacher tiny takes minutes, --device cpu tries it all the same")
 
 
 def check_layers(how, n_layer):
     letters = bool(how) and set(how) <= set("AL")
-    refuse([
-        (not letters and how not in (*SCORED, "even", "ends"),
-         f"--layers {how}: give {', '.join(SCORED)}, even, ends, or a letter A or L for each layer"),
-        (letters and len(how) != n_layer,
-         f"--layers {how} names {len(how)} layers; the teacher has {n_layer}")])
+    refuse([(not letters and how not in (*SCORED, "even", "ends"),
+             f"--layers {how}: give {', '.join(SCORED)}, even, ends, or a letter A or L for each layer"),
+            (letters and len(how) != n_layer,
+             f"--layers {how} names {len(how)} layers; the teacher has {n_layer}")])
 
 
 def check_stage_length(stage, plan, limit, args):
@@ -1042,31 +1008,25 @@ def check_stage_length(stage, plan, limit, args):
             raise ValueError(f"--plan {stage}.length: {e}, or {stage}.recall=0") from None
 
 
-def n_params(config):
-    with torch.device("meta"):
-        return HypeNet(config).n_params()
-
-
 def load_teacher(plans, args):
-    """The teacher. Sets args.tokenizer, and args.length: all is measured at this length and its multiples.
-    The length is that of the stages that distil: a RoPE teacher may know far more positions than are worth
-    asking about. What is wrong is found here, before stage 1."""
+    """The teacher. What is wrong is found here, before stage 1. Sets args.tokenizer, and args.length: all is
+    measured at this length and its multiples. The length is that of the stages that distil, for a RoPE
+    teacher may know far more positions than are worth asking about."""
     args.tokenizer = Tokenizer.load(args.path)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     teacher = HypeNet.from_pretrained(args.path, dtype, args.device).requires_grad_(False)
     check_tokenizer(args.tokenizer, teacher.config)
     config, n_layer = teacher.config, len(teacher.config.layers)
-    refuse([("L" in config.layers, f"--teacher {args.teacher} is a hybrid, {config.layers}: not a teacher"),
-            (args.keep and args.keep >= n_layer,
-             f"--keep {args.keep} leaves nothing to convert: the teacher has {n_layer} layers")])
     check_layers(args.layers, n_layer)
     student = student_config(config, "L" * n_layer, args)
-    refuse([
-        (args.layers not in SCORED and "L" not in choose_layers(args.layers, n_layer, keep=args.keep),
-         f"--layers {args.layers} leaves nothing to convert"),
-        (student.key_dim > config.head_dim or student.linear_kv_head % config.n_kv_head,
-         f"--set: key_dim is at most the teacher's head_dim, {config.head_dim}, and linear_kv_head a "
-         f"multiple of its n_kv_head, {config.n_kv_head}")])
+    refuse([("L" in config.layers, f"--teacher {args.teacher} is a hybrid, {config.layers}: not a teacher"),
+            (args.keep and args.keep >= n_layer,
+             f"--keep {args.keep} leaves nothing to convert: the teacher has {n_layer} layers"),
+            (args.layers not in SCORED and "L" not in choose_layers(args.layers, n_layer, keep=args.keep),
+             f"--layers {args.layers} leaves nothing to convert"),
+            (student.key_dim > config.head_dim or student.linear_kv_head % config.n_kv_head,
+             f"--set: key_dim is at most the teacher's head_dim, {config.head_dim}, and linear_kv_head a "
+             f"multiple of its n_kv_head, {config.n_kv_head}")])
     both = min(config.limit(), student.limit())
     for stage, plan in plans.items():
         limit = dict(align=config.limit(), finetune=student.limit()).get(stage, both)
@@ -1078,21 +1038,19 @@ def load_teacher(plans, args):
 
 def make_teacher(args):
     """Pretrain a teacher that is not there yet, or go on with it, and keep it for later runs."""
-    begun = os.path.exists(os.path.join(args.path, "run.json"))
-    if begun and args.dry_run:
-        print(f"--teacher {args.teacher} is half trained; this run would go on with it, as would "
-              f"--resume {args.path}")
-        return
     argv = ["--device", args.device]
-    if begun:
+    if os.path.exists(os.path.join(args.path, "run.json")):
         argv += ["--resume", args.path]
+        if args.dry_run:
+            print(f"--teacher {args.teacher} is half trained: --resume {args.path} goes on with it, as does "
+                  "this run")
+            return
     else:
         argv += ["--pretrain", "--teacher", args.teacher, "--out", args.path, "--seed", str(args.seed)]
         argv += ["--dry-run"] * args.dry_run + ["--plain"] * args.plain
+        argv += ["--data", *args.data] if args.data else []
         plan = [item for item in args.plan if item.startswith("pretrain.")]
-        for flag, values in (("--data", args.data), ("--plan", plan)):
-            if values:
-                argv += [flag, *values]
+        argv += ["--plan", *plan] if plan else []
     print(f"--teacher {args.teacher} is trained first, once, in {args.path}; its conversion follows\n",
           flush=True)
     run_main(argv)
@@ -1103,8 +1061,7 @@ def resumed(args, argv):
     """The options of a run that was stopped. Only the device can change, and --plain be added."""
     free = "--resume", "--device", "--plain"
     given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in free]
-    if given:
-        raise ValueError(f"--resume takes its options from the run; leave out {' '.join(given)}")
+    refuse([(given, f"--resume takes its options from the run; leave out {' '.join(given)}")])
     options = vars(get_args([])) | options_of(args.resume)
     device, plain = args.device or options["device"], args.plain or options["plain"]
     return argparse.Namespace(**options | dict(resume=args.resume, device=device, plain=plain))
@@ -1112,7 +1069,7 @@ def resumed(args, argv):
 
 def probe(teacher, corpus, plans, args):
     """What the stages cost on this device, see Probe.found; ValueError if they do not fit."""
-    layers = "even" if args.layers in SCORED else args.layers      # nothing is measured, so any will do
+    layers = "even" if args.layers in SCORED else args.layers      # nothing is selected, so any will do
     args = argparse.Namespace(**vars(args) | dict(layers=layers))
     probe = Probe(vars(args), args.tokenizer.n_vocab)
     try:
@@ -1134,19 +1091,6 @@ def disk_gb(teacher, plans, args):
     return (28 / max(1, n_groups) + 4 * (1 + n_groups)) * teacher.n_params() / 1e9
 
 
-def print_plan(folder, config, corpus, plans, args, found):
-    """The stages of a run, and what they cost where a probe has found it."""
-    print(f"teacher {args.teacher}: {len(config.layers)} layers, trained at {config.max_len} tokens | "
-          f"recipe {args.recipe} | device {args.device} | run {folder}")
-    total = sum(plan.total for plan in plans.values())
-    for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
-        n, read = sum(source.sizes), share * total
-        rounds = f" ({read / n:.1f} rounds, each in a new order)" if read > n else ""
-        print(f"text {' '.join(paths)}: {n:,} tokens to train on, of which this run reads {read:,.0f}{rounds}"
-              f"; {len(source.held_out):,} held out")
-    print_stages(plans, found)
-
-
 def run_main(argv):
     args = get_args(argv)
     if args.resume:
@@ -1164,6 +1108,8 @@ def run_main(argv):
         teacher, config = None, TEACHERS[args.teacher]
         args.tokenizer, args.length = Tokenizer.bytes(), plans["pretrain"].length
         check_stage_length("pretrain", plans["pretrain"], math.inf, args)
+        if args.hybrid:
+            check_layers(args.layers, len(config.layers))
         longest = args.length * (64 if args.hybrid else 1) + 1
     else:
         teacher = load_teacher(plans, args)
@@ -1178,7 +1124,9 @@ def run_main(argv):
     if args.device.startswith("cuda") and not args.resume and not args.pretrain:
         found = probe(teacher, corpus, plans, args)
         torch.cuda.reset_peak_memory_stats(args.device)
-    print_plan(folder, config, corpus, plans, args, found)
+    print(f"teacher {args.teacher}: {len(config.layers)} layers, trained at {config.max_len} tokens | "
+          f"recipe {args.recipe} | device {args.device} | run {folder}")
+    print_plan(corpus, plans, found)
     if not args.dry_run:
         execute(folder, options, teacher, corpus, plans, args)
 
@@ -1188,11 +1136,10 @@ def execute(folder, options, teacher, corpus, plans, args):
     run = Run(folder, options)
     stages = {stage: vars(plan) for stage, plan in plans.items()}
     try:
-        refuse([
-            (run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"],
-             f"--resume {args.resume}: the text has changed since it began; start a new run"),
-            (run.once("plans", lambda: stages) != stages,
-             f"--resume {args.resume}: its stages are not this version's; start a new run")])
+        refuse([(run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"],
+                 f"--resume {args.resume}: the text has changed since it began; start a new run"),
+                (run.once("plans", lambda: stages) != stages,
+                 f"--resume {args.resume}: its stages are not this version's; start a new run")])
         if args.pretrain:
             pretrain(run, corpus, plans, args)
         else:

@@ -475,8 +475,28 @@ def change_plans(plans, items):
             raise ValueError(f"--plan {item}: {value!r} is no number") from None
 
 
-def print_stages(plans, found):
-    """A row for each stage; with the findings of a Probe also memory, speed and time."""
+def read_set(items, known):
+    """The items FIELD=X of --set as a dict; X is JSON, or else a string."""
+    changes = {}
+    for item in items:
+        key, _, value = item.partition("=")
+        if key not in known:
+            raise ValueError(f"--set {item}: fields are {', '.join(known)}")
+        try:
+            changes[key] = json.loads(value)
+        except ValueError:
+            changes[key] = value
+    return changes
+
+
+def print_plan(corpus, plans, found):
+    """The text of a run, and a row for each stage: with the findings of a Probe also memory, speed, time."""
+    total = sum(plan.total for plan in plans.values())
+    for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
+        n, read = sum(source.sizes), share * total
+        rounds = f" ({read / n:.1f} rounds, each in a new order)" if read > n else ""
+        print(f"text {' '.join(paths)}: {n:,} tokens to train on, of which this run reads {read:,.0f}{rounds}"
+              f"; {len(source.held_out):,} held out")
     seconds = sum(plan.total / found[name][1] for name, plan in plans.items()) if found else 0
     unit, in_unit = ("hours", 3600) if seconds >= 3600 else ("minutes", 60)
     header = f"{'stage':9s}{'tokens':>14s}{'steps':>8s}{'length':>7s}{'batch':>7s}  learning rate"
