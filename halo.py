@@ -8,13 +8,13 @@
 
 The paper's recipe (arXiv 2601.22156, section 4) is a row of stages. One loop, `train`, serves them all.
 
-    stage      what trains             inputs                            target
-    transfer   nothing                 one batch of text                 weights of attention -> linear twins
-    align      each linear twin alone  the inputs of its attention layer that layer's outputs (eq. 7)
-    select     nothing                 held-out text                     which layers stay attention (eq. 8)
-    distil     the whole hybrid        text, as long as the teacher's    the teacher's predictions (eq. 10)
-    finetune   the whole hybrid        longer text                       the next token; no teacher
-    fit        nothing                 held-out text, longer still       the base a of s_t (eq. 11)
+    stage     what trains              what it reads                    what it learns, or what comes out
+    transfer  nothing                  one batch of text                a linear twin of each attention layer
+    align     each linear twin, alone  what its attention layer reads   what that layer writes (eq. 7)
+    select    nothing                  held-out text                    which layers stay attention (eq. 8, 9)
+    distil    the whole hybrid         text                             the teacher's predictions (eq. 10)
+    finetune  the whole hybrid         longer text                      the next token, without a teacher
+    fit       nothing                  held-out text, longer still      the base a of s_t (eq. 11)
 
 The article's recipe is progressive. It converts the middle layers in groups. Only the newest group and the
 chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
@@ -22,14 +22,14 @@ chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 Map of the file:
     read first      recipes and plans, transfer, losses, the training loop, the paper's stages
     read second     the article's conversion, the logit base, the report
-    skip at first   measuring, the command line
+    skip at first   measuring, whole runs, the command line
 
-Deviations from the paper, each for a reason:
-    transfer   W_o of a twin is rescaled by least squares: the twin starts closer to its attention layer.
-    align      Each layer's error is divided by the mean square of its target: all layers are clipped alike.
-    select     `swap` compares the two futures of a layer; eq. 8 is `--layers score`. See choose_layers.
-    select     Recall is a log-probability, not an accuracy: a difference shows before any answer is right.
-    distil     A row of text may hide something to recall: small teachers see too little recall in text alone.
+Deviations from the paper, and what each buys:
+    transfer  Least squares rescale W_o of a twin. The twin starts closer to its attention layer.
+    align     The error of a layer is divided by the mean square of its target. Clipping treats layers alike.
+    select    `swap` compares the two futures of a layer, see choose_layers. `--layers score` is eq. 8.
+    select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
+    all       Some rows of text hide something to recall. Small teachers learn to recall too slowly without.
 
 Every random choice is a function of (seed, stage, step). On one CPU a run repeats exactly, and a stopped run
 goes on as if it had never stopped. The folder of a run holds log.jsonl (one line per step), one checkpoint
@@ -64,7 +64,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---- recipes and plans -------------------------------------------------------------------------------------
 
-DECAYS = ("constant", "none", "head", "channel")
+DECAYS = ("constant", "none", "head", "channel")     # kinds of linear layers
 SCORED = ("swap", "guarded", "score")            # ways to choose layers that first measure each layer
 
 # A recipe is a column of this table, and every row is a flag: an ablation is one flag.
@@ -239,9 +239,9 @@ def attention_twin(attn, config):
 def low_rank_keys(attn, x, rank):
     """Projections of half width for the article's smaller state, whose products q . k come closest to the
     teacher's. For a head, q . k = [x, 1] A_q^T A_k [x, 1]^T with A = [diag(gain / rms) W, bias]. The best
-    approximation of A_q^T A_k of this rank is U_r S_r V_r^T. Each side takes the square root of S_r. 1 / rms
-    belongs to QK-norm; its mean over one batch x (B,T,C) stands in. Returns the rows of q and of k,
-    (H*rank, C+1) each, the bias in the last column."""
+    approximation of A_q^T A_k of this rank is U_r Sigma_r V_r^T, and each side takes the root of Sigma_r.
+    1 / rms belongs to QK-norm and differs from token to token: its mean over one batch x (B,T,C) stands in.
+    Returns the rows of q and of k, (H*rank, C+1) each, the bias in the last column."""
     c = attn.config
     H, D = c.n_head, c.head_dim
 
@@ -372,9 +372,9 @@ def objective(student, teacher, kl, alpha):
 
 
 def train(run, stage, plan, corpus, module, groups, loss_fn):
-    """The one training loop (paper appendix B). Of module the lists of parameters in groups train; each list
-    is clipped to a gradient norm of 1 by itself. loss_fn(idx, targets) yields the terms of the mean loss of
-    some rows. `run` keeps log and checkpoints, so a stage that was stopped goes on."""
+    """The one training loop (paper appendix B). groups are lists of the module's parameters: they train, and
+    each list is clipped to a gradient norm of 1 by itself. loss_fn(idx, targets) yields the terms of the mean
+    loss of some rows. `run` keeps the log and the checkpoints: a stage that was stopped goes on."""
     params = only_train(module, groups)
     matrices = [p for p in params if p.dim() > 1]
     vectors = [p for p in params if p.dim() < 2]
@@ -386,11 +386,12 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
         optimizer.zero_grad()
         loss = backward(loss_fn, rows, at_once)
         norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
-        return torch.stack((loss, torch.stack(norms).max()))       # NaN if any norm is
+        return torch.stack((loss, torch.stack(norms).max()))       # the maximum is NaN if any norm is
+
     progress = run.stage(stage, plan, module, optimizer, gradients)
     for step, rows in progress.steps(corpus):
-        loss, norm = progress.compute(rows)                        # raises before a bad gradient does harm
-        lr = progress.rate(step)
+        loss, norm = progress.compute(rows)                        # calls gradients; raises if not finite
+        lr = progress.rate(step)                                   # plan.rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -399,8 +400,8 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
 
 
 def only_train(module, groups):
-    """Let the parameters of the groups train, as float32, and freeze all others of module; on a GPU frozen
-    ones become bfloat16. Returns a list of those that train."""
+    """Let the parameters of the groups train, and freeze all others of module. On a GPU those that train are
+    float32, frozen ones bfloat16. Returns a list of those that train."""
     params = [p for group in groups for p in group]
     trained = set(map(id, params))
     for p in module.parameters():
@@ -417,7 +418,7 @@ def backward(loss_fn, rows, at_once):
     for part in rows.split(at_once):
         terms = loss_fn(part[:, :-1], part[:, 1:])
         while True:
-            with bf16():
+            with bf16():                                           # the forward pass alone
                 term = next(terms, None)
             if term is None:
                 break
@@ -449,8 +450,9 @@ def convert_staged(run, teacher, corpus, plans, args):
     distil = objective(student, teacher, args.kl, args.alpha)
     train(run, "distil", plans["distil"], corpus, student, everything, distil)
 
-    # Attention must find one key among thousands, and stage 2 is too short to show it thousands: stage 3 is
-    # long. It has no teacher, for the teacher predicts badly past the length that it was trained at.
+    # Stage 3 has long sequences, because attention must learn to find one key among thousands: stage 2 never
+    # shows it so many. Stage 3 has no teacher, because past the length that it was trained at the teacher
+    # predicts badly. The text itself is the target.
     finetune = objective(student, None, args.kl, alpha=1.0)
     train(run, "finetune", plans["finetune"], corpus, student, everything, finetune)
     return student
@@ -485,14 +487,14 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=
 
     even      every so many layers
     ends      the first and the last quarter (the article's get_hybrid_config)
-    score     the highest  score_i = (max R - R_i) / (max C - C_i + 1e-6)  (paper eq. 8, 9), where R is recall
-              and C is minus the loss with layer i linear: much recall lost for little language lost
-    guarded   the same, the denominator floored at C's standard error; before all others come layers whose
-              swap costs more than `limit` nats
+    score     the highest  score_i = (max R - R_i) / (max C - C_i + 1e-6)  (paper eq. 8, 9). R is recall, C is
+              minus the loss, both with layer i linear: a layer stays if it costs much recall and little C
+    guarded   the same, with the denominator floored at C's standard error. Layers come first if linear they
+              cost more than `limit` nats
     swap      the highest  score_i = (R_i if it stays - R_i if it is linear) + (the same of C)
 
-    A layer that stays loses its RoPE (HyPE), so each layer has two futures, and `swap` compares both. A layer
-    that looks a fixed step back needs positions. Linear with RoPE suits it, whatever recall hangs on it."""
+    Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
+    layer looks a fixed number of tokens back: it needs RoPE, so linear suits it, however it serves recall."""
     k = keep or max(1, n_layer // 4)
     if set(how) <= set("AL"):
         return how
@@ -521,10 +523,10 @@ def add_scores(how, scores, teacher_loss, limit):
 
 
 def swap_scores(teacher, twins, config, corpus, args):
-    """R and C of paper eq. 8 for every layer i, with standard errors _se. R: mean log-probability of an
-    answer's tokens. C: minus the held-out loss. Plain R and C belong to the teacher with layer i linear;
-    R_kept and C_kept (for "swap") to the teacher with layer i as it would stay. Returns a list of dicts, and
-    the teacher's own C."""
+    """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the mean of an answer's
+    log-probability per token. C is minus the held-out loss. R and C belong to the teacher with layer i linear,
+    R_kept and C_kept (for "swap") to the teacher with layer i as it would stay. Returns a list of dicts, one
+    per layer, and minus the held-out loss of the teacher itself."""
     batches, scores = held_out_batches(corpus, args.length, max(2, args.eval_windows // 2)), []
 
     def both(model, kind=""):
@@ -578,7 +580,7 @@ def share_weights(model, teacher):
     missing = {name for name, w in model.state_dict().items() if w.is_meta}
     shared = {name: w for name, w in teacher.state_dict().items() if name in missing}
     model.load_state_dict(shared, strict=False, assign=True)
-    return model
+    return model.requires_grad_(False)
 
 
 def print_scores(scores, layers, teacher_loss):
@@ -685,17 +687,32 @@ def compare(teacher, student, batches):
 # Why s_t is a logarithm (paper eq. 11). Say the score of the right key exceeds all others by m. Among t keys
 # its softmax weight is e^m / (e^m + t), which falls as t grows. Let s_t = log(t + a) / log(a) multiply the
 # query. If m is log(a), the weight becomes (t + a) / (2t + a), at least a half at any t. So a is the number
-# of keys that the scores outweigh by themselves. s_t is 1 at t = 0, and grows later where a is larger.
+# of keys that the right key outweighs by itself. s_t starts at 1 and reaches 2 at t = a^2 - a: the larger a,
+# the gentler the scaling.
 #
-# Why training has no s_t: the weights learn scores that are sharp enough for the length they train at. Left
-# out, a can be chosen afterwards, on texts that are much longer than any training sequence.
+# Why training has no s_t: the weights learn scores that are sharp enough for the length they train at. So a
+# can be chosen afterwards, on texts that are much longer than any training sequence.
+#
+# Why several bases are tried: which is best depends on m, that is on how sharp this student's scores are. Too
+# large a base leaves attention flat. Too small a base makes it see one key alone, which costs language.
+
+
+def choose_logit_base(run, student, corpus, plans, args):
+    """The base a that --logit-base asks for, or the one that fits best; None: no scaling."""
+    if args.logit_base != "fit":
+        return None if args.logit_base == "none" else float(args.logit_base)
+    length = min(fit_length(plans, args.length), student.config.limit())
+    costs = run.once("fit", lambda: fit_logit_base(student, corpus, length, args.seed, args.varied))
+    print(f"held-out loss + loss of an answer, at {length:,} tokens, by logit base")
+    print("".join(f"{a:>9s}" for a in costs))
+    print("".join(f"{cost:9.4f}" for cost in costs.values()) + "\n")
+    return cheapest(costs)
 
 
 def fit_logit_base(student, corpus, length, seed, varied=0.0):
-    """What each base a costs at a long length, {a: held-out loss less mean log-probability of an answer's
-    tokens}: the same sum as that of choose_layers "swap". Which base is best depends on how sharp the scores
-    of this student are, so several are tried: from None (s_t = 1) to ever stronger scaling, until one costs
-    0.02 more than the best."""
+    """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, the sum that
+    choose_layers "swap" takes as well. Scaling grows from None (s_t = 1) on, until a base costs 0.02 more
+    than the best."""
     batches, costs = held_out_batches(corpus, length, 8, seed), {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
@@ -740,9 +757,11 @@ def shares(model, corpus, lengths, args):
 
 def evaluate(teacher, student, corpus, args):
     """The numbers of the report. Recall is asked for at 1 to 16 times the length of distillation, and of the
-    student at 64 times. A student reads further than its teacher, for no part of it meets anything new in a
-    long text. Its attention ignores distance. Its linear layers forget, so their state after 60,000 tokens
-    looks like that after 1,000. Only the number of keys grows, and s_t makes up for that."""
+    student at 64 times.
+
+    Why a student reads further than its teacher: no part of it meets anything new in a long text. Its
+    attention ignores distance. Its linear layers forget, so the state after 60,000 tokens looks like the
+    state after 1,000. Only the number of keys grows, and s_t makes up for that."""
     lengths = [n * args.length for n in (1, 2, 4, 16, 64)]
     teachers, students = shares(teacher, corpus, lengths[:4], args), shares(student, corpus, lengths, args)
     numbers = compare(teacher, student, held_out_batches(corpus, args.length, args.eval_windows))
@@ -783,15 +802,7 @@ def convert(run, teacher, corpus, plans, args):
     torch.manual_seed(args.seed)                 # chunk embeddings and other new weights
     how = convert_progressive if "group" in plans else convert_staged
     student = how(run, teacher, corpus, plans, args).eval()
-    logit_base = args.logit_base
-    if logit_base == "fit":
-        length = min(fit_length(plans, args.length), student.config.limit())
-        costs = run.once("fit", lambda: fit_logit_base(student, corpus, length, args.seed, args.varied))
-        print(f"held-out loss + loss of an answer, at {length:,} tokens, by logit base")
-        print("".join(f"{a:>9s}" for a in costs))
-        print("".join(f"{cost:9.4f}" for cost in costs.values()) + "\n")
-        logit_base = cheapest(costs)
-    student.config.logit_base = None if logit_base in ("none", None) else float(logit_base)
+    student.config.logit_base = choose_logit_base(run, student, corpus, plans, args)
     report = run.once("report", lambda: dict(
         recipe=args.recipe, teacher=args.teacher, tokens=run.tokens, device=args.device, text=corpus.facts,
         layers=student.config.layers, logit_base=student.config.logit_base,
@@ -842,7 +853,7 @@ def get_args(argv):
     add("--teacher", default="tiny",
         help="tiny: shipped, 1M parameters. mini, small (3.5M, 14M), tiny-gpt2, small-gpt2: trained first, "
              "once, on a GPU. gpt2, gpt2-xl, Qwen/Qwen3-1.7B or another repository of the hub: by the "
-             "paper's plan, on a GPU. A folder of a GPT-2, Qwen3, Llama 3 or of --pretrain: by a plan for its size")
+             "paper's plan, on a GPU. A folder of a GPT-2, Qwen3, Llama 3 or of --pretrain: by its size")
     add("--recipe", default="paper", choices=RECIPES, help="whose values the rows below take; default: paper")
     add("--out", help="folder of the run; default: out/TEACHER-RECIPE, then -2, -3, ...")
     add("--resume", metavar="RUN",
