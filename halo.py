@@ -523,10 +523,10 @@ def add_scores(how, scores, teacher_loss, limit):
 
 
 def swap_scores(teacher, twins, config, corpus, args):
-    """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the mean of an answer's
-    log-probability per token. C is minus the held-out loss. R and C belong to the teacher with layer i linear,
-    R_kept and C_kept (for "swap") to the teacher with layer i as it would stay. Returns a list of dicts, one
-    per layer, and minus the held-out loss of the teacher itself."""
+    """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
+    an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear, R_kept and
+    C_kept (for "swap") with layer i as it would stay, all other layers being the teacher's. Returns a list of
+    dicts, one per layer, and minus the held-out loss of the teacher itself."""
     batches, scores = held_out_batches(corpus, args.length, max(2, args.eval_windows // 2)), []
 
     def both(model, kind=""):

@@ -907,20 +907,6 @@ def test_recall_of_answers_of_many_lengths():
     assert len(lengths) > 1
 
 
-@pytest.mark.parametrize("speed, rows, total", [
-    (1e4, ("10.00", "1.67"), "11.7 minutes in all"), (1e3, ("1.67", "0.28"), "1.9 hours in all")])
-def test_plan_says_how_long(speed, rows, total, capsys):
-    """Where the stages have been tried, a plan has their times: minutes, or hours from one on."""
-    corpus = types.SimpleNamespace(paths=[["text"]], shares=[1.0], sources=[
-        types.SimpleNamespace(sizes=[100], held_out=range(7))])
-    plans = dict(align=halo.Plan(6e6, 100, 10, 1e-3, 1e-4), distil=halo.Plan(1e6, 100, 10, 1e-3, 1e-4))
-    halo.print_plan(corpus, plans, {stage: (10, speed, 1.5) for stage in plans})
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines()[1:])) <= 100
-    assert total in out and all(re.search(rf"^{stage} .* {x}$", out, re.M) for stage, x in zip(plans, rows))
-    assert "of which this run reads 7,000,000 (70000.0 rounds, each in a new order); 7 held out" in out
-
-
 def test_recall_of_what_training_hides(monkeypatch):
     """A share of the answers are values after other words, where these have room."""
     model, corpus, asked = tiny(dtype=torch.float32, vocab_size=300), halo.Corpus(Tokenizer.bytes()), []
@@ -988,6 +974,35 @@ def test_choose_layers(how, lost, layers):
     assert halo.choose_layers(how, 8, scores, teacher_loss=1.9) == layers
 
 
+@pytest.mark.parametrize("family", [dict(bias=True), GPT2], ids=["rope", "gpt2"])
+@pytest.mark.parametrize("kind", ["linear", "kept"])
+def test_a_swapped_layer_is_all_that_changes(kind, family):
+    """A teacher whose layer 1 is linear, or kept without positions, is its own blocks one after the other but
+    for this layer. All other weights are the teacher's, in its memory."""
+    teacher, idx = tiny(dtype=torch.float32, layers="AAA", **family), some_ids(2, 12)
+    config, pos = halo.student_config(teacher.config, "LLL", options()), torch.arange(12)
+    where = hypenet.locate(halo.replace(config, attn_position=True), pos[None])
+    twin = hypenet.LinearAttention(config)
+    model = halo.with_linear(teacher, config, 1, twin) if kind == "linear" else halo.with_kept(teacher, 1)
+    x = teacher.embed(idx, where)
+    for i, block in enumerate(teacher.blocks):
+        if i == 1 and kind == "linear":
+            y = twin(block.norm1(x), where)
+        elif i == 1:
+            unplaced = x - teacher.wpe.weight[:12] if family is GPT2 else x
+            y = block.mixer(block.norm1(unplaced), where._replace(attn_rope=None))
+        else:
+            y = block.mixer(block.norm1(x), where)
+        x = x + y
+        x = x + block.mlp(block.norm2(x))
+    assert rmse(model.hidden(idx), teacher.norm(x)) < 1e-6 < rmse(teacher.hidden(idx), teacher.norm(x))
+    theirs = {name: w.data_ptr() for name, w in teacher.state_dict().items()}
+    mine = {name: w.data_ptr() for name, w in model.state_dict().items()}
+    others = [name for name in theirs if kind == "kept" or "blocks.1.mixer" not in name]
+    assert all(mine[name] == theirs[name] for name in others)
+    assert all(parameter.requires_grad is False for parameter in model.parameters())
+
+
 # ---- halo: training ----------------------------------------------------------------------------------------
 
 
@@ -1039,63 +1054,6 @@ def test_chunk_offsets_hang_on_every_id(monkeypatch):
     assert all((first != other).sum() > 55 for other in others)
 
 
-def test_checkpointed_blocks_have_the_same_gradients():
-    """Blocks that are computed again in the backward pass give the same gradients, run twice, and leave no
-    trace when it is over."""
-    model, rows = tiny(dtype=torch.float32).requires_grad_(), some_ids(3, 20)
-    def loss_fn(idx, targets):
-        yield model(idx, targets)[1]
-    calls = []
-    model.blocks[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    ref = halo.backward(loss_fn, rows, 3), take_gradients(model)
-    assert len(calls) == 1
-    run.checkpoint_blocks(model)
-    loss, grads = halo.backward(loss_fn, rows, 3), take_gradients(model)
-    assert len(calls) == 3 and loss == ref[0] and all(grads[name].equal(g) for name, g in ref[1].items())
-    run.checkpoint_blocks(model, on=False)
-    assert not any("forward" in vars(block) for block in model.blocks)
-
-
-def test_out_of_memory_is_halved_then_checkpointed_then_said(capsys):
-    """Where the device runs out of memory a step is repeated with half the rows, at one row with blocks
-    checkpointed, then it ends in one line; gradients are those of one whole pass."""
-    model, rows, tries = tiny(dtype=torch.float32).requires_grad_(), some_ids(6, 20), []
-    def loss_fn(idx, targets):
-        tries.append((len(idx), "forward" in vars(model.blocks[0])))
-        loss = model(idx, targets)[1]
-        if len(idx) > limit:
-            loss.backward()                                                 # some gradients are there already
-            raise torch.OutOfMemoryError("out of memory")
-        yield loss
-    limit = 6
-    ref = halo.backward(loss_fn, rows, 6), take_gradients(model)
-    limit, tries[:] = 2, []
-    loss, micro = run.within_memory("distil", model, 6, lambda n: halo.backward(loss_fn, rows, n))
-    assert [n for n, _ in tries] == [6, 3, 2, 2, 2] and micro == 2
-    assert loss.item() == pytest.approx(ref[0].item(), rel=1e-6)
-    assert all(torch.allclose(g, ref[1][name], atol=1e-6) for name, g in take_gradients(model).items())
-    limit = 0
-    with one_line("distil.length"):
-        run.within_memory("distil", model, 6, lambda n: halo.backward(loss_fn, rows, n))
-    assert tries[-2:] == [(1, False), (1, True)]
-
-
-def test_batches_are_made_ahead_and_errors_come_through():
-    """The next batch is made in a thread while one is in use; what goes wrong there is raised here, at the
-    step that it belongs to."""
-    made, got = [], []
-    def make(step):
-        made.append(step)
-        if step == 4:
-            raise ValueError("--data: gone")
-        return np.full((2, 3), step)
-    with one_line("gone"):
-        for step, rows in zip(range(2, 9), run.ahead(make, range(2, 9), torch.device("cpu"))):
-            assert (rows == step).all()
-            got.append(step)
-    assert got == [2, 3] and made == [2, 3, 4]
-
-
 # ---- halo: whole runs of a few steps -----------------------------------------------------------------------
 
 
@@ -1137,82 +1095,6 @@ def held_out_loss(home, out):
     """The held-out loss of the model in a folder, measured anew."""
     batches = halo.held_out_batches(halo.Corpus(Tokenizer.load(out), data_of(home)), 96, 4)
     return pytest.approx(halo.losses(HypeNet.from_pretrained(out), batches).mean().item(), rel=1e-6)
-
-
-def test_plain_and_device_can_change_on_resume(runs):
-    """A stopped run goes on with its own options, but for the device, and --plain where that is asked for."""
-    first = ["--resume", str(runs["paper"][0])]
-    for more in [], ["--plain"], ["--device", "cuda", "--plain"]:
-        args, own = halo.resumed(halo.get_args(first + more), first + more), halo.get_args(more)
-        assert (args.plain, args.device) == (own.plain, own.device or "cpu") and args.trials == 5 and args.out
-
-
-def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
-    """So that what takes no device, as a CUDA graph, is on it."""
-    current = []
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *_, **__: None)
-        patch.setattr(torch.cuda, "set_device", current.append)
-        for name in ("cpu", "cuda", "cuda:1"):
-            assert common.default_device(name) == name
-    assert current == ["cuda:1"]
-
-
-@pytest.mark.parametrize("recipe", ["paper", "article"])
-def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
-    """From the third step on each is the replay of a recording, which writes the gradients anew where they
-    were first (on CPUs a stand-in does), and losses and weights are those of steps taken one by one."""
-    replays = {}
-    def train(a_run, stage, plan, corpus, module, groups, loss_fn, plain=halo.train, record=run.recorded):
-        def recorded(work, rows, no_graph):
-            assert all(p.grad is None for p in module.parameters())
-            again = record(work, rows, no_graph) if GPU else work(rows)
-            places = [(p, p.grad) for p in module.parameters() if p.grad is not None]
-            def replay(rows):
-                if isinstance(a_run, halo.Run):                             # a probe replays its own
-                    replays[stage] = replays.get(stage, 0) + 1
-                if GPU:
-                    return again(rows)
-                now = [p.grad for p, _ in places]
-                for p, _ in places:
-                    p.grad = None
-                out = work(rows)
-                for (p, place), grad in zip(places, now):
-                    place.copy_(p.grad)
-                    p.grad = grad
-                return out
-            return replay
-        patch.setattr(run, "recorded", recorded)
-        plain(a_run, stage, plan, corpus, module, groups, loss_fn)
-        assert all(p.grad is None for p in module.parameters())
-    outs = [tmp_path / "one by one", tmp_path / "recorded"]
-    for where, name, work, out in ((run, "recorded", lambda *_: None, outs[0]), (halo, "train", train, outs[1])):
-        with monkeypatch.context() as patch:
-            patch.setattr(where, name, work)
-            convert(home, out, "--recipe", recipe, "--device", DEVICE)
-    assert replays == (dict.fromkeys(("align", "distil", "finetune"), 6) if recipe == "paper" else
-                       dict(group1=2, group2=2))
-    a, b = ([r["loss"] for r in log_of(out)] for out in outs)
-    assert a == pytest.approx(b, rel=0.05 if GPU else 1e-6)
-    a, b = (HypeNet.from_pretrained(out).state_dict() for out in outs)
-    assert GPU or all(torch.allclose(w, b[name], atol=1e-6) for name, w in a.items())
-
-
-def test_steps_that_cannot_be_recorded(home, tmp_path, monkeypatch):
-    """Not a part of a batch at a time, nor in a stage too short to gain by it; nor with --plain, or
-    without room for what is held once more."""
-    made = []
-    monkeypatch.setattr(run, "recorded", lambda work, rows, plain: made.append(len(rows)))
-    convert(home, tmp_path / "long", steps=3)
-    convert(home, tmp_path / "short", steps=2)
-    convert(home, tmp_path / "parts", "--micro", "1", steps=3)
-    assert made == [2, 2, 2]
-    monkeypatch.undo()
-    for name, x in dict(memory_reserved=6, mem_get_info=(5, 80), empty_cache=None).items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, x=x: x)
-    rows = types.SimpleNamespace(is_cuda=True, device="cuda")
-    for plain in True, False:
-        assert run.recorded(None, rows, plain) is None
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ from support.tokens import Tokenizer  # noqa: E402
 
 
 from test_hypenet import (  # noqa: E402,F401
-    DEVICE, HERE, INF, T, VARIANTS, a_plan, convert, every_variant, home, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, tiny, write_documents)
+    DEVICE, HERE, INF, T, VARIANTS, a_plan, convert, every_variant, home, log_of, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, take_gradients, tiny, write_documents)
 
 # ---- generation on a GPU -----------------------------------------------------------------------------------
 
@@ -954,6 +954,9 @@ def test_copies_of_a_text_stand_on_one_side(tmp_path):
         assert 0.01 < len(sides[1]) / texts < 0.2
 
 
+# ---- halo: a run -------------------------------------------------------------------------------------------
+
+
 def test_a_log_cut_off_is_read(tmp_path):
     """The last line of a log may be half a line: it is dropped with those that will be written again."""
     run = halo.Run(str(tmp_path), {})
@@ -966,7 +969,182 @@ def test_a_log_cut_off_is_read(tmp_path):
     assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")] == [1, 2]
 
 
+def test_files_appear_whole(tmp_path):
+    """A file that cannot be finished is not begun: the old one stays, and nothing lies beside it."""
+    common.write_json(tmp_path / "a.json", [1])
+    with pytest.raises(TypeError):
+        common.write_json(tmp_path / "a.json", [1, 2, {"x": object()}])
+    assert json.loads((tmp_path / "a.json").read_text()) == [1] and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_plain_and_device_can_change_on_resume(runs):
+    """A stopped run goes on with its own options, but for the device, and --plain where that is asked for."""
+    first = ["--resume", str(runs["paper"][0])]
+    for more in [], ["--plain"], ["--device", "cuda", "--plain"]:
+        args, own = halo.resumed(halo.get_args(first + more), first + more), halo.get_args(more)
+        assert (args.plain, args.device) == (own.plain, own.device or "cpu") and args.trials == 5 and args.out
+
+
+def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
+    """So that what takes no device, as a CUDA graph, is on it."""
+    current = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *_, **__: None)
+        patch.setattr(torch.cuda, "set_device", current.append)
+        for name in ("cpu", "cuda", "cuda:1"):
+            assert common.default_device(name) == name
+    assert current == ["cuda:1"]
+
+
+@pytest.mark.parametrize("fault, word", [("damaged", "damaged; remove it"), ("full", "--resume")])
+def test_a_checkpoint_that_fails_is_one_line(fault, word, home, tmp_path, monkeypatch, capsys):
+    """A checkpoint that cannot be read, or finds no room on the disk, ends the run in one line."""
+    def full(state, file):
+        raise OSError("No space left on device")
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        if fault == "full":
+            patch.setattr(torch, "save", full)
+        else:
+            out.mkdir()
+            (out / "align.pt").write_bytes(b"not a checkpoint")
+            patch.setattr(halo, "new_folder", lambda asked, default: asked)
+        convert(home, out, steps=2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and word in line and "align.pt" in line
+    assert not list(out.glob("*.tmp*"))
+
+
+def test_checkpointed_blocks_have_the_same_gradients():
+    """Blocks that are computed again in the backward pass give the same gradients, run twice, and leave no
+    trace when it is over."""
+    model, rows = tiny(dtype=torch.float32).requires_grad_(), some_ids(3, 20)
+    def loss_fn(idx, targets):
+        yield model(idx, targets)[1]
+    calls = []
+    model.blocks[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    ref = halo.backward(loss_fn, rows, 3), take_gradients(model)
+    assert len(calls) == 1
+    run.checkpoint_blocks(model)
+    loss, grads = halo.backward(loss_fn, rows, 3), take_gradients(model)
+    assert len(calls) == 3 and loss == ref[0] and all(grads[name].equal(g) for name, g in ref[1].items())
+    run.checkpoint_blocks(model, on=False)
+    assert not any("forward" in vars(block) for block in model.blocks)
+
+
+def test_out_of_memory_is_halved_then_checkpointed_then_said(capsys):
+    """Where the device runs out of memory a step is repeated with half the rows, at one row with blocks
+    checkpointed, then it ends in one line; gradients are those of one whole pass."""
+    model, rows, tries = tiny(dtype=torch.float32).requires_grad_(), some_ids(6, 20), []
+    def loss_fn(idx, targets):
+        tries.append((len(idx), "forward" in vars(model.blocks[0])))
+        loss = model(idx, targets)[1]
+        if len(idx) > limit:
+            loss.backward()                                                 # some gradients are there already
+            raise torch.OutOfMemoryError("out of memory")
+        yield loss
+    limit = 6
+    ref = halo.backward(loss_fn, rows, 6), take_gradients(model)
+    limit, tries[:] = 2, []
+    loss, micro = run.within_memory("distil", model, 6, lambda n: halo.backward(loss_fn, rows, n))
+    assert [n for n, _ in tries] == [6, 3, 2, 2, 2] and micro == 2
+    assert loss.item() == pytest.approx(ref[0].item(), rel=1e-6)
+    assert all(torch.allclose(g, ref[1][name], atol=1e-6) for name, g in take_gradients(model).items())
+    limit = 0
+    with one_line("distil.length"):
+        run.within_memory("distil", model, 6, lambda n: halo.backward(loss_fn, rows, n))
+    assert tries[-2:] == [(1, False), (1, True)]
+
+
+def test_batches_are_made_ahead_and_errors_come_through():
+    """The next batch is made in a thread while one is in use; what goes wrong there is raised here, at the
+    step that it belongs to."""
+    made, got = [], []
+    def make(step):
+        made.append(step)
+        if step == 4:
+            raise ValueError("--data: gone")
+        return np.full((2, 3), step)
+    with one_line("gone"):
+        for step, rows in zip(range(2, 9), run.ahead(make, range(2, 9), torch.device("cpu"))):
+            assert (rows == step).all()
+            got.append(step)
+    assert got == [2, 3] and made == [2, 3, 4]
+
+
+@pytest.mark.parametrize("recipe", ["paper", "article"])
+def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
+    """From the third step on each is the replay of a recording, which writes the gradients anew where they
+    were first (on CPUs a stand-in does), and losses and weights are those of steps taken one by one."""
+    replays = {}
+    def train(a_run, stage, plan, corpus, module, groups, loss_fn, plain=halo.train, record=run.recorded):
+        def recorded(work, rows, no_graph):
+            assert all(p.grad is None for p in module.parameters())
+            again = record(work, rows, no_graph) if GPU else work(rows)
+            places = [(p, p.grad) for p in module.parameters() if p.grad is not None]
+            def replay(rows):
+                if isinstance(a_run, halo.Run):                             # a probe replays its own
+                    replays[stage] = replays.get(stage, 0) + 1
+                if GPU:
+                    return again(rows)
+                now = [p.grad for p, _ in places]
+                for p, _ in places:
+                    p.grad = None
+                out = work(rows)
+                for (p, place), grad in zip(places, now):
+                    place.copy_(p.grad)
+                    p.grad = grad
+                return out
+            return replay
+        patch.setattr(run, "recorded", recorded)
+        plain(a_run, stage, plan, corpus, module, groups, loss_fn)
+        assert all(p.grad is None for p in module.parameters())
+    outs = [tmp_path / "one by one", tmp_path / "recorded"]
+    one_by_one = run, "recorded", lambda *_: None, outs[0]
+    for where, name, work, out in (one_by_one, (halo, "train", train, outs[1])):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, work)
+            convert(home, out, "--recipe", recipe, "--device", DEVICE)
+    assert replays == (dict.fromkeys(("align", "distil", "finetune"), 6) if recipe == "paper" else
+                       dict(group1=2, group2=2))
+    a, b = ([r["loss"] for r in log_of(out)] for out in outs)
+    assert a == pytest.approx(b, rel=0.05 if GPU else 1e-6)
+    a, b = (HypeNet.from_pretrained(out).state_dict() for out in outs)
+    assert GPU or all(torch.allclose(w, b[name], atol=1e-6) for name, w in a.items())
+
+
+def test_steps_that_cannot_be_recorded(home, tmp_path, monkeypatch):
+    """Not a part of a batch at a time, nor in a stage too short to gain by it; nor with --plain, or
+    without room for what is held once more."""
+    made = []
+    monkeypatch.setattr(run, "recorded", lambda work, rows, plain: made.append(len(rows)))
+    convert(home, tmp_path / "long", steps=3)
+    convert(home, tmp_path / "short", steps=2)
+    convert(home, tmp_path / "parts", "--micro", "1", steps=3)
+    assert made == [2, 2, 2]
+    monkeypatch.undo()
+    for name, x in dict(memory_reserved=6, mem_get_info=(5, 80), empty_cache=None).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, x=x: x)
+    rows = types.SimpleNamespace(is_cuda=True, device="cuda")
+    for plain in True, False:
+        assert run.recorded(None, rows, plain) is None
+
+
 # ---- halo: the plan ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("speed, rows, total", [
+    (1e4, ("10.00", "1.67"), "11.7 minutes in all"), (1e3, ("1.67", "0.28"), "1.9 hours in all")])
+def test_plan_says_how_long(speed, rows, total, capsys):
+    """Where the stages have been tried, a plan has their times: minutes, or hours from one on."""
+    corpus = types.SimpleNamespace(paths=[["text"]], shares=[1.0], sources=[
+        types.SimpleNamespace(sizes=[100], held_out=range(7))])
+    plans = dict(align=halo.Plan(6e6, 100, 10, 1e-3, 1e-4), distil=halo.Plan(1e6, 100, 10, 1e-3, 1e-4))
+    halo.print_plan(corpus, plans, {stage: (10, speed, 1.5) for stage in plans})
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[1:])) <= 100
+    assert total in out and all(re.search(rf"^{stage} .* {x}$", out, re.M) for stage, x in zip(plans, rows))
+    assert "of which this run reads 7,000,000 (70000.0 rounds, each in a new order); 7 held out" in out
 
 
 def test_what_cannot_fit_is_refused(monkeypatch, tmp_path):
@@ -1007,7 +1185,7 @@ def test_plans_of_real_teachers(monkeypatch, tmp_path):
 
 
 def test_probe_measures_every_stage(monkeypatch, tmp_path):
-    """A probe tries each stage, its optimizer too, and changes no weight; it takes no text from the corpus and
+    """A probe tries each stage, its optimizer too. It changes no weight, takes no text from the corpus and
     writes no file."""
     write_documents(tmp_path / "text.jsonl", some_documents(words=400))
     teacher, tokenizer = tiny(dtype=torch.float32, vocab_size=256, layers="AAAA"), Tokenizer.bytes()
@@ -1102,14 +1280,6 @@ def test_non_finite_loss_stops(home, tmp_path, monkeypatch, capsys):
     assert len(seen) == 3 and all(w.equal(weights[name]) for name, w in student.state_dict().items())
     named = re.search(r"\S+\.pt", line)
     assert os.path.exists(named[0]) if named else "no checkpoint yet" in line
-
-
-def test_files_appear_whole(tmp_path):
-    """A file that cannot be finished is not begun: the old one stays, and nothing lies beside it."""
-    common.write_json(tmp_path / "a.json", [1])
-    with pytest.raises(TypeError):
-        common.write_json(tmp_path / "a.json", [1, 2, {"x": object()}])
-    assert json.loads((tmp_path / "a.json").read_text()) == [1] and os.listdir(tmp_path) == ["a.json"]
 
 
 # ---- sample.py ---------------------------------------------------------------------------------------------
