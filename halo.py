@@ -64,8 +64,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---- recipes and plans -------------------------------------------------------------------------------------
 
-DECAYS = ("constant", "none", "head", "channel")     # kinds of linear layers
-SCORED = ("swap", "guarded", "score")            # ways to choose layers that first measure each layer
+DECAYS = ("constant", "none", "head", "channel")    # kinds of linear layers
+SCORED = ("swap", "guarded", "score")               # ways to choose layers that first measure each layer
 
 # A recipe is a column of this table, and every row is a flag: an ablation is one flag.
 ROWS = (  # flag, the paper's value, the article's value, allowed values, help
@@ -102,7 +102,7 @@ class Plan:
     recall: float = 0.5              # share of sequences that hide something and ask for it: selection and
     #                                  report measure recall, and text alone teaches it too slowly
     warmup: int = 50                 # steps, at most a tenth of all
-    varied: float = 0.0              # of these sequences, the share that hides more than a pass key
+    varied: float = 0.0              # of these sequences, the share that hides other things than a pass key
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
 
     @property
@@ -121,7 +121,8 @@ class Plan:
 
 
 # Each plan fits a budget. tiny: 5 minutes on a laptop CPU. mini, for ablations: 1 minute on a GPU. small: 2
-# minutes on a GPU. The last two read the standard library many times as teachers, hence the weight decay.
+# minutes on a GPU. Stage 3 is longer than stage 2, 4 times (tiny) or 32 times: see convert_staged. Teachers of
+# mini and small read the standard library ten times or more, so their weights decay.
 PLANS = {
     "tiny": dict(
         pretrain=Plan(tokens=200e6, length=256, batch=256, lr=3e-3, lr_end=1e-4, recall=0.3, warmup=200),
