@@ -121,8 +121,8 @@ class Plan:
 
 
 # Each plan fits a budget. tiny: 5 minutes on a laptop CPU. mini, for ablations: 1 minute on a GPU. small: 2
-# minutes on a GPU. Stage 3 is longer than stage 2, 4 times (tiny) or 32 times: see convert_staged. Teachers of
-# mini and small read the standard library ten times or more, so their weights decay.
+# minutes on a GPU. Sequences of stage 3 are 4 times (tiny) or 32 times as long as those of stage 2: see
+# convert_staged. Teachers of mini and small read the standard library ten times or more: weights decay.
 PLANS = {
     "tiny": dict(
         pretrain=Plan(tokens=200e6, length=256, batch=256, lr=3e-3, lr_end=1e-4, recall=0.3, warmup=200),

@@ -929,8 +929,8 @@ def test_recall_of_what_training_hides(monkeypatch):
 
 
 def test_what_is_found_is_reported(monkeypatch, capsys):
-    """Pass keys, and one number of four where training had more than pass keys; the longest texts, on a CPU,
-    a quarter as often; past what a model knows there is no share. Each is a row of the last table."""
+    """The report asks for pass keys, and for one number of four where training had more than pass keys. On a
+    CPU the longest texts are asked a quarter as often. Past what a model knows there is no share."""
     model, asked = tiny(dtype=torch.float32, vocab_size=300, layers="AA", max_len=1024), []
     corpus = types.SimpleNamespace(tokenizer=Tokenizer.bytes())
 
@@ -955,6 +955,20 @@ def test_what_is_found_is_reported(monkeypatch, capsys):
     table = capsys.readouterr().out
     assert re.search(r"pass key found in 128 tokens +- +25%", plain) and "four" not in plain
     assert re.search(r"one of four found in 64 tokens +- +75%", table)
+
+
+def test_tables_are_at_most_100_columns_wide(capsys):
+    """The tables of selection and report fit a terminal of 100 columns, at the size of a real model."""
+    numbers = {f"{name}{kind}{se}": -12.3456 for name in "RC" for kind in ("", "_kept") for se in ("", "_se")}
+    layers = "LA" * 24
+    halo.print_scores([dict(numbers, score=-123.456, must=False)] * 48, layers, 12.3456)
+    report = dict(layers=layers, params=dict(teacher=14 * 10 ** 9, student=14 * 10 ** 9), kl=0.1,
+                  val_loss=dict(teacher=12.3456, student=12.3456), top1_agreement=0.5, tokens=10 ** 9,
+                  seconds=1e5, peak_gb=139.5, logit_base=500.0,
+                  passkey=dict(teacher={}, student={"262144": 1.0}))
+    halo.print_report(report)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 60 and max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("how, lost, layers", [
@@ -1014,8 +1028,8 @@ def take_gradients(module):
 
 @pytest.mark.parametrize("kind", ["distil", "chunk", "align"])
 def test_gradients_do_not_depend_on_micro(kind, monkeypatch):
-    """Loss and gradients of a batch are the same 1, 3 or all rows at a time, chunk offsets and all, and are
-    those of the sum of the terms."""
+    """Loss and gradients of a batch are those of the sum of its terms, whether 1, 3 or all rows go through at
+    once, with chunk offsets too."""
     teacher, rows = tiny(1, torch.float32, layers="AAAA"), some_ids(7, 25)
     o = options("paper", **dict(pe="chunk", kl="reverse") if kind == "chunk" else {})
     if kind == "align":
@@ -1042,7 +1056,8 @@ def test_gradients_do_not_depend_on_micro(kind, monkeypatch):
 
 
 def test_chunk_offsets_hang_on_every_id(monkeypatch):
-    """A sequence of a chunk HyPE student starts where all its ids say: anywhere, within what it knows."""
+    """A sequence of a chunk HyPE student may start anywhere within the known positions. Each of its ids has
+    a say in the start."""
     o, rows, seen = options("paper", pe="chunk", kl="reverse"), some_ids(64, 25), []
     student = HypeNet(halo.student_config(tiny(layers="AAAA").config, "LALL", o))
     monkeypatch.setattr(halo, "distil_loss", lambda *args: seen.append(args[-1]))
@@ -1131,8 +1146,8 @@ def runs(home):
 
 
 def test_stages_train_what_they_say(runs):
-    """align changes every tensor of the twins, distil and finetune every one of the student, a group those of
-    its own mixers and the chunk embeddings and no other; each lowers its loss; the teacher never changes."""
+    """align changes every tensor of the twins, distil and finetune every tensor of the student. A group changes
+    its own mixers and the chunk embeddings, nothing else. Each stage lowers its loss. The teacher stays."""
     stages = {**runs["paper"][2], **runs["article"][2]}
     for name, layer in dict(align=None, distil=None, finetune=None, group1=1, group2=2).items():
         before, loss, after, loss_after, trained = stages[name]
@@ -1149,8 +1164,8 @@ def test_stages_train_what_they_say(runs):
 
 @pytest.mark.parametrize("recipe", halo.RECIPES)
 def test_report(recipe, runs, home):
-    """report.json has its keys, its numbers are those of the student saved beside it; the last line printed
-    is the sample.py command; the article's recipe leaves a usable model after each group."""
+    """report.json has its keys, and its numbers belong to the student saved beside it. The last line printed is
+    the sample.py command. The article's recipe leaves a usable model after each group."""
     out, text, _ = runs[recipe]
     report, config = json.loads((out / "report.json").read_text()), HypeNet.from_pretrained(out).config
     assert set(report) >= {"recipe", "layers", "logit_base", "params", "tokens", "seconds", "val_loss", "kl",
@@ -1171,7 +1186,7 @@ def test_report(recipe, runs, home):
     ("paper", None, 0, 0), ("paper", "align", 8, 0), ("paper", "distil", 3, 0), ("paper", "finetune", 5, 1),
     ("article", None, 0, 0), ("article", "group1", 4, 0), ("article", "group2", 1, 0)])
 def test_a_run_repeats(recipe, stage, step, crash, runs, home, tmp_path, monkeypatch, capsys):
-    """One seed gives one run, bit for bit, also if SIGTERM or a crash stops it and --resume takes it up."""
+    """One seed gives one run, bit for bit, even if SIGTERM or a crash stops it and --resume goes on with it."""
     def log(run, plain=halo.Run.log, **record):
         plain(run, **record)
         if (record["stage"], record["step"]) == (stage, step):
@@ -1221,8 +1236,8 @@ CASES = [(recipe, row) for recipe in halo.RECIPES for row in ROWS if ONLY.get(ro
 
 @pytest.mark.parametrize("recipe, row", CASES)
 def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
-    """Each row of a recipe is changed by its flag, each kind of teacher converted: the stages and losses are
-    those asked for, and the student saved is the one asked for, the one trained and the one reported."""
+    """A flag changes its row of a recipe, and every kind of teacher is converted. Stages, losses and the saved
+    student are those asked for, and the report is of this student."""
     out, flags, losses, default = tmp_path / "run", row.split(), set(), halo.RECIPES[recipe]
     def distil_loss(student, teacher, idx, targets, kl, alpha, *rest, plain=halo.distil_loss):
         losses.add((kl, alpha))
@@ -1249,8 +1264,8 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
 
 
 def test_layers_and_base_are_chosen_by_what_training_hides(home, tmp_path, monkeypatch, capsys):
-    """Where stage 2 hides values after other words, selection and base ask for them in the same share, and
-    the report for one number of four too; a run whose stages have changed does not go on."""
+    """Where stage 2 hides other things than pass keys, selection and base ask for them in the same share, and
+    the report asks for one number of four. A run whose stages have changed does not go on."""
     shares = {}
 
     def recall(model, corpus, length, trials, seed=0, task="S1", varied=0.0, plain=halo.recall):
@@ -1274,8 +1289,8 @@ def test_layers_and_base_are_chosen_by_what_training_hides(home, tmp_path, monke
 
 @pytest.mark.parametrize("teacher", ["teacher", "gpt2"])
 def test_groups_go_on(teacher, home, tmp_path):
-    """The second group starts from what the first has learned, each of its layers from its own teacher's
-    values: one step later nothing is far from there."""
+    """The second group starts from what the first has learned, and each of its layers from the values of its
+    attention layer: one step later no weight is far from there."""
     convert(home, tmp_path, "--recipe", "article", steps=2, teacher=teacher)
     first, last, old = map(HypeNet.from_pretrained, (tmp_path / "group1", tmp_path, home / teacher))
     for name, w in first.state_dict().items():
@@ -1287,8 +1302,8 @@ def test_groups_go_on(teacher, home, tmp_path):
 
 
 def test_pretrain(home, tmp_path, monkeypatch):
-    """--pretrain makes a teacher that learns, at a rate that warms up and falls as a cosine, and that can be
-    converted; with --layers, a hybrid of the recipe."""
+    """--pretrain makes a teacher that learns and can be converted; with --layers, a hybrid of the recipe. The
+    learning rate warms up and falls as a cosine. Weight decay shrinks matrices alone."""
     small = HypeNetConfig(layers="AAAA", n_embd=32, n_head=2, n_kv_head=2, head_dim=16, max_len=96)
     monkeypatch.setitem(halo.TEACHERS, "tiny", small)
     argv = ["--pretrain", "--device", "cpu", "--data", str(home / "text.jsonl"), "--eval-windows", "4",
@@ -1318,8 +1333,8 @@ def test_pretrain(home, tmp_path, monkeypatch):
 
 
 def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
-    """What a base costs is the held-out loss plus that of answers, none of which the report asks for. None is
-    tried after one that is 0.02 worse than the best."""
+    """A base costs the held-out loss plus the loss of answers, and the report asks for other answers. No base
+    is tried after one that costs 0.02 more than the best."""
     model, corpus, seeds = tiny(dtype=torch.float32), halo.Corpus(Tokenizer.bytes()), set()
 
     def found(student, corpus, length, trials, seed, varied):

@@ -978,7 +978,7 @@ def test_files_appear_whole(tmp_path):
 
 
 def test_plain_and_device_can_change_on_resume(runs):
-    """A stopped run goes on with its own options, but for the device, and --plain where that is asked for."""
+    """A stopped run goes on with its own options. Only the device can change, and --plain be added."""
     first = ["--resume", str(runs["paper"][0])]
     for more in [], ["--plain"], ["--device", "cuda", "--plain"]:
         args, own = halo.resumed(halo.get_args(first + more), first + more), halo.get_args(more)
@@ -986,7 +986,7 @@ def test_plain_and_device_can_change_on_resume(runs):
 
 
 def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
-    """So that what takes no device, as a CUDA graph, is on it."""
+    """A CUDA graph, which takes no device, is then recorded on the GPU that was asked for."""
     current = []
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda *_, **__: None)
@@ -1016,8 +1016,7 @@ def test_a_checkpoint_that_fails_is_one_line(fault, word, home, tmp_path, monkey
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
-    """Blocks that are computed again in the backward pass give the same gradients, run twice, and leave no
-    trace when it is over."""
+    """Checkpointed blocks run twice, give the same gradients, and leave no trace when they are off again."""
     model, rows = tiny(dtype=torch.float32).requires_grad_(), some_ids(3, 20)
     def loss_fn(idx, targets):
         yield model(idx, targets)[1]
@@ -1033,8 +1032,8 @@ def test_checkpointed_blocks_have_the_same_gradients():
 
 
 def test_out_of_memory_is_halved_then_checkpointed_then_said(capsys):
-    """Where the device runs out of memory a step is repeated with half the rows, at one row with blocks
-    checkpointed, then it ends in one line; gradients are those of one whole pass."""
+    """Where memory runs out, a step is repeated with half the rows, and at one row with checkpointed blocks;
+    then the run ends in one line. The gradients are those of one whole pass."""
     model, rows, tries = tiny(dtype=torch.float32).requires_grad_(), some_ids(6, 20), []
     def loss_fn(idx, targets):
         tries.append((len(idx), "forward" in vars(model.blocks[0])))
@@ -1057,8 +1056,8 @@ def test_out_of_memory_is_halved_then_checkpointed_then_said(capsys):
 
 
 def test_batches_are_made_ahead_and_errors_come_through():
-    """The next batch is made in a thread while one is in use; what goes wrong there is raised here, at the
-    step that it belongs to."""
+    """A thread makes the next batch while one is in use. An error in the thread is raised at the step whose
+    batch it was."""
     made, got = [], []
     def make(step):
         made.append(step)
@@ -1074,8 +1073,8 @@ def test_batches_are_made_ahead_and_errors_come_through():
 
 @pytest.mark.parametrize("recipe", ["paper", "article"])
 def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
-    """From the third step on each is the replay of a recording, which writes the gradients anew where they
-    were first (on CPUs a stand-in does), and losses and weights are those of steps taken one by one."""
+    """From the third step on every step of a run replays a recording, which writes the gradients anew at their
+    addresses (on CPUs a stand-in does). Losses and weights are those of steps taken one by one."""
     replays = {}
     def train(a_run, stage, plan, corpus, module, groups, loss_fn, plain=halo.train, record=run.recorded):
         def recorded(work, rows, no_graph):
@@ -1114,8 +1113,8 @@ def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
 
 
 def test_steps_that_cannot_be_recorded(home, tmp_path, monkeypatch):
-    """Not a part of a batch at a time, nor in a stage too short to gain by it; nor with --plain, or
-    without room for what is held once more."""
+    """Nothing is recorded where a batch goes through in parts, in a stage of two steps, with --plain, or where
+    memory has no room for a second copy of all that it holds."""
     made = []
     monkeypatch.setattr(run, "recorded", lambda work, rows, plain: made.append(len(rows)))
     convert(home, tmp_path / "long", steps=3)
@@ -1136,7 +1135,7 @@ def test_steps_that_cannot_be_recorded(home, tmp_path, monkeypatch):
 @pytest.mark.parametrize("speed, rows, total", [
     (1e4, ("10.00", "1.67"), "11.7 minutes in all"), (1e3, ("1.67", "0.28"), "1.9 hours in all")])
 def test_plan_says_how_long(speed, rows, total, capsys):
-    """Where the stages have been tried, a plan has their times: minutes, or hours from one on."""
+    """After a probe the plan has the time of each stage: in minutes, or in hours from one hour on."""
     corpus = types.SimpleNamespace(paths=[["text"]], shares=[1.0], sources=[
         types.SimpleNamespace(sizes=[100], held_out=range(7))])
     plans = dict(align=halo.Plan(6e6, 100, 10, 1e-3, 1e-4), distil=halo.Plan(1e6, 100, 10, 1e-3, 1e-4))
