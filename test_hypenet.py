@@ -1146,8 +1146,8 @@ def runs(home):
 
 
 def test_stages_train_what_they_say(runs):
-    """align changes every tensor of the twins, distil and finetune every tensor of the student. A group changes
-    its own mixers and the chunk embeddings, nothing else. Each stage lowers its loss. The teacher stays."""
+    """align changes every tensor of the twins, distil and finetune every tensor of the student. A group
+    changes its own mixers and the chunk embeddings alone. Each stage lowers its loss. The teacher stays."""
     stages = {**runs["paper"][2], **runs["article"][2]}
     for name, layer in dict(align=None, distil=None, finetune=None, group1=1, group2=2).items():
         before, loss, after, loss_after, trained = stages[name]
@@ -1164,8 +1164,8 @@ def test_stages_train_what_they_say(runs):
 
 @pytest.mark.parametrize("recipe", halo.RECIPES)
 def test_report(recipe, runs, home):
-    """report.json has its keys, and its numbers belong to the student saved beside it. The last line printed is
-    the sample.py command. The article's recipe leaves a usable model after each group."""
+    """report.json has its keys, and its numbers belong to the student saved beside it. The last line printed
+    is the sample.py command. The article's recipe leaves a usable model after each group."""
     out, text, _ = runs[recipe]
     report, config = json.loads((out / "report.json").read_text()), HypeNet.from_pretrained(out).config
     assert set(report) >= {"recipe", "layers", "logit_base", "params", "tokens", "seconds", "val_loss", "kl",
@@ -1186,7 +1186,7 @@ def test_report(recipe, runs, home):
     ("paper", None, 0, 0), ("paper", "align", 8, 0), ("paper", "distil", 3, 0), ("paper", "finetune", 5, 1),
     ("article", None, 0, 0), ("article", "group1", 4, 0), ("article", "group2", 1, 0)])
 def test_a_run_repeats(recipe, stage, step, crash, runs, home, tmp_path, monkeypatch, capsys):
-    """One seed gives one run, bit for bit, even if SIGTERM or a crash stops it and --resume goes on with it."""
+    """One seed gives one run, bit for bit, even if SIGTERM or a crash stops it and --resume goes on."""
     def log(run, plain=halo.Run.log, **record):
         plain(run, **record)
         if (record["stage"], record["step"]) == (stage, step):
@@ -1236,8 +1236,8 @@ CASES = [(recipe, row) for recipe in halo.RECIPES for row in ROWS if ONLY.get(ro
 
 @pytest.mark.parametrize("recipe, row", CASES)
 def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
-    """A flag changes its row of a recipe, and every kind of teacher is converted. Stages, losses and the saved
-    student are those asked for, and the report is of this student."""
+    """A flag changes its row of a recipe, and every kind of teacher is converted. Stages, losses and the
+    saved student are those asked for, and the report is of this student."""
     out, flags, losses, default = tmp_path / "run", row.split(), set(), halo.RECIPES[recipe]
     def distil_loss(student, teacher, idx, targets, kl, alpha, *rest, plain=halo.distil_loss):
         losses.add((kl, alpha))
