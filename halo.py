@@ -168,7 +168,8 @@ TEACHERS = {                                     # what --pretrain can train; th
 
 def student_config(teacher, layers, args):
     """The config of a student with these layers; args: the options of a recipe."""
-    extras, half = args.extras == "on", args.state == "half"
+    extras = args.extras == "on"
+    half = args.state == "half"
     chunk = min(2048, teacher.max_len // 4) if args.pe == "chunk" else None
     config = dict(
         layers=layers,
@@ -278,9 +279,11 @@ def clone_heads(rows, n_head, times):
 def fill(linear, rows):
     """Set the first rows of a Linear, the bias in the last column. The other rows, those of a gate, are 0."""
     n = len(rows)
-    linear.weight[:n], linear.weight[n:] = rows[:, :-1], 0
+    linear.weight[:n] = rows[:, :-1]
+    linear.weight[n:] = 0
     if linear.bias is not None:
-        linear.bias[:n], linear.bias[n:] = rows[:, -1], 0
+        linear.bias[:n] = rows[:, -1]
+        linear.bias[n:] = 0
 
 
 @torch.no_grad()
@@ -304,7 +307,8 @@ def make_twins(teacher, config, corpus, plan, args):
     batch of at most 2^14 tokens."""
     one_batch = replace(plan, batch=min(plan.batch, max(1, 2 ** 14 // plan.length)))
     rows = torch.from_numpy(corpus.rows("transfer", one_batch)(0)).to(args.device)
-    twins, squares = nn.ModuleList(), []
+    twins = nn.ModuleList()
+    squares = []
     with bf16():
         for attn, x, where, y in teacher_layers(teacher, config, rows[:, :-1]):
             twins.append(linear_twin(attn, config, x, where, args.retention, args.transfer == "on"))
@@ -320,7 +324,8 @@ def assemble(source, config, mixers):
     missing = model.load_state_dict(shared, strict=False).missing_keys
     assert all(".mixer." in name or "chunk_embd" in name for name in missing), f"not transferred: {missing}"
     for block, mixer in zip(model.blocks, mixers):
-        block.mixer, mixer.config = mixer, model.config
+        block.mixer = mixer
+        mixer.config = model.config
     return model
 
 
@@ -346,7 +351,8 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
 @fusible
 def token_losses(logits_s, logits_t, targets, kl, alpha):
     """Sum over tokens of alpha CE + (1 - alpha) KL, from logits (n,V) of student and teacher (None: CE)."""
-    log_s, loss = logits_s.float().log_softmax(-1), 0.0
+    log_s = logits_s.float().log_softmax(-1)
+    loss = 0.0
     if alpha:
         loss = alpha * F.nll_loss(log_s, targets, reduction="sum")
     if logits_t is not None:
@@ -361,7 +367,8 @@ def objective(student, teacher, kl, alpha):
     that every chunk embedding is trained. The start is a hash of the row's ids: a CUDA graph cannot call a
     random number generator of the host."""
     def loss_fn(idx, targets):
-        c, offset = student.config, None
+        c = student.config
+        offset = None
         if c.chunk:
             starts = max(0, c.chunk * c.n_chunks - idx.size(1)) + 1
             offset = (idx * torch.arange(1, idx.size(1) + 1, device=idx.device) ** 2).sum(1) % starts
@@ -528,7 +535,8 @@ def swap_scores(teacher, twins, config, corpus, args):
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear, R_kept and
     C_kept (for "swap") with layer i as it would stay, all other layers being the teacher's. Returns a list of
     dicts, one per layer, and minus the held-out loss of the teacher itself."""
-    batches, scores = held_out_batches(corpus, args.length, max(2, args.eval_windows // 2)), []
+    batches = held_out_batches(corpus, args.length, max(2, args.eval_windows // 2))
+    scores = []
 
     def both(model, kind=""):
         logp = recall(model, corpus, args.length, args.trials * 2, varied=args.varied)[0]
@@ -661,7 +669,8 @@ def measure(models, batches):
             out.append(F.kl_div(s, t, reduction="none", log_target=True).sum(-1))
             out.append((t.argmax(-1) == s.argmax(-1)).float())
         return torch.stack(out, 1)                                  # (n, 1 or 4)
-    device, means = models[0].wte.weight.device, []
+    device = models[0].wte.weight.device
+    means = []
     for idx, targets in batches:
         idx, targets = idx.to(device), targets.to(device)
         with bf16():
@@ -714,7 +723,8 @@ def fit_logit_base(student, corpus, length, seed, varied=0.0):
     """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, the sum that
     choose_layers "swap" takes as well. Scaling grows from None (s_t = 1) on, until a base costs 0.02 more
     than the best."""
-    batches, costs = held_out_batches(corpus, length, 8, seed), {}
+    batches = held_out_batches(corpus, length, 8, seed)
+    costs = {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
         logp = recall(student, corpus, length, 10, seed + 1, varied=varied)[0]  # not the keys of the report
@@ -764,7 +774,8 @@ def evaluate(teacher, student, corpus, args):
     attention ignores distance. Its linear layers forget, so the state after 60,000 tokens looks like the
     state after 1,000. Only the number of keys grows, and s_t makes up for that."""
     lengths = [n * args.length for n in (1, 2, 4, 16, 64)]
-    teachers, students = shares(teacher, corpus, lengths[:4], args), shares(student, corpus, lengths, args)
+    teachers = shares(teacher, corpus, lengths[:4], args)
+    students = shares(student, corpus, lengths, args)
     numbers = compare(teacher, student, held_out_batches(corpus, args.length, args.eval_windows))
     for field in students:
         numbers[field] = dict(teacher=teachers[field], student=students[field])
@@ -850,7 +861,8 @@ def pretrain(run, corpus, plans, args):
 
 def get_args(argv):
     p = Parser(prog="halo.py", description=__doc__.split("\n\n")[0], epilog="eq. N: of arXiv 2601.22156")
-    add, many = p.add_argument, dict(nargs="+", action="extend")
+    add = p.add_argument
+    many = dict(nargs="+", action="extend")
     add("--teacher", default="tiny",
         help="tiny: shipped, 1M parameters. mini, small (3.5M, 14M), tiny-gpt2, small-gpt2: trained first, "
              "once, on a GPU. gpt2, gpt2-xl, Qwen/Qwen3-1.7B or another repository of the hub: by the "
@@ -952,7 +964,9 @@ def refuse(rows):
 
 def check_options(args, plans):
     """ValueError for options that do not go together."""
-    scored, staged, layers = args.layers in SCORED, args.training == "staged", args.layers
+    layers = args.layers
+    scored = layers in SCORED
+    staged = args.training == "staged"
     try:
         is_base = args.logit_base in ("fit", "none") or 1 < float(args.logit_base) < math.inf
     except ValueError:
@@ -1028,7 +1042,8 @@ def load_teacher(plans, args):
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     teacher = HypeNet.from_pretrained(args.path, dtype, args.device).requires_grad_(False)
     check_tokenizer(args.tokenizer, teacher.config)
-    config, n_layer = teacher.config, len(teacher.config.layers)
+    config = teacher.config
+    n_layer = len(config.layers)
     check_layers(args.layers, n_layer)
     student = student_config(config, "L" * n_layer, args)
     refuse([("L" in config.layers, f"--teacher {args.teacher} is a hybrid, {config.layers}: not a teacher"),
@@ -1075,8 +1090,10 @@ def resumed(args, argv):
     given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in free]
     refuse([(given, f"--resume takes its options from the run; leave out {' '.join(given)}")])
     options = vars(get_args([])) | options_of(args.resume)
-    device, plain = args.device or options["device"], args.plain or options["plain"]
-    return argparse.Namespace(**options | dict(resume=args.resume, device=device, plain=plain))
+    options["resume"] = args.resume
+    options["device"] = args.device or options["device"]
+    options["plain"] = args.plain or options["plain"]
+    return argparse.Namespace(**options)
 
 
 def probe(teacher, corpus, plans, args):
@@ -1117,15 +1134,18 @@ def run_main(argv):
     name = os.path.basename(os.path.normpath(args.teacher))
     folder = args.resume or new_folder(args.out, os.path.join("out", f"{name}-{args.recipe}"))
     if args.pretrain:
-        teacher, config = None, TEACHERS[args.teacher]
-        args.tokenizer, args.length = Tokenizer.bytes(), plans["pretrain"].length
+        teacher = None
+        config = TEACHERS[args.teacher]
+        args.tokenizer = Tokenizer.bytes()
+        args.length = plans["pretrain"].length
         check_stage_length("pretrain", plans["pretrain"], math.inf, args)
         if args.hybrid:
             check_layers(args.layers, len(config.layers))
         longest = args.length * (64 if args.hybrid else 1) + 1
     else:
         teacher = load_teacher(plans, args)
-        config, longest = teacher.config, 64 * args.length
+        config = teacher.config
+        longest = 64 * args.length
         if args.logit_base == "fit":
             longest = max(longest, fit_length(plans, args.length) + 1)
         if not args.resume:

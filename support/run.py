@@ -493,7 +493,8 @@ def print_plan(corpus, plans, found):
     """The text of a run, and a row for each stage: with the findings of a Probe also memory, speed, time."""
     total = sum(plan.total for plan in plans.values())
     for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
-        n, read = sum(source.sizes), share * total
+        n = sum(source.sizes)
+        read = share * total
         rounds = f" ({read / n:.1f} rounds, each in a new order)" if read > n else ""
         print(f"text {' '.join(paths)}: {n:,} tokens to train on, of which this run reads {read:,.0f}{rounds}"
               f"; {len(source.held_out):,} held out")
