@@ -802,8 +802,8 @@ def print_report(r):
         for n, share in r[field]["student"].items() if field in r else ():
             row(f"{title} in {int(n):,} tokens", percent(r[field]["teacher"].get(n)), percent(share))
     peak = f", peak memory {r['peak_gb']:.1f} GB" if r["peak_gb"] else ""
-    base = f"logit base {r['logit_base']:g}" if r["logit_base"] else "no logit scaling"
-    print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, {base}\n")
+    scaling = f"logit base {r['logit_base']:g}" if r["logit_base"] else "no logit scaling"
+    print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, {scaling}\n")
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
@@ -968,10 +968,10 @@ def check_options(args, plans):
     scored = layers in SCORED
     staged = args.training == "staged"
     try:
-        is_base = args.logit_base in ("fit", "none") or 1 < float(args.logit_base) < math.inf
+        possible = args.logit_base in ("fit", "none") or 1 < float(args.logit_base) < math.inf
     except ValueError:
-        is_base = False
-    rows = [(not is_base, f"--logit-base {args.logit_base}: give fit, none or a number above 1")]
+        possible = False
+    rows = [(not possible, f"--logit-base {args.logit_base}: give fit, none or a number above 1")]
     for flag, possible, wants in (
             ("--groups", not staged, "--training progressive"),
             ("--retention", args.decay in ("head", "channel"), "--decay head or channel"),
@@ -1100,14 +1100,15 @@ def probe(teacher, corpus, plans, args):
     """What the stages cost on this device, see Probe.found; ValueError if they do not fit."""
     layers = "even" if args.layers in SCORED else args.layers      # nothing is selected, so any will do
     args = argparse.Namespace(**vars(args) | dict(layers=layers))
-    probe = Probe(vars(args), args.tokenizer.n_vocab)
+    run = Probe(vars(args), args.tokenizer.n_vocab)
+    how = convert_progressive if "group" in plans else convert_staged
     try:
-        (convert_progressive if "group" in plans else convert_staged)(probe, teacher, corpus, plans, args)
+        how(run, teacher, corpus, plans, args)
     except torch.OutOfMemoryError:
         way_out = "more --groups" if "group" in plans else "--recipe article, which trains groups of layers,"
         raise ValueError(f"weights, gradients and optimizer state exceed the memory of {args.device}; give "
                          f"{way_out} or a smaller --teacher") from None
-    return probe.found
+    return run.found
 
 
 def disk_gb(teacher, plans, args):
