@@ -55,7 +55,8 @@ from support import fast, pretrained  # noqa: E402
 from support.common import (  # noqa: E402
     Parser, command_line, default_device, filled, number, read_json, write_json)
 from support.recall import TASKS, answers, has_room, recall  # noqa: E402
-from support.run import bf16, fitted, peak_gb  # noqa: E402
+from support.run import (  # noqa: E402
+    Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb)
 from support.text import Corpus  # noqa: E402
 from support.tokens import Tokenizer  # noqa: E402
 
@@ -624,35 +625,45 @@ class RandomText:
         return lambda step: rng.integers(self.n_vocab, size=(plan.batch, plan.length + 1))
 
 
-class Trial(halo.Probe):
-    """Stands in for a Run of halo.py. Takes two steps of every stage on random ids and reports the second. A
-    step of more than args.seconds is cut to fewer sequences; every sequence costs the same."""
+class Trial(Probe):
+    """Stands in for a Run of halo.py: takes a few steps of every stage of args.stage on random ids, as a Probe,
+    then two of a whole batch, of which the second is reported. A step of more than args.seconds is cut to fewer
+    sequences: each costs the same."""
 
     def __init__(self, teacher, plans, args):
+        super().__init__(vars(args), args.tokenizer.n_vocab)
         self.args = args
-        super().__init__(teacher, args.tokenizer, plans, args)
+        halo.convert_staged(self, teacher, args.tokenizer, plans, args)
 
-    def measure(self, stage, plan, module, params, loss_fn, micro):
-        if stage not in self.args.stage:
+    def stage(self, name, plan, module, optimizer, gradients):
+        return TrialStage(self, name, plan, module, optimizer, gradients)
+
+
+class TrialStage(ProbeStage):
+    def steps(self, corpus, rows_of):
+        args, plan = self.run.args, self.plan
+        if self.name not in args.stage:
             return
-        super().measure(stage, plan, module, params, loss_fn, micro)           # finds how many fit at once
-        device = params[0].device
-        micro, speed, _ = self.found[stage]
-        batch = min(plan.batch, micro * max(1, int(self.args.seconds * speed / (micro * plan.length))))
-        rows = torch.randint(self.n_vocab, (batch, plan.length + 1), device=device)
-        opt = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        yield from super().steps(corpus, rows_of)                                       # finds what fits at once
+        speed, self.replay = self.run.found[self.name][1], None
+        whole = max(1, int(args.seconds * speed / (self.at_once * plan.length)))
+        batch = min(plan.batch, self.at_once * whole)
+        device = next(self.module.parameters()).device
+        rows = torch.randint(self.run.n_vocab, (batch, plan.length + 1), device=device)
+        for step in range(2):
+            wait(device)
+            began = time.perf_counter()
+            yield step, rows
+            wait(device)
+            seconds = time.perf_counter() - began
+        args.report(self.name, plan, batch, seconds, at_once=self.at_once, peak_gb=peak_gb(device.type),
+                 checkpoint=checkpointed(self.module))
+        checkpoint_blocks(self.module, on=False)
 
-        def step(micro):                                                       # as halo.train's first
-            _, micro = fitted(stage, module, micro, partial(halo.backward, loss_fn, rows, 0))
-            nn.utils.clip_grad_norm_(params, 1.0)
-            opt.step()
-            opt.zero_grad()
-            return micro
-        micro = step(micro)
-        seconds, _ = once(lambda: step(micro), device)                         # and its peak memory
-        blocks = getattr(module, "blocks", [])
-        self.args.report(stage, plan, batch, seconds, at_once=micro, peak_gb=peak_gb(device.type),
-                         checkpoint=bool(blocks) and "forward" in vars(blocks[0]))
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def train_operations(stage, teacher, student, T):

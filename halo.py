@@ -1,102 +1,109 @@
-"""HALO: distil a pretrained Transformer into a HypeNet (hypenet.py), which reads long contexts cheaply.
+"""HALO: distil a pretrained Transformer into a HypeNet (hypenet.py), a model that reads long texts cheaply.
 
-    python halo.py                             the whole job on a laptop CPU, offline, in minutes
-    python halo.py --recipe article            the recipe of the article in place of the paper's
+    python halo.py                             convert the tiny teacher on a laptop CPU, offline, in minutes
+    python halo.py --recipe article            the article's recipe in place of the paper's
     python halo.py --resume out/tiny-paper     go on with a run that was stopped
-    python halo.py --teacher small             the same at 14M parameters, on one GPU, teacher included
-    python halo.py --pretrain --out teacher    train the tiny teacher anew (one GPU)
+    python halo.py --teacher small             convert a teacher of 14M parameters, on one GPU
+    python halo.py --pretrain --out teacher    train the tiny teacher anew, on one GPU
 
-The paper's recipe (arXiv 2601.22156 section 4) is a row of stages, and one loop trains them all:
+The paper's recipe (arXiv 2601.22156, section 4) is a row of stages. One loop, `train`, serves them all.
 
-    transfer   copy the attention weights into linear twins; KV heads cloned (eq. 13), new gates neutral
-    align      stage 1: every twin alone learns its attention layer's output (eq. 7)
-    select     which stay attention: the layers that lose most by becoming linear (in place of eq. 8, 9)
-    distil     stage 2: the hybrid learns the teacher's predictions (eq. 10); RoPE leaves attention (HyPE)
-    finetune   stage 3: longer sequences, no teacher
-    fit        the base a of the logit scaling s_t (eq. 11), on long held-out text and recall
+    stage     what trains              what it reads                    what it learns, or what comes out
+    transfer  nothing                  one batch of text                a linear twin of each attention layer
+    align     each linear twin, alone  what its attention layer reads   what that layer writes (eq. 7)
+    select    nothing                  held-out text                    which layers stay attention (eq. 8, 9)
+    distil    the whole hybrid         text                             the teacher's predictions (eq. 10)
+    finetune  the whole hybrid         longer text                      the next token, without a teacher
+    fit       nothing                  held-out text, longer still      the base a of s_t (eq. 11)
 
-The article's recipe is progressive: the middle layers are converted in groups; only the newest group and the
+The article's recipe is progressive. It converts the middle layers in groups. Only the newest group and the
 chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 
-Every random choice is a function of (seed, stage, step): on one CPU a run repeats exactly, and a stopped run
-goes on as one never stopped. A run's folder holds log.jsonl (a line a step), one checkpoint a stage,
-report.json, and the student: config.json, model.safetensors, tokenizer.json.
+Map of the file:
+    read first      recipes and plans, transfer, losses, the training loop, the paper's stages
+    read second     the article's conversion, the logit base, the report
+    skip at first   measuring, whole runs, the command line
+
+Deviations from the paper, and what each buys:
+    transfer  Least squares rescale W_o of a twin. The twin starts closer to its attention layer.
+    align     The error of a layer is divided by the mean square of its target. Clipping treats layers alike.
+    select    `swap` compares the two futures of a layer, see choose_layers. `--layers score` is eq. 8.
+    select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
+    all       Some rows of text hide something to recall. Small teachers learn to recall too slowly without.
+
+Every random choice is a function of (seed, stage, step). On one CPU a run repeats exactly, and a stopped run
+goes on as if it had never stopped. The folder of a run holds log.jsonl (one line per step), one checkpoint
+per stage, report.json, and the student: config.json, model.safetensors, tokenizer.json.
 """
 import argparse
-import bisect
-import gzip
-import hashlib
-import inspect
 import itertools
-import json
 import math
 import os
-import platform
-import random
-import re
-import shutil
-import signal
-import string
-import sys
-import sysconfig
-import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls another busy program
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls other busy programs
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from hypenet import FAMILIES, Attention, HypeNet, HypeNetConfig, LinearAttention, locate  # noqa: E402
-from support import fast  # noqa: E402
+from hypenet import (  # noqa: E402
+    DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention, locate)
+from support import fast, pretrained  # noqa: E402
 from support.common import Parser, command_line, default_device, number, write_json  # noqa: E402
-from support.recall import TASKS, answers, has_room, plant, recall, training_rows  # noqa: E402,F401
-from support.run import Run, ahead, bf16, checkpoint_blocks, fitted, peak_gb, recorded  # noqa: E402
-from support.text import SHARDS, Corpus  # noqa: E402,F401
+from support.recall import has_room, plant, recall, training_rows  # noqa: E402
+from support.run import (  # noqa: E402
+    Probe, Run, bf16, by_slices, change_plans, check_disk, cpu_hours, loss_by_slices, new_folder, options_of,
+    peak_gb, print_plan, read_set)
+from support.text import Corpus  # noqa: E402
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
-from support.common import write_text  # noqa: E402,F401
-from hypenet import write_file  # noqa: E402
-
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---- recipes and plans -------------------------------------------------------------------------------------
 
-# Every key is a flag of its own, so an ablation is one flag; get_args says what the values mean.
-RECIPES = {
-    "paper": dict(layers="swap", decay="constant", state="full", pe="hype", extras="on",
-                  training="staged", kl="forward", alpha=0.0, window=0, logit_base="fit"),
-    "article": dict(layers="ends", decay="channel", state="half", pe="chunk", extras="off",
-                    training="progressive", kl="reverse", alpha=0.5, window=2048, logit_base="none"),
-}
-SCORED = ("swap", "guarded", "score")   # ways to choose layers that measure each one
+SCORED = ("swap", "guarded", "score")               # ways to choose layers that first measure each layer
+
+# A recipe is a column of this table, and every row is a flag: an ablation is one flag.
+ROWS = (  # flag, the paper's value, the article's value, allowed values, help
+    ("layers", "swap", "ends", str,
+     "the layers that stay attention. swap: those that lose more as linear layers than as attention without "
+     "positions. score: eq. 8. guarded: eq. 8 with its denominator floored at the noise. even. ends: the "
+     "first and the last quarter. Or one letter per layer, such as LLALLLAL"),
+    ("decay", "constant", "channel", tuple(DECAYS),
+     "what linear layers forget. constant: eq. 19. none: nothing. head, channel: as a gate for each head or "
+     "key channel says"),
+    ("state", "full", "half", ("full", "half"), "width of a key in linear layers: the teacher's, or half"),
+    ("pe", "hype", "chunk", ("hype", "chunk", "rope"),
+     "positions. hype: RoPE in linear layers, none in attention. chunk: the article's. rope: RoPE in both"),
+    ("extras", "on", "off", ("on", "off"), "QK-norm and output norm in linear layers, output gates in all"),
+    ("training", "staged", "progressive", ("staged", "progressive"),
+     "staged: align, select, distil, finetune. progressive: groups of layers, one after the other"),
+    ("kl", "forward", "reverse", ("forward", "reverse"),
+     "forward: KL(teacher, student). reverse: KL(student, teacher)"),
+    ("alpha", 0.0, 0.5, number(float, 0, 1), "share of cross-entropy in the loss, 0 to 1"),
+    ("window", 0, 2048, number(int, 0), "attention reaches this many tokens back; 0: all"),
+    ("logit_base", "fit", "none", str, "a of s_t (eq. 11): fit, none, or a number above 1"),
+)
+RECIPES = {"paper": {row[0]: row[1] for row in ROWS}, "article": {row[0]: row[2] for row in ROWS}}
 
 
 @dataclass
 class Plan:
-    """What one stage costs: tokens in all, length of a sequence, batch in sequences, learning rate from lr to
-    lr_end by a cosine after a warm-up, and recall: the share of sequences that hide a pass key and ask for
-    it, for recall is what selection and the final table measure; varied: of these, the share that has other
-    things to recall instead (see hide); weight_decay: of matrices."""
-    tokens: float
-    length: int
-    batch: int
+    """What one stage costs. The learning rate warms up, then falls from lr to lr_end as a cosine."""
+    tokens: float                    # in all
+    length: int                      # tokens of a sequence
+    batch: int                       # sequences of a step
     lr: float
     lr_end: float
-    recall: float = 0.5
-    warmup: int = 50
-    varied: float = 0.0
-    weight_decay: float = 0.0
+    recall: float = 0.5              # share of sequences that hide something and ask for it: selection and
+    #                                  report measure recall, and text alone teaches it too slowly
+    warmup: int = 50                 # steps, at most a tenth of all
+    varied: float = 0.0              # of these sequences, the share that hides other things than a pass key
+    weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
 
     @property
     def steps(self):
@@ -107,143 +114,116 @@ class Plan:
         return self.steps * self.length * self.batch
 
     def rate(self, step):
-        """The learning rate of a step; the warm-up takes a tenth of the steps at most."""
+        """The learning rate of a step."""
         warm = min(1.0, (step + 1) / min(self.warmup, max(1, self.steps // 10)))
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return warm * (self.lr_end + (self.lr - self.lr_end) * cosine)
 
 
-# Of teachers from the hub the paper's (its Table 5), and for groups the article's 2.3B tokens, 2M a step. Of
-# the tiny one what a laptop can do, of the mini one (for ablations) a GPU in a minute, of the small one in
-# two, on half the tokens of its teacher at most; with things to recall, which text alone teaches too slowly.
+# Each plan fits a budget. tiny: 5 minutes on a laptop CPU. mini, for ablations: 1 minute on a GPU. small: 2
+# minutes on a GPU. Sequences of stage 3 are 4 times (tiny) or 32 times as long as those of stage 2: see
+# convert_staged. Teachers of mini and small read the standard library ten times or more: weights decay.
 PLANS = {
     "tiny": dict(
-        pretrain=Plan(200e6, 256, 256, 3e-3, 1e-4, 0.3, 200),
-        align=Plan(0.4e6, 256, 16, 3e-3, 1e-4),
-        distil=Plan(1.5e6, 256, 16, 2e-3, 1e-4, 0.25),
-        finetune=Plan(0.3e6, 1024, 4, 3e-4, 3e-5),
-        group=Plan(2e6, 256, 16, 3e-3, 1e-4, 0.25)),
+        pretrain=Plan(tokens=200e6, length=256, batch=256, lr=3e-3, lr_end=1e-4, recall=0.3, warmup=200),
+        align=Plan(tokens=0.4e6, length=256, batch=16, lr=3e-3, lr_end=1e-4),
+        distil=Plan(tokens=1.5e6, length=256, batch=16, lr=2e-3, lr_end=1e-4, recall=0.25),
+        finetune=Plan(tokens=0.3e6, length=1024, batch=4, lr=3e-4, lr_end=3e-5),
+        group=Plan(tokens=2e6, length=256, batch=16, lr=3e-3, lr_end=1e-4, recall=0.25)),
     "mini": dict(
-        pretrain=Plan(118e6, 512, 128, 3e-3, 1e-4, 0.7, 200, 0.8, weight_decay=0.5),
-        align=Plan(2e6, 512, 32, 3e-3, 1e-4, 0.7, varied=0.8),
-        distil=Plan(10e6, 512, 32, 2e-3, 1e-4, 0.6, varied=0.8),
-        finetune=Plan(3e6, 16384, 1, 3e-4, 3e-5, 0.8, varied=0.8),
-        group=Plan(15e6, 512, 32, 3e-3, 1e-4, 0.6, varied=0.8)),
-    "small": dict(
-        pretrain=Plan(200e6, 1024, 64, 2e-3, 1e-4, 0.7, 200, 0.8, weight_decay=1.0),
-        align=Plan(6.5e6, 1024, 32, 2e-3, 1e-4, 0.7, varied=0.8),
-        distil=Plan(50e6, 1024, 32, 1e-3, 5e-5, 0.6, varied=0.8),
-        finetune=Plan(32e6, 32768, 1, 2e-4, 2e-5, 0.8, varied=0.8),
-        group=Plan(88e6, 1024, 32, 2e-3, 1e-4, 0.6, varied=0.8)),
-    "real": dict(
-        align=Plan(320e6, 512, 32, 1e-3, 1e-5, 0),
-        distil=Plan(1e9, 512, 96, 1e-4, 1e-5, 0),
-        finetune=Plan(1e9, 16384, 128, 1e-5, 1e-5, 0),
-        group=Plan(2.3e9, 1024, 2048, 1e-5, 1e-5, 0)),
+        pretrain=Plan(tokens=118e6, length=512, batch=128, lr=3e-3, lr_end=1e-4, recall=0.7, warmup=200,
+                      varied=0.8, weight_decay=0.5),
+        align=Plan(tokens=2e6, length=512, batch=32, lr=3e-3, lr_end=1e-4, recall=0.7, varied=0.8),
+        distil=Plan(tokens=10e6, length=512, batch=32, lr=2e-3, lr_end=1e-4, recall=0.6, varied=0.8),
+        finetune=Plan(tokens=3e6, length=16384, batch=1, lr=3e-4, lr_end=3e-5, recall=0.8, varied=0.8),
+        group=Plan(tokens=15e6, length=512, batch=32, lr=3e-3, lr_end=1e-4, recall=0.6, varied=0.8)),
+    "small": dict(                               # a conversion reads less than half of its teacher's tokens
+        pretrain=Plan(tokens=200e6, length=1024, batch=64, lr=2e-3, lr_end=1e-4, recall=0.7, warmup=200,
+                      varied=0.8, weight_decay=1.0),
+        align=Plan(tokens=6.5e6, length=1024, batch=32, lr=2e-3, lr_end=1e-4, recall=0.7, varied=0.8),
+        distil=Plan(tokens=50e6, length=1024, batch=32, lr=1e-3, lr_end=5e-5, recall=0.6, varied=0.8),
+        finetune=Plan(tokens=32e6, length=32768, batch=1, lr=2e-4, lr_end=2e-5, recall=0.8, varied=0.8),
+        group=Plan(tokens=88e6, length=1024, batch=32, lr=2e-3, lr_end=1e-4, recall=0.6, varied=0.8)),
+    "real": dict(                                # the paper's Table 5; a real teacher can recall already
+        align=Plan(tokens=320e6, length=512, batch=32, lr=1e-3, lr_end=1e-5, recall=0),
+        distil=Plan(tokens=1e9, length=512, batch=96, lr=1e-4, lr_end=1e-5, recall=0),
+        finetune=Plan(tokens=1e9, length=16384, batch=128, lr=1e-5, lr_end=1e-5, recall=0),
+        group=Plan(tokens=2.3e9, length=1024, batch=2048, lr=1e-5, lr_end=1e-5, recall=0)),   # the article's
 }
+SIZES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # bytes of weights in a folder -> its plan
 
 TINY = dict(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, max_len=256)
 MINI = dict(layers="A" * 8, n_embd=192, n_head=6, n_kv_head=2, head_dim=32, max_len=512)
 SMALL = dict(layers="A" * 8, n_embd=384, n_head=6, n_kv_head=6, head_dim=64, max_len=1024)
-TEACHERS = {                                 # which --pretrain makes; tiny is shipped
+TEACHERS = {                                     # what --pretrain can train; the repository ships tiny
     "tiny": HypeNetConfig(n_hidden=288, **TINY, **FAMILIES["qwen3"]),
     "tiny-gpt2": HypeNetConfig(n_hidden=384, **TINY, **FAMILIES["gpt2"]),
     "mini": HypeNetConfig(n_hidden=576, **MINI, **FAMILIES["qwen3"]),
     "small": HypeNetConfig(n_hidden=1024, **SMALL, **FAMILIES["qwen3"]),
     "small-gpt2": HypeNetConfig(n_hidden=1536, **SMALL, **FAMILIES["gpt2"]),
 }
-SIZES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # bytes of weights from which on a plan is taken
-
-# ---- text: documents ---------------------------------------------------------------------------------------
-
-
-# ---- text: rows of tokens ----------------------------------------------------------------------------------
-
 
 # ---- transfer: a student out of a teacher's weights --------------------------------------------------------
 
 
-def student_config(teacher, layers, o):
-    """The config of a student with these layers, o being the options of a recipe; ValueError if what --set
-    changes cannot be."""
-    on, half = o.extras == "on", o.state == "half"
-    chunk = min(2048, teacher.max_len // 4) if o.pe == "chunk" else None
-    config = dict(layers=layers, chunk=chunk, n_chunks=math.ceil(o.max_ctx / chunk) if chunk else 0,
-                  attn_position=o.pe != "hype", attn_gate=on, window=o.window or None,
-                  decay=o.decay, key_dim=teacher.head_dim // 2 if half else teacher.head_dim,
-                  linear_rope=o.pe != "chunk", linear_qk_norm=on and not half, linear_norm=on,
-                  linear_gate=on, linear_kv_head=teacher.n_head)
-    student = replace(teacher, **{**config, **o.changes})
-    if student.key_dim > teacher.head_dim or student.linear_kv_head % teacher.n_kv_head:
-        raise ValueError(f"--set: key_dim is at most {teacher.head_dim}, the teacher's head_dim, and "
-                         f"linear_kv_head a multiple of its n_kv_head, {teacher.n_kv_head}")
-    return student
-
-
-@torch.no_grad()
-def low_rank_keys(attn, x, rank):
-    """Projections of half width whose products come closest to the teacher's (the article's smaller state).
-    With A = [diag(gain / rms) W, bias] of a head, q . k = [x, 1] A_q^T A_k [x, 1]^T. The best rank-r
-    approximation of A_q^T A_k is U_r S_r V_r^T; each side takes the square root of S. Returns the rows of q
-    and k, (H*r, C + 1) each, the bias last. 1 / rms is QK-norm's, its mean over one batch x (B,T,C)."""
-    c, sides = attn.config, []
-    H, D = c.n_head, c.head_dim
-    outputs, weights = attn.qkvz(x).split(attn.sizes, dim=-1), with_bias(attn.qkvz).split(attn.sizes)
-    for y, A, heads, norm in zip(outputs, weights, (H, c.n_kv_head), ("q_norm", "k_norm")):
-        A = A.unflatten(0, (heads, D))                             # (heads, D, C + 1)
-        if c.qk_norm:
-            rms = y.unflatten(-1, (heads, D)).square().mean(-1).add(c.norm_eps).sqrt()
-            A = A * getattr(attn, norm).weight[:, None] * (1 / rms).mean((0, 1))[:, None, None]
-        sides.append(torch.linalg.qr(A.repeat_interleave(H // heads, 0).cpu().double().mT))
-    (Q_q, R_q), (Q_k, R_k) = sides                                 # A^T = Q R, so the SVD is of D x D only
-    U, S, Vh = torch.linalg.svd(R_q @ R_k.mT)
-    root = S[:, :rank, None].sqrt()
-    return [(root * M[:, :rank]).flatten(0, 1).to(x) for M in ((Q_q @ U).mT, Vh @ Q_k.mT)]
-
-
-def with_bias(linear):
-    """Rows of a Linear with their bias, or 0, as a last column: (out, in + 1)."""
-    bias = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
-    return torch.cat((linear.weight, bias[:, None]), 1)
+def student_config(teacher, layers, args):
+    """The config of a student with these layers; args: the options of a recipe."""
+    extras = args.extras == "on"
+    half = args.state == "half"
+    chunk = min(2048, teacher.max_len // 4) if args.pe == "chunk" else None
+    config = dict(
+        layers=layers,
+        chunk=chunk,
+        n_chunks=math.ceil(args.max_ctx / chunk) if chunk else 0,
+        attn_position=args.pe != "hype",
+        attn_gate=extras,
+        window=args.window or None,
+        decay=args.decay,
+        key_dim=teacher.head_dim // 2 if half else teacher.head_dim,
+        linear_rope=args.pe != "chunk",
+        linear_qk_norm=extras and not half,      # the gain of QK-norm is inside the keys of half width
+        linear_norm=extras,
+        linear_gate=extras,
+        linear_kv_head=teacher.n_head)
+    return replace(teacher, **config | args.changes)
 
 
 @torch.no_grad()
 def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
-    """A linear layer out of an attention layer (transfer False: a random one): its weights, KV heads cloned
-    (paper eq. 13), gates neutral.
-    On one batch of the layer's inputs x (B,T,C), W_o is then scaled column by column, by least squares, so
-    that what it reads starts as close to what the teacher's reads as a factor can bring it."""
-    c, t = config, attn.config
-    twin = LinearAttention(c).to(x.device)
-    q, k, v, _ = with_bias(attn.qkvz).split(attn.sizes)
-    clones = c.linear_kv_head // t.n_kv_head
-
-    def clone(rows):                                               # a head's rows, again for each query head
-        return rows.unflatten(0, (t.n_kv_head, -1)).repeat_interleave(clones, 0).flatten(0, 1)
-    if c.key_dim < c.head_dim:
-        q, k = low_rank_keys(attn, x, c.key_dim)                   # k has a head a query head already
-        k = k.unflatten(0, (c.n_head, -1))[::c.n_head // c.linear_kv_head].flatten(0, 1)
-    else:
-        k = clone(k)
-    if hasattr(twin, "forget"):
+    """A linear layer out of an attention layer: the same weights, KV heads cloned (paper eq. 13), gates
+    neutral. transfer False: a random layer. The twin reads one batch x (B,T,C) of the layer's inputs, and
+    each column of its W_o is scaled by least squares: what W_o reads starts close to what it read before."""
+    t = attn.config
+    twin = LinearAttention(config).to(x.device)
+    if twin.forget is not None:                  # a new gate keeps the same share of the state at every token
         nn.init.zeros_(twin.forget.weight)
-        nn.init.constant_(twin.forget.bias, math.log(retention / (1 - retention)))
+        nn.init.constant_(twin.forget.bias, DECAYS[config.decay].bias(retention))
     if not transfer:
         return twin
-    fill(twin.qkvz, torch.cat((q, k, clone(v))))
+    q, k, v, _ = with_bias(attn.qkvz).split(attn.sizes)
+    clones = config.linear_kv_head // t.n_kv_head
+    v = clone_heads(v, t.n_kv_head, clones)
+    if config.key_dim < config.head_dim:
+        q, k = low_rank_keys(attn, x, config.key_dim)              # one head of k for each query head
+        k = k.unflatten(0, (config.n_head, -1))[::config.n_head // config.linear_kv_head].flatten(0, 1)
+    else:
+        k = clone_heads(k, t.n_kv_head, clones)
+    fill(twin.qkvz, torch.cat((q, k, v)))
     fill(twin.out, with_bias(attn.out))
-    if c.linear_qk_norm and t.qk_norm and c.key_dim == c.head_dim:
+    if config.linear_qk_norm and t.qk_norm and config.key_dim == config.head_dim:
         twin.q_norm.load_state_dict(attn.q_norm.state_dict())
         twin.k_norm.load_state_dict(attn.k_norm.state_dict())
-    a, o = attn.mix(x, where).float(), twin.mix(x, where).float()  # (B,T,H*D): what W_o reads, in both
-    twin.out.weight *= (a * o).sum((0, 1)) / (o * o).sum((0, 1)).clamp(min=1e-12)  # c of least |a - c o|^2
+    target = attn.mix(x, where).float()                            # (B,T,H*D): what W_o reads in attention
+    o = twin.mix(x, where).float()                                 # (B,T,H*D): and in the twin
+    scale = (target * o).sum((0, 1)) / (o * o).sum((0, 1)).clamp(min=1e-12)   # least |target - scale * o|^2
+    twin.out.weight *= scale
     return twin
 
 
 @torch.no_grad()
 def attention_twin(attn, config):
-    """An attention layer for the student: its teacher's weights; a new gate starts as the identity, its
-    sigmoid(0) = 1/2 made up for by doubling W_o; chunk embeddings start random (std 0.02)."""
+    """An attention layer of the student, with its teacher's weights. A new gate is sigmoid(0) = 1/2, and a
+    doubled W_o makes up for it. Chunk embeddings start random (std 0.02)."""
     twin = Attention(config).to(attn.out.weight.device)
     fill(twin.qkvz, with_bias(attn.qkvz))
     fill(twin.out, with_bias(attn.out))
@@ -257,21 +237,62 @@ def attention_twin(attn, config):
     return twin
 
 
+@torch.no_grad()
+def low_rank_keys(attn, x, rank):
+    """Projections of half width for the article's smaller state, whose products q . k come closest to the
+    teacher's. For a head, q . k = [x, 1] A_q^T A_k [x, 1]^T with A = [diag(gain / rms) W, bias]. The best
+    approximation of A_q^T A_k of this rank is U_r Sigma_r V_r^T, and each side takes the root of Sigma_r.
+    1 / rms belongs to QK-norm and differs from token to token: its mean over one batch x (B,T,C) stands in.
+    Returns the rows of q and of k, (H*rank, C+1) each, the bias in the last column."""
+    c = attn.config
+    H, D = c.n_head, c.head_dim
+
+    def factors(y, A, n_head, norm):
+        """Q (H,C+1,D) and R (H,D,D) of A^T = Q R, for every query head."""
+        A = A.unflatten(0, (n_head, D))                            # (n_head, D, C+1)
+        if c.qk_norm:
+            rms = y.unflatten(-1, (n_head, D)).square().mean(-1).add(c.norm_eps).sqrt()
+            A = A * norm.weight[:, None] * (1 / rms).mean((0, 1))[:, None, None]
+        return torch.linalg.qr(A.repeat_interleave(H // n_head, 0).cpu().double().mT)
+    y_q, y_k, *_ = attn.qkvz(x).split(attn.sizes, dim=-1)
+    A_q, A_k, *_ = with_bias(attn.qkvz).split(attn.sizes)
+    Q_q, R_q = factors(y_q, A_q, H, attn.q_norm)
+    Q_k, R_k = factors(y_k, A_k, c.n_kv_head, attn.k_norm)
+    U, singular, Vh = torch.linalg.svd(R_q @ R_k.mT)               # of D x D: A_q^T A_k = Q_q R_q R_k^T Q_k^T
+    root = singular[:, :rank, None].sqrt()
+    q = root * (Q_q @ U).mT[:, :rank]                              # (H, rank, C+1)
+    k = root * (Vh @ Q_k.mT)[:, :rank]
+    return q.flatten(0, 1).to(x), k.flatten(0, 1).to(x)
+
+
+def with_bias(linear):
+    """The rows of a Linear with their bias, or 0, as a last column: (out, in + 1)."""
+    bias = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+    return torch.cat((linear.weight, bias[:, None]), 1)
+
+
+def clone_heads(rows, n_head, times):
+    """Rows of n_head heads, each head so many times in a row."""
+    return rows.unflatten(0, (n_head, -1)).repeat_interleave(times, 0).flatten(0, 1)
+
+
 def fill(linear, rows):
-    """Set the first rows of a Linear, the bias last in each; what is left, a gate, becomes 0."""
+    """Set the first rows of a Linear, the bias in the last column. The other rows, those of a gate, are 0."""
     n = len(rows)
-    linear.weight[:n], linear.weight[n:] = rows[:, :-1], 0
+    linear.weight[:n] = rows[:, :-1]
+    linear.weight[n:] = 0
     if linear.bias is not None:
-        linear.bias[:n], linear.bias[n:] = rows[:, -1], 0
+        linear.bias[:n] = rows[:, -1]
+        linear.bias[n:] = 0
 
 
 @torch.no_grad()
 def teacher_layers(teacher, config, idx):
-    """Run a teacher on idx (B,T) and yield, layer by layer, what a twin of it needs: the attention layer,
-    its input x (B,T,C) after the norm, where its tokens stand (with the teacher's rotation for the one and
-    the twin's for the other), and its output y (B,T,C)."""
-    known = replace(config, attn_position=True, chunk=None, n_chunks=0)   # the teacher's positions, the twins' RoPE
-    where = locate(known, torch.arange(idx.size(1), device=idx.device)[None])
+    """Run a teacher on idx (B,T). Yield for every layer what its twin needs: the attention layer, its input x
+    (B,T,C) after the norm, where the tokens stand, and its output y (B,T,C). Positions are the teacher's for
+    attention, and those of the student's config for linear twins."""
+    both = replace(config, attn_position=True, chunk=None, n_chunks=0)
+    where = locate(both, torch.arange(idx.size(1), device=idx.device)[None])
     h = teacher.embed(idx, where)
     for block in teacher.blocks:
         x = block.norm1(h)
@@ -281,44 +302,56 @@ def teacher_layers(teacher, config, idx):
         h = h + block.mlp(block.norm2(h))
 
 
-def make_twins(teacher, config, corpus, plan, o):
-    """A linear twin of every attention layer, and what its output squared would be on average in the teacher;
-    both from one batch of text, of at most 2^14 tokens."""
-    plan = replace(plan, batch=min(plan.batch, max(1, 2 ** 14 // plan.length)))
-    rows = training_rows(corpus, "transfer", plan)(0)
-    idx, twins, squares = torch.from_numpy(rows[:, :-1]).to(o.device), nn.ModuleList(), []
+def make_twins(teacher, config, corpus, plan, args):
+    """A linear twin of every attention layer, and the mean square of every layer's output, both from one
+    batch of at most 2^14 tokens."""
+    one_batch = replace(plan, batch=min(plan.batch, max(1, 2 ** 14 // plan.length)))
+    rows = torch.from_numpy(training_rows(corpus, "transfer", one_batch)(0)).to(args.device)
+    twins = nn.ModuleList()
+    squares = []
     with bf16():
-        for attn, x, where, y in teacher_layers(teacher, config, idx):
-            twins.append(linear_twin(attn, config, x, where, o.retention, o.transfer == "on"))
+        for attn, x, where, y in teacher_layers(teacher, config, rows[:, :-1]):
+            twins.append(linear_twin(attn, config, x, where, args.retention, args.transfer == "on"))
             squares.append(y.float().square().mean())
     return twins, squares
 
 
-def assemble(teacher, config, mixers):
-    """A student: its mixers are those of a list, all else is copied from a model (the teacher)."""
-    with torch.device(teacher.wte.weight.device):
-        student = HypeNet(replace(config))
-    shared = {name: w for name, w in teacher.state_dict().items() if ".mixer." not in name}
-    new = student.load_state_dict(shared, strict=False).missing_keys
-    assert all(".mixer." in name or "chunk_embd" in name for name in new), f"not transferred: {new}"
-    for block, mixer in zip(student.blocks, mixers):
-        block.mixer, mixer.config = mixer, student.config
-    return student
+def assemble(source, config, mixers):
+    """A model with this config and these mixers. All else is copied from the source, a teacher or student."""
+    with torch.device(source.wte.weight.device):
+        model = HypeNet(replace(config))
+    shared = {name: w for name, w in source.state_dict().items() if ".mixer." not in name}
+    missing = model.load_state_dict(shared, strict=False).missing_keys
+    assert all(".mixer." in name or "chunk_embd" in name for name in missing), f"not transferred: {missing}"
+    for block, mixer in zip(model.blocks, mixers):
+        block.mixer = mixer
+        mixer.config = model.config
+    return model
 
 
 # ---- losses ------------------------------------------------------------------------------------------------
 
 
-def by_slices(work, model, *tensors, elements=None):
-    """[work(slice of each tensor)], so many tokens (N,...) at a time that logits have about `elements`
-    values: a large vocabulary then needs no more memory than a small one."""
-    n = max(1, (elements or (2 ** 27 if tensors[0].is_cuda else 2 ** 24)) // model.config.vocab_size)
-    return [work(*part) for part in zip(*(t.split(n) for t in tensors))]
+def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
+    """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
+    "reverse": KL(student, teacher), the article's. Logits are made in slices of about slice_elements."""
+    xs = student.hidden(idx, offset=offset).flatten(0, 1)                         # (N,C)
+    with torch.no_grad():
+        xt = teacher.hidden(idx).flatten(0, 1) if alpha < 1 else xs.detach()
+
+    def work(weight, xs, xt, y):
+        with torch.no_grad():
+            logits_t = teacher.head(xt) if alpha < 1 else None
+        return token_losses(F.linear(xs, weight.to(xs.dtype)), logits_t, y, kl, alpha)         # (n,V)
+    total = loss_by_slices(work, student.config.vocab_size, student.head_weight(), xs, xt, targets.flatten(),
+                           elements=slice_elements)
+    return total / len(xs)
 
 
 def token_losses(logits_s, logits_t, targets, kl, alpha):
-    """Sum over tokens of alpha CE + (1 - alpha) KL, of logits (n,V) of student and teacher (None: CE)."""
-    log_s, loss = logits_s.float().log_softmax(-1), 0.0
+    """Sum over tokens of alpha CE + (1 - alpha) KL, from logits (n,V) of student and teacher (None: CE)."""
+    log_s = logits_s.float().log_softmax(-1)
+    loss = 0.0
     if alpha:
         loss = alpha * F.nll_loss(log_s, targets, reduction="sum")
     if logits_t is not None:
@@ -328,112 +361,71 @@ def token_losses(logits_s, logits_t, targets, kl, alpha):
     return loss
 
 
-class _HeadLoss(torch.autograd.Function):
-    """The loss of a head, in slices whose gradients are taken as soon as their logits are there: no logits
-    are kept, and none are made twice. work(weight, slices of xs and others) -> loss."""
-
-    @staticmethod
-    def forward(ctx, work, elements, student, weight, xs, *others):
-        weight, xs = weight.detach().requires_grad_(ctx.needs_input_grad[3]), xs.detach()
-
-        def one(x, *others):
-            x.requires_grad_(ctx.needs_input_grad[4])
-            with torch.enable_grad():
-                loss = work(weight, x, *others)
-            if loss.requires_grad:
-                loss.backward()
-            return loss.detach(), x.grad
-        losses, grads = zip(*by_slices(one, student, xs, *others, elements=elements))
-        ctx.grads = weight.grad, torch.cat(grads) if ctx.needs_input_grad[4] else None
-        return sum(losses)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (w, x), ctx.grads = ctx.grads, None
-        return None, None, None, *(g if g is None else g.mul_(grad) for g in (w, x)), None, None
-
-
-def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
-    """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
-    "reverse": KL(student, teacher), the article's."""
-    xs = student.hidden(idx, offset=offset).flatten(0, 1)                         # (N,C)
-    with torch.no_grad():
-        xt = teacher.hidden(idx).flatten(0, 1) if alpha < 1 else xs.detach()
-
-    def work(weight, xs, xt, y):
-        with torch.no_grad():
-            logits_t = teacher.head(xt) if alpha < 1 else None
-        return token_losses(F.linear(xs, weight.to(xs.dtype)), logits_t, y, kl, alpha)         # (n,V)
-    return _HeadLoss.apply(work, slice_elements, student, student.head_weight(), xs, xt,
-                           targets.flatten()) / len(xs)
-
-
-def objective(student, teacher, o, alpha):
-    """The loss function of a stage (see backward). Chunk HyPE starts each sequence somewhere, so that the
-    embedding of every chunk is trained; where, its own ids tell, as good as at random, in a recorded step
-    too."""
-    def loss_fn(idx, targets, step):
-        c, offset = student.config, None
+def objective(student, teacher, kl, alpha):
+    """The loss function of a stage, for `train`. Chunk HyPE gives each sequence a random start position, so
+    that every chunk embedding is trained. The start is a hash of the row's ids: a CUDA graph cannot call a
+    random number generator of the host."""
+    def loss_fn(idx, targets):
+        c = student.config
+        offset = None
         if c.chunk:
-            most = max(0, c.chunk * c.n_chunks - idx.size(1)) + 1
-            offset = (idx * torch.arange(1, idx.size(1) + 1, device=idx.device) ** 2).sum(1) % most
-        yield distil_loss(student, teacher, idx, targets, o.kl, alpha, offset)
+            starts = max(0, c.chunk * c.n_chunks - idx.size(1)) + 1
+            offset = (idx * torch.arange(1, idx.size(1) + 1, device=idx.device) ** 2).sum(1) % starts
+        yield distil_loss(student, teacher, idx, targets, kl, alpha, offset)
     return loss_fn
 
 
-# ---- measuring ---------------------------------------------------------------------------------------------
+# ---- the training loop -------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def measure(models, batches):
-    """Means over the tokens of each sequence (sequences, 1 or 4): the loss of each model in nats, and of two
-    models, teacher and student, KL(teacher, student) and how often the likeliest next token is the same."""
-    def one(targets, *xs):
-        logs = [model.head(x).float().log_softmax(-1) for model, x in zip(models, xs)]
-        out = [-log.gather(-1, targets[:, None])[:, 0] for log in logs]
-        if len(logs) > 1:
-            t, s = logs
-            out += [F.kl_div(s, t, reduction="none", log_target=True).sum(-1), t.argmax(-1) == s.argmax(-1)]
-        return torch.stack([x.float() for x in out], 1)             # (n, 1 or 4)
-    means = []
-    for idx, targets in batches:
-        idx, targets = idx.to(models[0].wte.weight.device), targets.to(models[0].wte.weight.device)
-        with bf16():
-            xs = [model.hidden(idx).flatten(0, 1) for model in models]
-            scores = torch.cat(by_slices(one, models[0], targets.flatten(), *xs))
-        means.append(scores.unflatten(0, idx.shape).mean(1).cpu())
-    return torch.cat(means)
+def train(run, stage, plan, corpus, module, groups, loss_fn):
+    """The one training loop (paper appendix B). groups are lists of the module's parameters: they train, and
+    each list is clipped to a gradient norm of 1 by itself. loss_fn(idx, targets) yields the terms of the mean
+    loss of some rows. `run` keeps the log and the checkpoints: a stage that was stopped goes on."""
+    params = only_train(module, groups)
+    matrices = [p for p in params if p.dim() > 1]
+    vectors = [p for p in params if p.dim() < 2]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=plan.weight_decay),
+                                   dict(params=vectors, weight_decay=0.0)],
+                                  lr=plan.lr, betas=(0.9, 0.95), fused=True)
+
+    def gradients(rows, at_once):
+        optimizer.zero_grad()
+        loss = backward(loss_fn, rows, at_once)
+        norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
+        return torch.stack((loss, torch.stack(norms).max()))       # the maximum is NaN if any norm is
+
+    progress = run.stage(stage, plan, module, optimizer, gradients)
+    for step, rows in progress.steps(corpus, training_rows):
+        loss, norm = progress.compute(rows)                        # calls gradients; raises if not finite
+        lr = progress.rate(step)                                   # plan.rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        progress.done(step, loss, norm, lr)
+    module.requires_grad_(False).zero_grad()
 
 
-def losses(model, batches):
-    """Mean loss of each sequence, nats a token."""
-    return measure([model], batches)[:, 0]
+def only_train(module, groups):
+    """Let the parameters of the groups train, and freeze all others of module. On a GPU those that train are
+    float32, frozen ones bfloat16. Returns a list of those that train."""
+    params = [p for group in groups for p in group]
+    trained = set(map(id, params))
+    for p in module.parameters():
+        p.requires_grad_(id(p) in trained)
+        if p.device.type == "cuda":
+            p.data = p.data.to(torch.float32 if p.requires_grad else torch.bfloat16)
+    return params
 
 
-def compare(teacher, student, batches):
-    """Held-out loss of both, KL(teacher, student) in nats a token, and the share of tokens whose likeliest
-    next token is the same."""
-    t, s, kl, same = measure([teacher, student], batches).mean(0).tolist()
-    return dict(val_loss=dict(teacher=t, student=s), kl=kl, top1_agreement=same)
-
-
-# ---- a run: its folder, its log, its checkpoints -----------------------------------------------------------
-
-
-# ---- training ----------------------------------------------------------------------------------------------
-
-
-def backward(loss_fn, rows, step, micro):
-    """Add up the gradients of the mean loss of a batch, rows (batch, length + 1), `micro` of them at a time;
-    returns the loss. loss_fn(idx, targets, step) yields terms of the loss of some rows. Each is
-    backpropagated as it comes, so that memory holds the graph of one alone."""
+def backward(loss_fn, rows, at_once):
+    """Add up the gradients of the mean loss of rows (batch, length + 1), so many at once; returns the loss.
+    Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone."""
     total = 0.0
-    for first in range(0, len(rows), micro):
-        part = rows[first:first + micro]
-        terms = loss_fn(part[:, :-1], part[:, 1:], step)
+    for part in rows.split(at_once):
+        terms = loss_fn(part[:, :-1], part[:, 1:])
         while True:
-            with bf16():
+            with bf16():                                           # the forward pass alone
                 term = next(terms, None)
             if term is None:
                 break
@@ -443,315 +435,343 @@ def backward(loss_fn, rows, step, micro):
     return total
 
 
-def train(run, stage, plan, corpus, module, groups, loss_fn):
-    """The one training loop (AdamW 0.9/0.95; the weights of matrices decay only where a plan says so, in no
-    stage of paper appendix B). groups: lists of parameters, each clipped to a gradient norm of 1 alone; all
-    else in module is frozen, and on CUDA bf16. loss_fn: see backward. A stage that was stopped goes on; one
-    that is finished is only loaded. ValueError if the loss is not finite, the checkpoint is damaged, or
-    memory or disk run out."""
-    params, device = [p for g in groups for p in g], groups[0][0].device
-    trained = set(map(id, params))
-    for p in module.parameters():
-        p.requires_grad_(id(p) in trained)
-        if device.type == "cuda":
-            p.data = p.data.to(torch.float32 if p.requires_grad else torch.bfloat16)
-    most = min(plan.batch, max(1, 2 ** 17 // plan.length))         # more tokens at once are not faster
-    micro, run.tokens = run.options["micro"] or most, run.tokens + plan.total
-    if isinstance(run, Probe):
-        run.measure(stage, plan, module, params, loss_fn, micro)
-        return checkpoint_blocks(module, on=False)
-    opt = torch.optim.AdamW([dict(params=[p for p in params if p.dim() > 1], weight_decay=plan.weight_decay),
-                             dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)],
-                            lr=plan.lr, betas=(0.9, 0.95), fused=True)
-    file, first, mean, replay = run.path(f"{stage}.pt"), 0, None, None
-    if os.path.exists(file):
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            module.load_state_dict(saved["module"], strict=False)
-            first, mean = saved["step"], saved["mean"]
-            if "optimizer" in saved:
-                opt.load_state_dict(saved["optimizer"])
-        except Exception:                                          # torch raises several types
-            raise ValueError(f"{file} is damaged; remove it to train this stage again") from None
-        del saved
-    if first < plan.steps:
-        run.forget(stage, first)
-
-    def save(step):
-        state = dict(step=step, mean=mean, module={
-            name: p for name, p in module.named_parameters() if p.requires_grad})
-        if step < plan.steps:
-            state["optimizer"] = opt.state_dict()
-        try:
-            write_file(file, lambda tmp: torch.save(state, tmp))
-        except (OSError, RuntimeError) as e:                       # torch's own on a full disk
-            raise ValueError(f"{file}: {e}; free some disk, then --resume {run.folder}") from None
-        run.save()
-
-    def gradients(rows, step, micro):                              # clipped; loss and norm (2,)
-        loss = backward(loss_fn, rows, step, micro)
-        norms = [nn.utils.clip_grad_norm_(g, 1.0) for g in groups]
-        return torch.stack((loss, torch.stack(norms).max()))       # NaN if any is
-    bar = tqdm(range(first, plan.steps), desc=f"{stage:9s}", initial=first, total=plan.steps, mininterval=0.5,
-               dynamic_ncols=True, disable=first == plan.steps)
-    saved_at, pause, tick = time.time(), 120.0, time.time()
-    for step, rows in zip(bar, ahead(training_rows(corpus, stage, plan), range(first, plan.steps), device)):
-        if replay:
-            both = replay(rows)
-        else:
-            both, micro = fitted(stage, module, micro, partial(gradients, rows, step))
-        value, norm = both.tolist()
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            good = f"last checkpoint {file}" if os.path.exists(file) else "no checkpoint yet"
-            flag = f"--plan {stage.rstrip('0123456789')}.lr={plan.lr / 3:.0e}"
-            raise ValueError(f"{stage}: loss {value:.3g}, gradient norm {norm:.3g} at step "
-                             f"{step + 1}, {good}; start anew with {flag}")
-        lr = plan.rate(step)
-        for group in opt.param_groups:
-            group["lr"] = lr
-        opt.step()
-        if not replay:
-            opt.zero_grad()
-            if step == first + 1 < plan.steps - 1 and micro >= len(rows):        # all is compiled, and fits
-                replay = recorded(partial(gradients, step=step, micro=micro), rows, run.options)
-        mean = value if mean is None else 0.95 * mean + 0.05 * value
-        now = time.time()
-        ms, tick = 1000 * (now - tick), now
-        run.log(stage=stage, step=step + 1, loss=value, norm=norm, lr=lr, ms=round(ms, 2))
-        if (step + 1) % max(1, plan.steps // 4) == 0 or step + 1 == plan.steps:
-            tqdm.write(f"{stage:9s}{step + 1:6,}/{plan.steps:,} | loss {mean:.4f} | norm {norm:.2f} | "
-                       f"lr {lr:.1e} | {ms:,.0f} ms | {1000 * plan.total / plan.steps / ms:,.0f} tok/s")
-        bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
-        if step + 1 == plan.steps or run.stop or now - saved_at > pause:
-            save(step + 1)
-            run.leave_if_asked()
-            saved_at = tick = time.time()
-            pause = max(pause, 20 * (saved_at - now))              # large models: at most 5% of the time
-    module.requires_grad_(False).zero_grad()
-    checkpoint_blocks(module, on=False)
-    corpus.advance(plan)
-
-
 # ---- the paper's stages ------------------------------------------------------------------------------------
 
 
-def align(run, teacher, config, corpus, plan, o):
-    """Stage 1 (paper eq. 7): a linear twin of every attention layer, each alone, on the teacher's own hidden
-    states. The loss is the sum over layers of MSE / mean square of the target on one batch: Adam does not
-    see the factor, and 1 a layer is what an output of zero would score. A layer is a term: its graph is gone
-    before the teacher runs the next."""
-    twins, squares = make_twins(teacher, config, corpus, plan, o)
+def convert_staged(run, teacher, corpus, plans, args):
+    """The paper's HALO: align, select, distil, finetune. Returns the student."""
+    config = student_config(teacher.config, "L" * len(teacher.config.layers), args)
+    twins = align(run, teacher, config, corpus, plans["align"], args)
+    layers = select(run, teacher, twins, config, corpus, args)
+    config = replace(config, layers=layers)
+    mixers = [attention_twin(block.mixer, config) if kind == "A" else twin
+              for block, twin, kind in zip(teacher.blocks, twins, layers)]
+    student = assemble(teacher, config, mixers)
+    del twins, mixers                                              # frees the twins of attention layers
+    everything = [list(student.parameters())]
 
-    def loss_fn(idx, targets, step):
+    # From here attention has no positions (HyPE). With RoPE the score of two tokens depends on their
+    # distance, and at a distance that training never had the score is arbitrary. Without positions the
+    # score depends on the two tokens alone, near or far. The order of tokens comes from the linear layers,
+    # which keep RoPE.
+    distil = objective(student, teacher, args.kl, args.alpha)
+    train(run, "distil", plans["distil"], corpus, student, everything, distil)
+
+    # Stage 3 has long sequences, because attention must learn to find one key among thousands: stage 2 never
+    # shows it so many. Stage 3 has no teacher, because past the length that it was trained at the teacher
+    # predicts badly. The text itself is the target.
+    finetune = objective(student, None, args.kl, alpha=1.0)
+    train(run, "finetune", plans["finetune"], corpus, student, everything, finetune)
+    return student
+
+
+def align(run, teacher, config, corpus, plan, args):
+    """Stage 1 (paper eq. 7): every linear twin learns its attention layer's output, each alone, on the hidden
+    states of the teacher. The loss is a sum over layers of MSE / mean square of the target: a layer whose
+    output is 0 would score 1. Each layer is a term, whose graph is gone before the teacher runs the next."""
+    twins, squares = make_twins(teacher, config, corpus, plan, args)
+
+    def loss_fn(idx, targets):
         for twin, square, (_, x, where, y) in zip(twins, squares, teacher_layers(teacher, config, idx)):
             yield (twin(x, where).float() - y.float()).square().mean() / square
-    train(run, "align", plan, corpus, twins, [list(t.parameters()) for t in twins], loss_fn)
+    train(run, "align", plan, corpus, twins, [list(twin.parameters()) for twin in twins], loss_fn)
     return twins
 
 
-def swap_scores(teacher, twins, config, corpus, o):
-    """R and C of paper eq. 8, measured with what is built in. For every layer, of the model in which it alone
-    is linear: mean log-probability of an answer's tokens (R: of pass keys and, in the share that training
-    has, of values after other words, see recall) and minus the held-out loss (C), with their standard errors;
-    for "swap" also those of the model in which it alone is what it would be if it stayed: with HyPE,
-    attention without positions. RoPE is left out; learned positions entered at the input, so the layer reads
-    the stream less wpe: gone is what they added themselves, not what layers before made of it. Returns these
-    and the teacher's own C. A swap is made in place; config tells the kind of layer i."""
-    own, scores = teacher.config, []
-    batches = corpus.held_out_batches(o.length, max(2, o.eval_windows // 2))
-
-    def both(kind=""):
-        R = recall(teacher, corpus, o.length, o.trials * 2, varied=o.varied)[0]
-        C = -losses(teacher, batches)
-        return {f"R{kind}": R.mean().item(), f"R{kind}_se": R.std().item() / len(R) ** 0.5,
-                f"C{kind}": C.mean().item(), f"C{kind}_se": C.std().item() / len(C) ** 0.5}
-    for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
-        block, layers = teacher.blocks[i], "A" * i + "L" + "A" * (len(twins) - 1 - i)
-        attn = block.mixer
-
-        def kept(x, where, cache=None):
-            h = x - teacher.wpe(where.pos) if own.position == "learned" else x
-            x = x + attn(block.norm1(h), where._replace(attn_rope=None), cache)
-            return x + block.mlp(block.norm2(x))
-        try:
-            block.mixer = twin
-            teacher.config = replace(config, layers=layers, attn_position=True, chunk=None, n_chunks=0, window=None,
-                                     attn_gate=False)
-            scores.append(both())
-            block.mixer, teacher.config = attn, own
-            if o.layers == "swap":
-                if o.pe == "hype":
-                    block.forward = kept
-                scores[i].update(both("_kept"))
-        finally:
-            block.mixer, teacher.config = attn, own
-            vars(block).pop("forward", None)
-    return scores, -losses(teacher, batches).mean().item()
+def select(run, teacher, twins, config, corpus, args):
+    """The layers that stay attention, one letter per layer."""
+    n_layer = len(twins)
+    if args.layers not in SCORED:
+        return choose_layers(args.layers, n_layer, keep=args.keep)
+    scores, minus_loss = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, args))
+    layers = choose_layers(args.layers, n_layer, scores, -minus_loss, keep=args.keep)
+    print_scores(scores, layers, -minus_loss)
+    return layers
 
 
-def choose_layers(how, n_layer, scores=None, base_C=None, limit=1.0, keep=None):
-    """The layers that stay attention, as a string of "A" and "L". how: the string itself; "even"; "ends", the
-    article's first and last quarter; "score", the `keep` (default floor(L/4)) layers of highest
+def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=None):
+    """The layers that stay attention, as a string of "A" and "L". how is the string itself, or a rule:
 
-        score_i = (max R - R_i) / (max C - C_i + 1e-6)             paper eq. 8, 9
+    even      every so many layers
+    ends      the first and the last quarter (the article's get_hybrid_config)
+    score     the highest  score_i = (max R - R_i) / (max C - C_i + 1e-6)  (paper eq. 8, 9). R is recall, C is
+              minus the loss, both with layer i linear: a layer stays if it costs much recall and little C
+    guarded   the same, with the denominator floored at C's standard error. Layers come first if linear they
+              cost more than `limit` nats
+    swap      the highest  score_i = (R_i if it stays - R_i if it is linear) + (the same of C)
 
-    much recall lost for little language lost; "guarded", the same with the denominator floored at C's
-    standard error, and those layers first whose lone swap costs more than `limit` nats; or "swap":
-
-        score_i = (R_i if it stays - R_i if it is linear) + (the same of C)
-
-    A layer that stays loses its RoPE (HyPE), so the choice is between two losses. One that looks a fixed step
-    back needs positions, and is better off linear, with RoPE, however much recall hangs on it. ValueError if
-    how is none of these."""
-    if how not in (*SCORED, "even", "ends") and (set(how) - set("AL") or not how):
-        raise ValueError(f"--layers {how}: give {', '.join(SCORED)}, even, ends, or a letter A or L a layer")
-    if set(how) <= set("AL"):
-        if len(how) != n_layer:
-            raise ValueError(f"--layers {how} names {len(how)} layers; the teacher has {n_layer}")
-        return how
+    Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
+    layer looks a fixed number of tokens back: it needs RoPE, so linear suits it, however it serves recall."""
     k = keep or max(1, n_layer // 4)
-    if how == "ends":                                              # the article's get_hybrid_config
-        stay = [*range(n_layer // 4), *range(n_layer * 3 // 4, n_layer)]
-    elif how == "even":
+    if set(how) <= set("AL"):
+        return how
+    if how == "even":
         stay = [round((i + 1) * n_layer / k) - 1 for i in range(k)]
+    elif how == "ends":
+        stay = [*range(n_layer // 4), *range(n_layer * 3 // 4, n_layer)]
     else:
-        best_R, best = max(s["R"] for s in scores), max(scores, key=lambda s: s["C"])
-        for s in scores:
-            floor = best["C_se"] if how == "guarded" else 0.0
-            s["score"] = (s["R_kept"] - s["R"] + s["C_kept"] - s["C"] if how == "swap" else
-                          (best_R - s["R"]) / (max(best["C"] - s["C"], floor) + 1e-6))
-            s["must"] = how == "guarded" and base_C - s["C"] > limit
+        add_scores(how, scores, teacher_loss, limit)
         order = sorted(range(n_layer), key=lambda i: (scores[i]["must"], scores[i]["score"]), reverse=True)
         stay = order[:k]
     return "".join("A" if i in stay else "L" for i in range(n_layer))
 
 
-def convert_staged(run, teacher, corpus, plans, o):
-    """The paper's HALO: align, select, distil, finetune, fit."""
-    L = len(teacher.config.layers)
-    config = student_config(teacher.config, "L" * L, o)
-    twins = align(run, teacher, config, corpus, plans["align"], o)
-    scores = base = None
-    if o.layers in SCORED:
-        scores, base = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, o))
-    layers = choose_layers(o.layers, L, scores, base, keep=o.keep)
-    if scores:
-        print_scores(scores, layers, base)
-    config = replace(config, layers=layers)
-    student = assemble(teacher, config, [attention_twin(b.mixer, config) if kind == "A" else twin
-                                         for b, twin, kind in zip(teacher.blocks, twins, layers)])
-    twins = None                                                   # frees those of layers that stay attention
-    everything, fade = [list(student.parameters())], round(o.fade * plans["distil"].steps)
-    distil = objective(student, teacher, o, o.alpha)
-
-    def fading(idx, targets, step):                                # RoPE (or wpe) leaves attention slowly
-        student.config.attn_pe = max(0.0, 1 - step / fade)
-        yield from distil(idx, targets, step)
-    train(run, "distil", plans["distil"], corpus, student, everything, fading if fade else distil)
-    student.config.attn_pe = config.attn_pe
-    train(run, "finetune", plans["finetune"], corpus, student, everything,
-          objective(student, teacher, o, alpha=1.0))
-    return student
+def add_scores(how, scores, teacher_loss, limit):
+    """Give each layer its score, and whether it must stay attention; see choose_layers."""
+    best_R = max(s["R"] for s in scores)
+    best = max(scores, key=lambda s: s["C"])
+    floor = best["C_se"] if how == "guarded" else 0.0
+    for s in scores:
+        if how == "swap":
+            s["score"] = s["R_kept"] - s["R"] + s["C_kept"] - s["C"]
+        else:
+            s["score"] = (best_R - s["R"]) / (max(best["C"] - s["C"], floor) + 1e-6)   # paper eq. 8
+        s["must"] = how == "guarded" and -s["C"] - teacher_loss > limit
 
 
-def print_scores(scores, layers, base):
-    kinds = {"": "linear", "_kept": "kept"} if "R_kept" in scores[0] else {"": "linear"}
-    header = "layer"
-    for name in kinds.values():
-        header += f"{f'recall if {name} (log p)':>27s}{f'held-out loss if {name}':>25s}"
-    print(f"\n{header}{'score':>10s}")
+def swap_scores(teacher, twins, config, corpus, args):
+    """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
+    an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear, R_kept and
+    C_kept (for "swap") with layer i as it would stay, all other layers being the teacher's. Returns a list of
+    dicts, one per layer, and minus the held-out loss of the teacher itself."""
+    batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
+    scores = []
+
+    def both(model, kind=""):
+        logp = recall(model, corpus, args.length, args.trials * 2, varied=args.varied)[0]
+        loss = losses(model, batches)
+        return {f"R{kind}": logp.mean().item(), f"R{kind}_se": logp.std().item() / len(logp) ** 0.5,
+                f"C{kind}": -loss.mean().item(), f"C{kind}_se": loss.std().item() / len(loss) ** 0.5}
+    for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
+        scores.append(both(with_linear(teacher, config, i, twin)))
+        if args.layers == "swap":
+            scores[i] |= both(with_kept(teacher, i) if args.pe == "hype" else teacher, "_kept")
+    return scores, -losses(teacher, batches).mean().item()
+
+
+def with_linear(teacher, config, i, twin):
+    """The teacher with layer i exchanged for its linear twin, of the kind that config says. Both models share
+    the weights of all other layers."""
+    layers = "A" * i + "L" + "A" * (len(teacher.blocks) - 1 - i)
+    swapped = replace(config, layers=layers, attn_position=True, chunk=None, n_chunks=0, window=None,
+                      attn_gate=False)
+    with torch.device("meta"):                                     # memory for no weight
+        model = HypeNet(swapped)
+    model.blocks[i].mixer = twin
+    return share_weights(model, teacher)
+
+
+def with_kept(teacher, i):
+    """The teacher with layer i as HyPE would keep it: attention without positions."""
+    with torch.device("meta"):
+        model = HypeNet(teacher.config)
+        model.blocks[i] = WithoutPositions(teacher.config, getattr(model, "wpe", None))
+    return share_weights(model, teacher)
+
+
+class WithoutPositions(Block):
+    """A teacher's block whose attention knows no positions. RoPE is left out. Learned positions are part of
+    the stream, so attention reads the stream less wpe. What earlier layers made of wpe stays."""
+
+    def __init__(self, config, wpe):
+        super().__init__(config, "A")
+        self.wpe = wpe
+
+    def forward(self, x, where, cache=None):
+        unplaced = x if self.wpe is None else x - self.wpe(where.pos)
+        x = x + self.mixer(self.norm1(unplaced), where._replace(attn_rope=None), cache)
+        return x + self.mlp(self.norm2(x))
+
+
+def share_weights(model, teacher):
+    """Let a model without weights (on the device "meta") use those of a teacher, by name."""
+    missing = {name for name, w in model.state_dict().items() if w.is_meta}
+    shared = {name: w for name, w in teacher.state_dict().items() if name in missing}
+    model.load_state_dict(shared, strict=False, assign=True)
+    return model.requires_grad_(False)
+
+
+def print_scores(scores, layers, teacher_loss):
+    kinds = {"": "if linear", "_kept": "if kept"} if "R_kept" in scores[0] else {"": "if linear"}
+    width = 19 * len(kinds)
+    print(f"\n{'':5s}{'recall (log p)':>{width}s}{'held-out loss':>{width}s}")
+    print("layer" + 2 * "".join(f"{name:>19s}" for name in kinds.values()) + f"{'score':>10s}")
     for i, s in enumerate(scores):
         row = f"{i:3d} {layers[i]}"
-        for k in kinds:
-            row += f"{s[f'R{k}']:17.3f} +- {s[f'R{k}_se']:6.3f}{-s[f'C{k}']:15.4f} +- {s[f'C{k}_se']:.4f}"
+        for kind in kinds:
+            row += f"{s[f'R{kind}']:9.3f} +- {s[f'R{kind}_se']:6.3f}"
+        for kind in kinds:
+            row += f"{-s[f'C{kind}']:9.4f} +- {s[f'C{kind}_se']:6.4f}"
         print(f"{row}{s['score']:10.3f}" + "  (swap costs over 1 nat)" * s["must"])
-    print(f"teacher's held-out loss {-base:.4f}; layers: {layers}\n")
+    print(f"teacher's held-out loss {teacher_loss:.4f}; layers: {layers}\n")
 
 
 # ---- the article's progressive conversion ------------------------------------------------------------------
 
 
-def groups_of(layers, o):
-    """The linear layers in the groups in which they are converted."""
-    linear = [i for i, kind in enumerate(layers) if kind == "L"]
-    return np.array_split(linear, min(len(linear), o.groups or max(2, math.ceil(len(linear) / 6))))
-
-
-def convert_progressive(run, teacher, corpus, plans, o):
-    """The article's halo_distillation: the linear layers in groups, the model usable after each."""
-    layers = choose_layers(o.layers, len(teacher.config.layers), keep=o.keep)
-    groups, config = groups_of(layers, o), student_config(teacher.config, layers, o)
+def convert_progressive(run, teacher, corpus, plans, args):
+    """The article's halo_distillation: the linear layers in groups, with a usable model after each group."""
+    layers = choose_layers(args.layers, len(teacher.config.layers), keep=args.keep)
+    groups = groups_of(layers, args.groups)
+    config = student_config(teacher.config, layers, args)
     plan = replace(plans["group"], tokens=plans["group"].tokens / len(groups))
-    twins, _ = make_twins(teacher, config, corpus, plan, o)
-    mixers, student = [attention_twin(block.mixer, config) for block in teacher.blocks], teacher
-    for g, group in enumerate(groups, 1):
+    twins, _ = make_twins(teacher, config, corpus, plan, args)
+    mixers = [attention_twin(block.mixer, config) for block in teacher.blocks]
+    student = teacher
+    for n, group in enumerate(groups, 1):
         for i in group:
             mixers[i] = twins[i]
-        now = "".join("L" if isinstance(m, LinearAttention) else "A" for m in mixers)
-        student, stage = assemble(student, replace(config, layers=now), mixers), f"group{g}"
+        letters = "".join("L" if isinstance(mixer, LinearAttention) else "A" for mixer in mixers)
+        student = assemble(student, replace(config, layers=letters), mixers)
         params = [p for i in group for p in student.blocks[i].mixer.parameters()]
         params += [p for name, p in student.named_parameters() if "chunk_embd" in name]
-        train(run, stage, plan, corpus, student, [params], objective(student, teacher, o, o.alpha))
+        stage = f"group{n}"
+        train(run, stage, plan, corpus, student, [params], objective(student, teacher, args.kl, args.alpha))
 
         def usable():
             student.save_pretrained(run.path(stage))
             corpus.tokenizer.save(run.path(stage))
-            loss = losses(student, corpus.held_out_batches(o.length, o.eval_windows)).mean().item()
-            print(f"group {g} of {len(groups)}: {now} | held-out loss {loss:.4f} | usable: {run.path(stage)}")
+            batches = corpus.held_out_batches(args.length, args.eval_windows)
+            loss = losses(student, batches).mean().item()
+            print(f"group {n} of {len(groups)}: {letters} | held-out loss {loss:.4f} | "
+                  f"usable: {run.path(stage)}")
             return loss
         run.once(stage, usable)
     return student
 
 
-# ---- the logit base, the report ----------------------------------------------------------------------------
+def groups_of(layers, n_groups=0):
+    """The linear layers in the groups in which they are converted; by default at most 6 in each."""
+    linear = [i for i, kind in enumerate(layers) if kind == "L"]
+    return np.array_split(linear, min(len(linear), n_groups or max(2, math.ceil(len(linear) / 6))))
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(models, batches):
+    """Means over the tokens of each sequence, (sequences, 1 or 4): the loss of each model in nats. Of two
+    models, teacher and student, also KL(teacher, student) and how often their likeliest next token agrees."""
+    def one(targets, *xs):
+        logs = [model.head(x).float().log_softmax(-1) for model, x in zip(models, xs)]
+        out = [-log.gather(-1, targets[:, None])[:, 0] for log in logs]
+        if len(logs) > 1:
+            t, s = logs
+            out.append(F.kl_div(s, t, reduction="none", log_target=True).sum(-1))
+            out.append((t.argmax(-1) == s.argmax(-1)).float())
+        return torch.stack(out, 1)                                  # (n, 1 or 4)
+    device = models[0].wte.weight.device
+    means = []
+    for idx, targets in batches:
+        idx, targets = idx.to(device), targets.to(device)
+        with bf16():
+            xs = [model.hidden(idx).flatten(0, 1) for model in models]
+            scores = torch.cat(by_slices(one, models[0].config.vocab_size, targets.flatten(), *xs))
+        means.append(scores.unflatten(0, idx.shape).mean(1).cpu())
+    return torch.cat(means)
+
+
+def losses(model, batches):
+    """Mean loss of each sequence, in nats per token."""
+    return measure([model], batches)[:, 0]
+
+
+def compare(teacher, student, batches):
+    """Held-out loss of both, KL(teacher, student) in nats per token, and how often their likeliest next token
+    agrees."""
+    t, s, kl, same = measure([teacher, student], batches).mean(0).tolist()
+    return dict(val_loss=dict(teacher=t, student=s), kl=kl, top1_agreement=same)
+
+
+# ---- the logit base ----------------------------------------------------------------------------------------
+#
+# Why s_t is a logarithm (paper eq. 11). Say the score of the right key exceeds all others by m. Among t keys
+# its softmax weight is e^m / (e^m + t), which falls as t grows. Let s_t = log(t + a) / log(a) multiply the
+# query. If m is log(a), the weight becomes (t + a) / (2t + a), at least a half at any t. So a is the number
+# of keys that the right key outweighs by itself. s_t starts at 1 and reaches 2 at t = a^2 - a: the larger a,
+# the gentler the scaling.
+#
+# Why training has no s_t: the weights learn scores that are sharp enough for the length they train at. So a
+# can be chosen afterwards, on texts that are much longer than any training sequence.
+#
+# Why several bases are tried: which is best depends on m, that is on how sharp this student's scores are. Too
+# large a base leaves attention flat. Too small a base makes it see one key alone, which costs language.
+
+
+def choose_logit_base(run, student, corpus, plans, args):
+    """The base a that --logit-base asks for, or the one that fits best; None: no scaling."""
+    if args.logit_base != "fit":
+        return None if args.logit_base == "none" else float(args.logit_base)
+    length = min(fit_length(plans, args.length), student.config.limit())
+    costs = run.once("fit", lambda: fit_logit_base(student, corpus, length, args.seed, args.varied))
+    print(f"held-out loss + loss of an answer, at {length:,} tokens, by logit base")
+    print("".join(f"{a:>9s}" for a in costs))
+    print("".join(f"{cost:9.4f}" for cost in costs.values()) + "\n")
+    return cheapest(costs)
 
 
 def fit_logit_base(student, corpus, length, seed, varied=0.0):
-    """What each base a of s_t (paper eq. 11) costs at a long length: {a: held-out loss less the mean
-    log-probability of an answer's tokens}, nats; the sum that `choose_layers` "swap" goes by. From None, no
-    scaling, to ever more, until one costs 0.02 more than the best so far."""
-    batches, out = corpus.held_out_batches(length, 8, seed), {}
+    """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, the sum that
+    choose_layers "swap" takes as well. Scaling grows from None (s_t = 1) on, until a base costs 0.02 more
+    than the best."""
+    batches = corpus.held_out_batches(length, 8, seed)
+    costs = {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
-        R = recall(student, corpus, length, 10, seed + 1, varied=varied)[0]     # not the keys of the report
-        out[str(a)] = (losses(student, batches).mean() - R.mean()).item()
-        if out[str(a)] > min(out.values()) + 0.02:
+        logp = recall(student, corpus, length, 10, seed + 1, varied=varied)[0]  # not the keys of the report
+        costs[str(a)] = (losses(student, batches).mean() - logp.mean()).item()
+        if costs[str(a)] > min(costs.values()) + 0.02:
             break
-    return out
+    return costs
 
 
-def least(fits):
+def cheapest(costs):
     """The base that costs least, None or a number."""
-    base = min(fits, key=fits.get)
-    return None if base == "None" else float(base)
+    logit_base = min(costs, key=costs.get)
+    return None if logit_base == "None" else float(logit_base)
 
 
-# Fields of report.json: the task asked for, and what a table calls it. The second is for models whose
-# training had more to find than pass keys.
+def fit_length(plans, length):
+    """The length at which the base is fitted: well past every training sequence."""
+    return 16 * length if "group" in plans else max(length, 4 * plans["finetune"].length)
+
+
+# ---- the report --------------------------------------------------------------------------------------------
+
+# Fields of report.json: the task asked for, and its row in the table. The second task is for models that were
+# trained to find more than pass keys.
 ASKED = {"passkey": ("S1", "pass key found"), "multikey": ("multi-key", "one of four found")}
 
 
-def shares(model, corpus, lengths, o):
-    """What share of answers a model finds: {field of ASKED: {length: share, None past the last position it
-    knows or without room}}."""
-    fields = list(ASKED)[:2 if o.varied else 1]
-    out = {field: dict.fromkeys(map(str, lengths)) for field in fields}
-    for field, n in tqdm([*itertools.product(fields, lengths)], desc="recall   ", dynamic_ncols=True):
+def shares(model, corpus, lengths, args):
+    """The share of answers that a model finds: {field of ASKED: {length: share}}. The share is None past the
+    last position that the model knows, and where the text has no room for the task."""
+    asked = list(ASKED)[:2 if args.varied else 1]
+    found = {field: dict.fromkeys(map(str, lengths)) for field in asked}
+    for field, n in tqdm([*itertools.product(asked, lengths)], desc="recall   ", dynamic_ncols=True):
         task, _ = ASKED[field]
         if n <= model.config.limit() and has_room(task, n, corpus):
-            dear = o.device == "cpu" and n > 16 * o.length         # minutes, on a CPU
-            trials = max(1, o.trials // 4) if dear else o.trials
-            out[field][str(n)] = recall(model, corpus, n, trials, task=task)[1].mean().item()
-    return out
+            slow = args.device == "cpu" and n > 16 * args.length    # minutes
+            trials = max(1, args.trials // 4) if slow else args.trials
+            found[field][str(n)] = recall(model, corpus, n, trials, task=task)[1].mean().item()
+    return found
 
 
-def evaluate(teacher, student, corpus, o):
-    """The numbers of the final table and of report.json. What is hidden is asked for at 1 to 16 times the
-    length of distillation, of the student at 64 times too."""
-    lengths = [n * o.length for n in (1, 2, 4, 16, 64)]
-    theirs, ours = shares(teacher, corpus, lengths[:4], o), shares(student, corpus, lengths, o)
-    return dict(**compare(teacher, student, corpus.held_out_batches(o.length, o.eval_windows)),
-                **{field: dict(teacher=theirs[field], student=ours[field]) for field in ours})
+def evaluate(teacher, student, corpus, args):
+    """The numbers of the report. Recall is asked for at 1 to 16 times the length of distillation, and of the
+    student at 64 times.
+
+    Why a student reads further than its teacher: no part of it meets anything new in a long text. Its
+    attention ignores distance. Its linear layers forget, so the state after 60,000 tokens looks like the
+    state after 1,000. Only the number of keys grows, and s_t makes up for that."""
+    lengths = [n * args.length for n in (1, 2, 4, 16, 64)]
+    teachers = shares(teacher, corpus, lengths[:4], args)
+    students = shares(student, corpus, lengths, args)
+    numbers = compare(teacher, student, corpus.held_out_batches(args.length, args.eval_windows))
+    for field in students:
+        numbers[field] = dict(teacher=teachers[field], student=students[field])
+    return numbers
 
 
 def percent(share):
@@ -759,470 +779,396 @@ def percent(share):
 
 
 def print_report(r):
-    def row(title, teacher, student):
-        width = max(10, len(r["layers"]) + 2, len(f"{r['params']['student']:,}") + 1)
-        print(f"{title:34s}{teacher:>{width}s}{student:>{width}s}")
+    width = max(10, len(f"{r['params']['student']:,}") + 1)
 
+    def row(title, teacher, student):
+        print(f"{title:34s}{teacher:>{width}s}{student:>{width}s}")
+    n_layer = len(r["layers"])
     row("", "teacher", "student")
-    row("layers", "A" * len(r["layers"]), r["layers"])
-    row("parameters", *(f"{r['params'][m]:,}" for m in ("teacher", "student")))
-    row("held-out loss, nats a token", *(f"{r['val_loss'][m]:.4f}" for m in ("teacher", "student")))
+    row("layers", "A" * n_layer if n_layer + 2 <= width else "all A", f"  {r['layers']}")
+    row("parameters", *(f"{r['params'][model]:,}" for model in ("teacher", "student")))
+    row("held-out loss, nats a token", *(f"{r['val_loss'][model]:.4f}" for model in ("teacher", "student")))
     row("KL to the teacher, nats a token", "", f"{r['kl']:.4f}")
     row("same likeliest next token", "", f"{r['top1_agreement']:.1%}")
-    for field, (_, what) in ASKED.items():
+    for field, (_, title) in ASKED.items():
         for n, share in r[field]["student"].items() if field in r else ():
-            row(f"{what} in {int(n):,} tokens", percent(r[field]["teacher"].get(n)), percent(share))
+            row(f"{title} in {int(n):,} tokens", percent(r[field]["teacher"].get(n)), percent(share))
     peak = f", peak memory {r['peak_gb']:.1f} GB" if r["peak_gb"] else ""
-    print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, "
-          + (f"logit base {r['logit_base']:g}\n" if r["logit_base"] else "no logit scaling\n"))
+    scaling = f"logit base {r['logit_base']:g}" if r["logit_base"] else "no logit scaling"
+    print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, {scaling}\n")
 
 
-# ---- what a run will cost ----------------------------------------------------------------------------------
+# ---- whole runs --------------------------------------------------------------------------------------------
 
 
-class Probe:
-    """Stands in for a Run to try the stages on the device: found[stage] = sequences at once that fit, tokens
-    a second, peak memory in GB, of forward and backward passes of true shape on random ids. ValueError if
-    they do not fit."""
-
-    def __init__(self, teacher, corpus, plans, o):
-        self.options, self.tokens, self.found, self.n_vocab = vars(o), 0, {}, o.tokenizer.n_vocab
-        even = argparse.Namespace(**{**vars(o), "layers": "even" if o.layers in SCORED else o.layers})
-        try:
-            (convert_progressive if "group" in plans else convert_staged)(self, teacher, corpus, plans, even)
-        except torch.OutOfMemoryError:
-            fits = "more --groups" if "group" in plans else "--recipe article, which trains groups of layers,"
-            raise ValueError(f"weights, gradients and optimizer state exceed the memory of {o.device}; give "
-                             f"{fits} or a smaller --teacher") from None
-
-    def once(self, name, work):
-        """Nothing is measured or written."""
-
-    def measure(self, stage, plan, module, params, loss_fn, micro):
-        aside = torch.empty(2 * sum(p.numel() for p in params), device=params[0].device)   # for the optimizer
-        rows = torch.randint(self.n_vocab, (plan.batch, plan.length + 1), device=aside.device)
-        for _ in range(3):                                         # the first finds what fits, and warms up
-            if aside.is_cuda:
-                torch.cuda.reset_peak_memory_stats(aside.device)
-            began = time.time()
-            _, micro = fitted(stage, module, micro, lambda n: backward(loss_fn, rows[:n], 0, n).item())
-            seconds = time.time() - began
-        rows = rows[:micro]
-        module.zero_grad()
-        replay = micro >= plan.batch and recorded(lambda rows: backward(loss_fn, rows, 0, micro), rows,
-                                                  self.options)
-        for _ in range(2 * bool(replay)):
-            began = time.time()
-            replay(rows).item()
-            seconds = time.time() - began
-        module.zero_grad()
-        self.found[stage.rstrip("0123456789")] = (len(rows), len(rows) * plan.length / seconds,
-                                                  peak_gb(aside.device.type))
+def convert(run, teacher, corpus, plans, args):
+    """Distil a teacher into a student; returns the student and its report."""
+    torch.manual_seed(args.seed)                 # chunk embeddings and other new weights
+    how = convert_progressive if "group" in plans else convert_staged
+    student = how(run, teacher, corpus, plans, args).eval()
+    student.config.logit_base = choose_logit_base(run, student, corpus, plans, args)
+    report = run.once("report", lambda: dict(
+        recipe=args.recipe, teacher=args.teacher, tokens=run.tokens, device=args.device, text=corpus.facts,
+        layers=student.config.layers, logit_base=student.config.logit_base,
+        params=dict(teacher=teacher.n_params(), student=student.n_params()),
+        **evaluate(teacher, student, corpus, args), seconds=run.seconds(), peak_gb=peak_gb(args.device)))
+    student.save_pretrained(run.folder)
+    args.tokenizer.save(run.folder)
+    write_json(run.path("report.json"), report)
+    return student, report
 
 
-def check_disk(folder, teacher, plans, o):
-    """ValueError if the disk has no room for what a run writes: a checkpoint with its optimizer state, the
-    next one beside it, the student and, of a progressive run, a model a group."""
-    groups = 0
-    if "group" in plans:
-        groups = len(groups_of(choose_layers(o.layers, len(teacher.config.layers), keep=o.keep), o))
-    need = (28 / max(1, groups) + 4 * (1 + groups)) * teacher.n_params() / 1e9
-    parent = next(p for p in (Path(folder).absolute() / "x").parents if p.exists())
-    if need > (free := shutil.disk_usage(parent).free / 1e9):
-        raise ValueError(f"checkpoints and student need {need:.0f} GB of disk, {parent} has {free:.0f}; let "
-                         "--out name a folder on a larger one")
-
-
-def print_plan(folder, config, corpus, plans, o, found):
-    """The stages of a run and, where a Probe has tried them, what they cost."""
-    print(f"teacher {o.teacher}: {len(config.layers)} layers, trained at {config.max_len} tokens | "
-          f"recipe {o.recipe} | device {o.device} | run {folder}")
-    total = sum(plan.total for plan in plans.values())
-    for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
-        n, read = sum(source.sizes), share * total
-        print(f"text {' '.join(paths)}: {n:,} tokens to train on, of which this run reads {read:,.0f}"
-              + f" ({read / n:.1f} rounds, each in a new order)" * bool(read > n)
-              + f"; {len(source.held_out):,} held out")
-    seconds = sum(plan.total / found[name][1] for name, plan in plans.items()) if found else 0
-    unit, a_unit = ("hours", 3600) if seconds >= 3600 else ("minutes", 60)
-    measured = f"   {'at once':>8s}{'peak GB':>9s}{'tok/s':>11s}{unit:>9s}" if found else ""
-    print(f"{'stage':10s}{'tokens':>14s}{'steps':>8s}{'length':>8s}{'batch':>7s}   learning rate{measured}")
-    for name, plan in plans.items():
-        row = f"{name:10s}{plan.total:14,}{plan.steps:8,}{plan.length:8,}{plan.batch:7,}"
-        row += f"   {plan.lr:.0e}->{plan.lr_end:.0e}"
-        if found:
-            at_once, speed, peak = found[name]
-            row += f"{at_once:12,}{peak:9.1f}{speed:11,.0f}{plan.total / speed / a_unit:9.2f}"
-        print(row)
-    if found:
-        print(f"{seconds / a_unit:.1f} {unit} in all, measuring aside. at once: how many sequences of a "
-              "batch go through together; more are taken one after the other, with the same result")
-    print(flush=True)
+def pretrain(run, corpus, plans, args):
+    """Train a teacher, or with --layers a hybrid, from random weights; returns the model."""
+    T = args.length
+    config = replace(TEACHERS[args.teacher], max_len=T)
+    if args.hybrid:
+        config = student_config(config, choose_layers(args.layers, len(config.layers), keep=args.keep), args)
+    torch.manual_seed(args.seed)
+    model = HypeNet(config).to(args.device)
+    train(run, "pretrain", plans["pretrain"], corpus, model, [list(model.parameters())],
+          objective(model, None, args.kl, alpha=1.0))
+    model.eval()
+    if args.hybrid and args.logit_base == "fit":
+        length = min(16 * T, config.limit())
+        config.logit_base = cheapest(fit_logit_base(model, corpus, length, args.seed, args.varied))
+    args.tokenizer.save(run.folder)
+    model.save_pretrained(run.folder, torch.bfloat16)     # last: a folder with this file is whole
+    loss = losses(model, corpus.held_out_batches(T, args.eval_windows)).mean().item()
+    found = shares(model, corpus, (T, 16 * T, 64 * T)[:3 if args.hybrid else 1], args)
+    write_json(run.path("report.json"), dict(
+        teacher=args.teacher, tokens=run.tokens, device=args.device, text=corpus.facts, layers=config.layers,
+        params=model.n_params(), val_loss=loss, **found, seconds=run.seconds()))
+    print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, "
+          f"{run.seconds() / 60:.1f} minutes")
+    for field, by_length in found.items():
+        for n, share in by_length.items():
+            print(f"{ASKED[field][1]} in {int(n):,} tokens {percent(share)}")
+    print(f"python {'sample.py --model' if args.hybrid else 'halo.py --teacher'} {run.folder}")
+    return model
 
 
 # ---- command line ------------------------------------------------------------------------------------------
 
 
 def get_args(argv):
-    p = Parser(prog="halo.py", description=__doc__.split("\n\n")[0],
-               epilog="eq.: of arXiv 2601.22156. A row left out follows --recipe. " + " ".join(
-                   f"{name}: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in rows.items()) + "."
-                   for name, rows in RECIPES.items()))
-    add, many = p.add_argument, dict(nargs="+", action="extend")
+    p = Parser(prog="halo.py", description=__doc__.split("\n\n")[0], epilog="eq. N: of arXiv 2601.22156")
+    add = p.add_argument
+    many = dict(nargs="+", action="extend")
     add("--teacher", default="tiny",
-        help="tiny (shipped, 1M parameters); mini, small (3.5M, 14M), tiny-gpt2, small-gpt2, which are "
-             "trained first, once, and want a GPU; gpt2, gpt2-medium, gpt2-large, gpt2-xl, a repository "
-             "of the hub such as Qwen/Qwen3-1.7B, or a folder of a GPT-2, Qwen3, Llama 3 or of --pretrain. "
-             "Those of the hub get the paper's plan and fineweb and want a GPU; folders get, by the size of "
-             "their weights, the plan of tiny, mini (from 4 MB) or small (10 MB), with stdlib, or the "
-             "paper's (from 100 MB)")
-    add("--recipe", default="paper", choices=RECIPES, help="the paper's (default) or the article's")
-    add("--out", help="folder of the run; default out/TEACHER-RECIPE; -2, -3, ... if taken")
+        help="tiny: shipped, 1M parameters. mini, small (3.5M, 14M), tiny-gpt2, small-gpt2: trained first, "
+             "once, on a GPU. gpt2, gpt2-xl, Qwen/Qwen3-1.7B or another repository of the hub: by the "
+             "paper's plan, on a GPU. A folder of a GPT-2, Qwen3, Llama 3 or of --pretrain: by its size")
+    add("--recipe", default="paper", choices=RECIPES, help="whose values the rows below take; default: paper")
+    add("--out", help="folder of the run; default: out/TEACHER-RECIPE, then -2, -3, ...")
     add("--resume", metavar="RUN",
-        help="go on with the run in this folder; of its options --device can change and --plain be added")
+        help="go on with the run in this folder, by its own options; --device and --plain can be given too")
     add("--data", **many, metavar="PATH[:WEIGHT]",
-        help="text to train on: stdlib (source of Python's standard library), fineweb (fetched as needed), "
-             ".txt, .jsonl (field text), .gz of either, .bin (llm.c's shards of GPT-2 tokens; val in the "
-             "name: held out), folders of these. Weights are shares of sequences: web/:0.7 code/:0.1 "
-             "books/:0.2")
-    add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
-    add("--micro", type=number(int, 1), metavar="N",
-        help="sequences of a batch that go through the models at once, at most; default: as many as fit, of "
-        "up to 131,072 tokens")
-    add("--plain", action="store_true",
-        help="on a GPU, run every operation by itself: none is compiled (torch.compile, up to a minute; for "
-             "the tiny teachers never), no step is recorded (CUDA graph)")
-    add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and time, and end")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of every random choice")
-    add("--budget", type=number(float, 1e-6), default=1.0, metavar="X",
-        help="multiply the tokens of every stage by this")
+        help="text to train on: stdlib (source of Python's standard library, the default), fineweb (fetched "
+             "as needed, the default of teachers of the hub), .txt, .jsonl (field text), .gz of either, .bin "
+             "(llm.c's shards of GPT-2 tokens; val in the name: held out), or folders of these. Weights are "
+             "shares of sequences: web/:0.7 code/:0.1 books/:0.2")
+    add("--device", help=f"cuda, mps or cpu; default here: {default_device()}")
+    add("--micro", type=number(int, 1), metavar="N", help="sequences that go through the models at once, at "
+        "most; default: as many as fit, up to 131,072 tokens")
+    add("--plain", action="store_true", help="on a GPU, neither compile operations nor record steps")
+    add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and time, then end")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all random choices")
+    add("--budget", type=number(float, 1e-6), default=1.0, metavar="X", help="multiply all tokens by X")
     add("--plan", **many, default=[], metavar="STAGE.FIELD=X",
         help="change entries of the plan, such as distil.tokens=4e6 or align.lr=1e-3")
     add("--pretrain", action="store_true",
-        help=f"train the teacher ({', '.join(TEACHERS)}) from random weights instead; with --layers a hybrid")
+        help=f"train a teacher ({', '.join(TEACHERS)}) from random weights; with --layers a hybrid")
     add = p.add_argument_group("rows of the recipe").add_argument
-    add("--layers", help="which stay attention: swap (those that lose more as linear layers than as "
-                         "attention without positions), score (eq. 8), guarded (eq. 8, denominator floored "
-                         "at the noise), even, ends (first, last quarter), or letters such as LLALLLAL")
-    add("--keep", type=number(int, 1), metavar="N", help="how many stay attention, with --layers "
-        "swap, guarded, score or even; default: a quarter")
-    add("--decay", choices=("constant", "none", "head", "channel"),
-        help="of linear layers: eq. 19, no forgetting, or a gate for each head or key channel")
-    add("--state", choices=("full", "half"), help="width of a key in linear layers: the teacher's, or half")
-    add("--pe", choices=("hype", "chunk", "rope"),
-        help="hype: RoPE in linear layers, none in attention; chunk: the article's; rope: both")
-    add("--extras", choices=("on", "off"), help="QK-norm, output norm and output gates")
-    add("--training", choices=("staged", "progressive"),
-        help="align, select, distil, finetune; or layers converted in groups, one after the other")
-    add("--kl", choices=("forward", "reverse"), help="KL(teacher, student), KL(student, teacher)")
-    add("--alpha", type=number(float, 0, 1), metavar="X", help="share of cross-entropy in the loss, 0 to 1")
-    add("--window", type=number(int, 0), metavar="N", help="attention reaches this many tokens back, 0: all")
-    add("--logit-base", metavar="A", help="a of s_t (eq. 11): fit, none, or a number above 1")
+    for name, paper, article, allowed, text in ROWS:
+        check = dict(choices=allowed) if isinstance(allowed, tuple) else dict(type=allowed, metavar="X")
+        add("--" + name.replace("_", "-"), **check, help=f"{text} (paper: {paper}; article: {article})")
     add = p.add_argument_group("finer choices").add_argument
+    add("--keep", type=number(int, 1), metavar="N",
+        help="how many layers stay attention, with --layers swap, guarded, score, even; default: a quarter")
     add("--groups", type=number(int, 0), default=0, metavar="N",
-        help="groups of linear layers in a progressive run; default: one for 6 layers, at least 2")
+        help="groups of linear layers in a progressive run; default: one per 6 layers, at least 2")
     add("--transfer", choices=("on", "off"), default="on",
-        help="linear layers start from their attention layers' weights, or random (off)")
+        help="linear layers start from the weights of attention layers (on) or random (off)")
     add("--retention", type=number(float, 0.001, 0.999), default=0.7, metavar="X",
-        help="share of the state that a new forget gate keeps at each token")
-    add("--fade", type=number(float, 0, 1), default=0.0, metavar="X",
-        help="share of stage 2 over which RoPE (or GPT-2's wpe) leaves attention; 0: at once")
+        help="share of the state that a new forget gate keeps at each token; default: 0.7")
     add("--max-ctx", type=number(int, 1), default=65536 + 1024, metavar="N",
-        help="positions that a chunk HyPE model knows, context and answer together")
+        help="positions that a chunk HyPE model knows, for context and answer together")
     add("--trials", type=number(int, 1), default=20, metavar="N",
-        help="questions asked at each length, on a CPU a quarter of them at 64 times the length; default 20")
+        help="questions asked at each length; at 64 times the length on a CPU a quarter; default: 20")
     add("--eval-windows", type=number(int, 2), default=256, metavar="N",
-        help="held-out sequences that losses are measured on; default 256")
+        help="held-out sequences that losses are measured on; default: 256")
     add("--set", **many, default=[], metavar="FIELD=X",
         help="set fields of the student's HypeNetConfig, such as linear_rope=false")
-    o = p.parse_args(argv)
-    o.given = sorted({a.split("=")[0] for a in argv if a.startswith("--")})
-    return o
+    args = p.parse_args(argv)
+    args.given = sorted({a.split("=")[0] for a in argv if a.startswith("--")})
+    return args
+
+
+def settle(args):
+    """Fill in what the options leave open. Returns the plans of the stages to come; ValueError for options
+    that do not go together."""
+    args.hybrid = args.layers is not None         # whether --pretrain trains a hybrid
+    free = args.device or args.dry_run or args.resume              # a CPU will do
+    args.device = default_device(args.device)
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.path = teacher_path(args.teacher)
+    weight = sum(file.stat().st_size for file in Path(args.path).glob("*.safetensors"))
+    if args.teacher in TEACHERS:
+        size = args.teacher.split("-")[0]
+    else:
+        fitting = [name for name, least in SIZES.items() if weight >= least]
+        size = fitting[-1] if os.path.isdir(args.path) else "real"
+    args.data = args.data or (["fineweb"] if size == "real" else None)
+    args.fused = size != "tiny" and args.device.startswith("cuda") and not args.plain
+    names = [field.name for field in fields(HypeNetConfig)]
+    known = [name for name in names[names.index("attn_position"):] if name != "logit_base"]
+    args.changes = read_set(args.set, known)                       # fields of a student alone
+    plans = {stage: replace(plan, tokens=plan.tokens * args.budget) for stage, plan in PLANS[size].items()}
+    change_plans(plans, args.plan)
+    check_options(args, plans)
+    made = args.teacher in TEACHERS and (args.pretrain or not weight)      # the teacher is trained here
+    stages = ["align", "distil", "finetune"] if args.training == "staged" else ["group"]
+    stages = ["pretrain"] if args.pretrain else stages
+    if args.device == "cpu" and not free and (made or size in ("small", "real")):
+        now = ["pretrain"] * (made and not args.pretrain) + stages
+        check_hours(args, size, weight, sum(plans[stage].total for stage in now))
+    args.varied = plans["distil" if "distil" in stages else stages[0]].varied
+    return {stage: plans[stage] for stage in stages}
 
 
 def teacher_path(name):
     """The folder of a teacher of TEACHERS, shipped or to be made; any other name as it is."""
-    shipped, made = (os.path.join(folder, f"{name}-teacher") for folder in (f"{HERE}/assets", "out"))
-    return name if name not in TEACHERS else shipped if os.path.isdir(shipped) else made
+    if name not in TEACHERS:
+        return name
+    shipped = os.path.join(HERE, "assets", f"{name}-teacher")
+    return shipped if os.path.isdir(shipped) else os.path.join("out", f"{name}-teacher")
 
 
-def settle(o):
-    """Fill in the recipe, o.path of the teacher and o.data; return the plans of the stages and the changes of
-    --set. ValueError for what cannot go."""
-    o.hybrid, asked, o.device = o.layers is not None, o.device, default_device(o.device)   # layers asked for?
-    for key, value in RECIPES[o.recipe].items():
-        if getattr(o, key) is None:
-            setattr(o, key, value)
-    o.path = teacher_path(o.teacher)
-    weight = sum(file.stat().st_size for file in Path(o.path).glob("*.safetensors"))
-    size = (o.teacher.split("-")[0] if o.teacher in TEACHERS else
-            [name for name in SIZES if weight >= SIZES[name]][-1] if os.path.isdir(o.path) else "real")
-    real = size == "real"
-    o.data = o.data or (["fineweb"] if real else None)
-    o.fused = size != "tiny" and o.device.startswith("cuda") and not o.plain
-    plans = {stage: replace(plan, tokens=plan.tokens * o.budget) for stage, plan in PLANS[size].items()}
-    for item in o.plan:
-        key, _, value = item.partition("=")
-        stage, _, field = key.partition(".")
-        if stage not in plans or field not in vars(plans[stage]):
-            raise ValueError(f"--plan {item}: STAGE is one of {', '.join(plans)}; FIELD one of "
-                             + ", ".join(vars(plans["align"])))
-        try:
-            kind = type(getattr(PLANS["tiny"][stage], field))
-            plans[stage] = replace(plans[stage], **{field: kind(float(value))})
-        except (ValueError, OverflowError):
-            raise ValueError(f"--plan {item}: {value!r} is no number") from None
-    changes, names = {}, [f.name for f in fields(HypeNetConfig)]
-    known = [n for n in names[names.index("attn_pe"):] if n != "logit_base"]
-    for key, _, value in (item.partition("=") for item in o.set):
-        try:
-            changes[key] = json.loads(value)
-        except ValueError:
-            changes[key] = value
-    try:
-        base = o.logit_base in ("fit", "none") or 1 < float(o.logit_base) < math.inf
-    except ValueError:
-        base = False
-    plans_fit = all(min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0 and 0 <= p.recall <= 1
-                    and 0 <= p.varied <= 1 and p.weight_decay >= 0
-                    and all(map(math.isfinite, vars(p).values())) for p in plans.values())
-    scored, staged, stray = o.layers in SCORED, o.training == "staged", sorted(changes.keys() - known)
-
-    def refuse(wrong, message):
+def refuse(rows):
+    """ValueError with the message of the first of rows (wrong, message) that is wrong."""
+    for wrong, message in rows:
         if wrong:
             raise ValueError(message)
-    refuse(stray, f"--set {' '.join(stray)}: fields are {', '.join(known)}")
-    refuse(not plans_fit,
-           "--plan: tokens, length, batch, lr and warmup must be positive, recall and varied between 0 and "
-           "1, weight_decay at least 0")
-    refuse(any(p.varied and not p.recall for p in plans.values()),
-           "--plan: varied is a share of the sequences of recall, which are 0")
-    refuse(not base, f"--logit-base {o.logit_base}: give fit, none or a number above 1")
-    refuse(o.fade and not (o.pe == "hype" and staged), "--fade goes with --pe hype, --training staged")
-    refuse(o.groups and staged, "--groups goes with --training progressive")
-    for flag, used, wants in (("--retention", o.decay in ("head", "channel"), "--decay head or channel"),
-                              ("--max-ctx", o.pe == "chunk", "--pe chunk"),
-                              ("--kl", o.alpha < 1, "--alpha below 1")):
-        refuse(flag in o.given and not used, f"{flag} goes with {wants}")
-    refuse(o.keep and not (scored or o.layers == "even"),
-           f"--keep goes with --layers {', '.join(SCORED)} or even")
-    made = o.teacher in TEACHERS and (o.pretrain or not weight)       # or will be, before all else
-    todo = ["pretrain"] * made + ["align", "distil", "finetune"] * staged + ["group"] * (not staged)
-    if o.pretrain:
-        todo = ["pretrain"]
-        refuse(o.teacher not in TEACHERS,
-               f"--pretrain --teacher {o.teacher}: known sizes are {', '.join(TEACHERS)}")
-        refuse(o.hybrid and scored,
-               f"--pretrain with --layers {o.layers}: no teacher to score; use ends, even or letters")
-        refuse((o.set or o.keep) and not o.hybrid, "--pretrain --set and --keep go with --layers: a hybrid")
-        refuse(o.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")
+
+
+def check_options(args, plans):
+    """ValueError for options that do not go together."""
+    layers = args.layers
+    scored = layers in SCORED
+    staged = args.training == "staged"
+    try:
+        possible = args.logit_base in ("fit", "none") or 1 < float(args.logit_base) < math.inf
+    except ValueError:
+        possible = False
+    rows = [(not possible, f"--logit-base {args.logit_base}: give fit, none or a number above 1")]
+    for flag, possible, wants in (
+            ("--groups", not staged, "--training progressive"),
+            ("--retention", DECAYS[args.decay].width(1) > 0, "a --decay by gates, such as head or channel"),
+            ("--max-ctx", args.pe == "chunk", "--pe chunk"),
+            ("--kl", args.alpha < 1, "--alpha below 1"),
+            ("--keep", scored or layers == "even", f"--layers {', '.join(SCORED)} or even")):
+        rows.append((flag in args.given and not possible, f"{flag} goes with {wants}"))
+    for p in plans.values():
+        positive = min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0
+        others = 0 <= p.recall <= 1 and 0 <= p.varied <= 1 and p.weight_decay >= 0
+        finite = all(map(math.isfinite, vars(p).values()))
+        rows += [(not (positive and others and finite),
+                  "--plan: tokens, length, batch, lr and warmup must be positive, recall and varied between "
+                  "0 and 1, weight_decay at least 0"),
+                 (p.varied and not p.recall,
+                  "--plan: varied is a share of the sequences of recall, which are 0")]
+    if args.pretrain:
+        rows += [(args.teacher not in TEACHERS,
+                  f"--pretrain --teacher {args.teacher}: known sizes are {', '.join(TEACHERS)}"),
+                 (args.hybrid and scored,
+                  f"--pretrain with --layers {layers}: no teacher to score; use ends, even or letters"),
+                 ((args.set or args.keep) and not args.hybrid,
+                  "--pretrain --set and --keep go with --layers: a hybrid"),
+                 (args.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")]
     else:
-        refuse(not staged and scored,
-               f"--training progressive with --layers {o.layers}: no stage 1 to score by; use ends or even")
-        refuse(not staged and o.pe == "hype",
-               "--training progressive with --pe hype: its attention layers do not train; use chunk or rope")
-    if o.device == "cpu" and not asked and not o.dry_run and not o.resume:
-        refuse(real, f"--teacher {o.teacher} is no folder of a small model, and wants a GPU; --teacher tiny "
-               "runs on a CPU, --device cpu tries it all the same")
-        if made or size == "small":
-            hours = hours_on_a_cpu(weight / 2 or n_params(TEACHERS[o.teacher]), [plans[s] for s in todo])
-            raise ValueError(f"--teacher {o.teacher} wants a GPU: about {hours:,.1f} hours on this CPU; "
-                             "--teacher tiny takes minutes, --device cpu tries it all the same")
-    plans = {stage: plans[stage] for stage in todo if o.pretrain or stage != "pretrain"}
-    o.varied = next(plans[stage].varied for stage in ("distil", "group", "pretrain") if stage in plans)
-    return plans, changes
+        rows += [(not staged and scored,
+                  f"--training progressive with --layers {layers}: no stage 1 to score by; use ends or even"),
+                 (not staged and args.pe == "hype",
+                  "--training progressive with --pe hype: its attention does not train; use chunk or rope")]
+    refuse(rows)
 
 
-def n_params(config):
+def check_hours(args, size, weight, tokens):
+    """Refuse what takes hours on a CPU that nobody asked for."""
+    refuse([(size == "real", f"--teacher {args.teacher} is no folder of a small model, and wants a GPU; "
+             "--teacher tiny runs on a CPU, --device cpu tries it all the same")])
     with torch.device("meta"):
-        return HypeNet(config).n_params()
+        params = weight / 2 or HypeNet(TEACHERS[args.teacher]).n_params()
+    raise ValueError(f"--teacher {args.teacher} wants a GPU: about {cpu_hours(params, tokens):,.1f} hours on "
+                     "this CPU; --teacher tiny takes minutes, --device cpu tries it all the same")
 
 
-def hours_on_a_cpu(params, plans):
-    """A guess: 8 operations a parameter and token, at half the rate of a large product."""
-    (a, b), seconds = torch.randn(2, 1024, 1024), []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - began)
-    rate = 2 * 1024 ** 3 / min(seconds)
-    return 8 * params * sum(plan.total for plan in plans) / (rate / 2) / 3600
+def check_layers(how, n_layer):
+    letters = bool(how) and set(how) <= set("AL")
+    refuse([(not letters and how not in (*SCORED, "even", "ends"),
+             f"--layers {how}: give {', '.join(SCORED)}, even, ends, or a letter A or L for each layer"),
+            (letters and len(how) != n_layer,
+             f"--layers {how} names {len(how)} layers; the teacher has {n_layer}")])
 
 
-def make_teacher(o):
-    """Pretrain a teacher that is not there yet (or go on with it) and keep it for later runs."""
-    known = os.path.exists(os.path.join(o.path, "run.json"))
-    if known and o.dry_run:
-        print(f"--teacher {o.teacher} is half trained: --resume {o.path} goes on with it, as does this run")
-        return
-    argv = ["--resume", o.path] if known else ["--pretrain", "--teacher", o.teacher, "--out", o.path,
-                                               "--seed", str(o.seed), *["--dry-run"] * o.dry_run]
-    plan = [item for item in o.plan if item.startswith("pretrain.")]
-    argv += ["--plain"] * (o.plain and not known)
-    for flag, values in (("--data", o.data), ("--plan", plan)):
-        argv += [flag, *values] if values and not known else []
-    print(f"--teacher {o.teacher} is trained first, once, in {o.path}; its conversion follows\n", flush=True)
-    run_main([*argv, "--device", o.device])
-    print()
-
-
-def new_folder(o):
-    folder = o.out or os.path.join("out", f"{os.path.basename(os.path.normpath(o.teacher))}-{o.recipe}")
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise ValueError(f"--out {folder} is a file; name a folder")
-    if not os.path.isdir(folder) or not os.listdir(folder):
-        return folder
-    if o.out:
-        raise ValueError(f"--out {folder} is not empty; go on with it by --resume {folder}, or name another")
-    return next(f"{folder}-{i}" for i in range(2, 10 ** 6) if not os.path.exists(f"{folder}-{i}"))
-
-
-def convert(run, teacher, corpus, plans, o):
-    """Distil a teacher into a student by the options o; returns the student and its report."""
-    torch.manual_seed(o.seed)                             # chunk embeddings and other new weights
-    how = convert_progressive if "group" in plans else convert_staged
-    student = how(run, teacher, corpus, plans, o).eval()
-    base = o.logit_base
-    if base == "fit":
-        length = 16 * o.length if "group" in plans else max(o.length, 4 * plans["finetune"].length)
-        length = min(length, student.config.limit())
-        fits = run.once("fit", lambda: fit_logit_base(student, corpus, length, o.seed, o.varied))
-        print(f"held-out loss + loss of an answer at {length:,} tokens by logit base: "
-              + ", ".join(f"{a} {x:.4f}" for a, x in fits.items()) + "\n")
-        base = least(fits)
-    student.config.logit_base = None if base in ("none", None) else float(base)
-    report = run.once("report", lambda: dict(
-        recipe=o.recipe, teacher=o.teacher, tokens=run.tokens, device=o.device, text=corpus.facts,
-        layers=student.config.layers, logit_base=student.config.logit_base,
-        params=dict(teacher=teacher.n_params(), student=student.n_params()),
-        **evaluate(teacher, student, corpus, o), seconds=run.seconds(), peak_gb=peak_gb(o.device)))
-    student.save_pretrained(run.folder)
-    o.tokenizer.save(run.folder)
-    write_json(run.path("report.json"), report)
-    return student, report
-
-
-def pretrain(run, corpus, plans, o):
-    """Train a teacher (or, with --layers, a hybrid) from random weights on text with things to recall;
-    returns it."""
-    config = replace(TEACHERS[o.teacher], max_len=plans["pretrain"].length)
-    T = o.length = config.max_len
-    if o.hybrid:
-        config = student_config(config, choose_layers(o.layers, len(config.layers), keep=o.keep), o)
-    torch.manual_seed(o.seed)
-    model = HypeNet(config).to(o.device)
-    train(run, "pretrain", plans["pretrain"], corpus, model, [list(model.parameters())],
-          objective(model, None, o, alpha=1.0))
-    model.eval()
-    if o.hybrid and o.logit_base == "fit":
-        length = min(16 * T, config.limit())
-        config.logit_base = least(fit_logit_base(model, corpus, length, o.seed, o.varied))
-    o.tokenizer.save(run.folder)
-    model.save_pretrained(run.folder, torch.bfloat16)     # last: a folder that has it is whole
-    loss = losses(model, corpus.held_out_batches(T, o.eval_windows)).mean().item()
-    found = shares(model, corpus, (T, 16 * T, 64 * T)[:3 if o.hybrid else 1], o)
-    write_json(run.path("report.json"), dict(
-        teacher=o.teacher, tokens=run.tokens, device=o.device, text=corpus.facts, layers=config.layers,
-        params=model.n_params(), val_loss=loss, **found, seconds=run.seconds()))
-    said = [f"{ASKED[field][1]} in {int(n):,} tokens {percent(share)}" for field in found
-            for n, share in found[field].items()]
-    print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, "
-          + ", ".join([*said, f"{run.seconds() / 60:.1f} minutes"]))
-    print(f"python sample.py --model {run.folder}" if o.hybrid else f"python halo.py --teacher {run.folder}")
-    return model
-
-
-def check_length(stage, plan, limit, o):
+def check_stage_length(stage, plan, limit, args):
     """ValueError if a stage's sequences are longer than its models know, or too short for a pass key."""
-    if plan.length > limit:
-        raise ValueError(f"--plan {stage}.length={plan.length}: the model knows {limit} positions"
-                         + (f" (--max-ctx {o.max_ctx})" if o.pe == "chunk" else ""))
+    chunks = f" (--max-ctx {args.max_ctx})" if args.pe == "chunk" else ""
+    refuse([(plan.length > limit,
+             f"--plan {stage}.length={plan.length}: the model knows {limit} positions{chunks}")])
     if plan.recall:
         try:
-            plant(o.tokenizer, np.zeros(plan.length, np.int64), np.random.default_rng(0))
+            plant(args.tokenizer, np.zeros(plan.length, np.int64), np.random.default_rng(0))
         except ValueError as e:
             raise ValueError(f"--plan {stage}.length: {e}, or {stage}.recall=0") from None
 
 
-def resumed(o, argv):
-    """The options of a run that was stopped; only the device may be another, and --plain be added."""
-    free = "--resume", "--device", "--plain"
-    given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in free]
-    if given:
-        raise ValueError(f"--resume takes its options from the run; leave out {' '.join(given)}")
-    try:
-        with open(os.path.join(o.resume, "run.json"), encoding="utf-8") as f:
-            options = vars(get_args([])) | json.load(f)["options"]
-        return argparse.Namespace(**{**options, "resume": o.resume, "device": o.device or options["device"],
-                                     "plain": o.plain or options["plain"]})
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--resume {o.resume}: no run there (no run.json that can be read)") from None
-
-
-def load_teacher(plans, o):
-    """The teacher; sets o.tokenizer, its own, and o.length, at which (and multiples) all is measured: that of
-    the stages that distil, for a RoPE teacher may know far more positions than are worth asking about."""
-    o.tokenizer = Tokenizer.load(o.path)
-    kind = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
-    teacher = HypeNet.from_pretrained(o.path, kind, o.device).requires_grad_(False)
-    check_tokenizer(o.tokenizer, teacher.config)
-    L, known = len(teacher.config.layers), teacher.config.limit()
-    if "L" in teacher.config.layers:
-        raise ValueError(f"--teacher {o.teacher} is a hybrid, {teacher.config.layers}: not a teacher")
-    student = student_config(teacher.config, "L" * L, o).limit()
-    if o.keep and o.keep >= L:
-        raise ValueError(f"--keep {o.keep} leaves nothing to convert: the teacher has {L} layers")
-    if o.layers not in SCORED and "L" not in choose_layers(o.layers, L, keep=o.keep):
-        raise ValueError(f"--layers {o.layers} leaves nothing to convert")
-    for stage, plan in plans.items():                     # what is wrong fails now, not after stage 1
-        check_length(stage, plan, dict(align=known, finetune=student).get(stage, min(known, student)), o)
-    o.length = min(teacher.config.max_len, plans["group" if "group" in plans else "distil"].length)
-    plant(o.tokenizer, np.zeros(o.length, np.int64), np.random.default_rng(0))
+def load_teacher(plans, args):
+    """The teacher. What is wrong is found here, before stage 1. Sets args.tokenizer, and args.length: all is
+    measured at this length and its multiples. The length is that of the stages that distil, for a RoPE
+    teacher may know far more positions than are worth asking about."""
+    args.tokenizer = Tokenizer.load(args.path)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    teacher = pretrained.load(args.path, dtype, args.device).requires_grad_(False)
+    check_tokenizer(args.tokenizer, teacher.config)
+    config = teacher.config
+    n_layer = len(config.layers)
+    check_layers(args.layers, n_layer)
+    student = student_config(config, "L" * n_layer, args)
+    refuse([("L" in config.layers, f"--teacher {args.teacher} is a hybrid, {config.layers}: not a teacher"),
+            (args.keep and args.keep >= n_layer,
+             f"--keep {args.keep} leaves nothing to convert: the teacher has {n_layer} layers"),
+            (args.layers not in SCORED and "L" not in choose_layers(args.layers, n_layer, keep=args.keep),
+             f"--layers {args.layers} leaves nothing to convert"),
+            (student.key_dim > config.head_dim or student.linear_kv_head % config.n_kv_head,
+             f"--set: key_dim is at most the teacher's head_dim, {config.head_dim}, and linear_kv_head a "
+             f"multiple of its n_kv_head, {config.n_kv_head}")])
+    both = min(config.limit(), student.limit())
+    for stage, plan in plans.items():
+        limit = dict(align=config.limit(), finetune=student.limit()).get(stage, both)
+        check_stage_length(stage, plan, limit, args)
+    args.length = min(config.max_len, plans["group" if "group" in plans else "distil"].length)
+    plant(args.tokenizer, np.zeros(args.length, np.int64), np.random.default_rng(0))
     return teacher
 
 
-def run_main(argv):
-    o = get_args(argv)
-    if o.resume:
-        o = resumed(o, argv)
-    options = dict(vars(o))
-    plans, o.changes = settle(o)
-    if not o.pretrain and o.teacher in TEACHERS and not list(Path(o.path).glob("*.safetensors")):
-        make_teacher(o)
-        if o.dry_run:
+def make_teacher(args):
+    """Pretrain a teacher that is not there yet, or go on with it, and keep it for later runs."""
+    argv = ["--device", args.device]
+    if os.path.exists(os.path.join(args.path, "run.json")):
+        argv += ["--resume", args.path]
+        if args.dry_run:
+            print(f"--teacher {args.teacher} is half trained: --resume {args.path} goes on with it, as does "
+                  "this run")
             return
-    fast.fuse((globals(), "token_losses"), backend="inductor" if o.fused else None)
-    folder, found = o.resume or new_folder(o), {}
-    if o.pretrain:
-        o.tokenizer, config = Tokenizer.bytes(), TEACHERS[o.teacher]
-        longest = plans["pretrain"].length * (64 if o.hybrid else 1) + 1
-        check_length("pretrain", plans["pretrain"], math.inf, o)
     else:
-        teacher = load_teacher(plans, o)
-        config, longest = teacher.config, 64 * o.length
-        if o.logit_base == "fit" and "finetune" in plans:  # reads four times the length of stage 3
-            longest = max(longest, 4 * plans["finetune"].length + 1)
-        if not o.resume:
-            check_disk(folder, teacher, plans, o)
-    corpus = Corpus(o.tokenizer, o.data, o.seed, max(plan.length for plan in plans.values()))
-    corpus.windows(np.random.default_rng(0), 1, longest)  # or an error, now
-    if o.device.startswith("cuda") and not o.resume and not o.pretrain:
-        found = Probe(teacher, corpus, plans, o).found
-        torch.cuda.reset_peak_memory_stats(o.device)
-    print_plan(folder, config, corpus, plans, o, found)
-    if o.dry_run:
-        return
-    run = Run(folder, options)
+        argv += ["--pretrain", "--teacher", args.teacher, "--out", args.path, "--seed", str(args.seed)]
+        argv += ["--dry-run"] * args.dry_run + ["--plain"] * args.plain
+        argv += ["--data", *args.data] if args.data else []
+        plan = [item for item in args.plan if item.startswith("pretrain.")]
+        argv += ["--plan", *plan] if plan else []
+    print(f"--teacher {args.teacher} is trained first, once, in {args.path}; its conversion follows\n",
+          flush=True)
+    run_main(argv)
+    print()
+
+
+def resumed(args, argv):
+    """The options of a run that was stopped. Only the device can change, and --plain be added."""
+    free = "--resume", "--device", "--plain"
+    given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in free]
+    refuse([(given, f"--resume takes its options from the run; leave out {' '.join(given)}")])
+    options = vars(get_args([])) | options_of(args.resume)
+    options["resume"] = args.resume
+    options["device"] = args.device or options["device"]
+    options["plain"] = args.plain or options["plain"]
+    return argparse.Namespace(**options)
+
+
+def probe(teacher, corpus, plans, args):
+    """What the stages cost on this device, see Probe.found; ValueError if they do not fit."""
+    layers = "even" if args.layers in SCORED else args.layers      # nothing is selected, so any will do
+    args = argparse.Namespace(**vars(args) | dict(layers=layers))
+    run = Probe(vars(args), args.tokenizer.n_vocab)
+    how = convert_progressive if "group" in plans else convert_staged
     try:
-        if run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"]:
-            raise ValueError(f"--resume {o.resume}: the text has changed since it began; start a new run")
-        now = {stage: vars(plan) for stage, plan in plans.items()}
-        if run.once("plans", lambda: now) != now:
-            raise ValueError(f"--resume {o.resume}: its stages are not this version's; start a new run")
-        if o.pretrain:
-            pretrain(run, corpus, plans, o)
+        how(run, teacher, corpus, plans, args)
+    except torch.OutOfMemoryError:
+        way_out = "more --groups" if "group" in plans else "--recipe article, which trains groups of layers,"
+        raise ValueError(f"weights, gradients and optimizer state exceed the memory of {args.device}; give "
+                         f"{way_out} or a smaller --teacher") from None
+    return run.found
+
+
+def disk_gb(teacher, plans, args):
+    """GB that a run writes: a checkpoint with its optimizer state and the next one beside it, the student
+    and, in a progressive run, a model for each group."""
+    n_groups = 0
+    if "group" in plans:
+        layers = choose_layers(args.layers, len(teacher.config.layers), keep=args.keep)
+        n_groups = len(groups_of(layers, args.groups))
+    return (28 / max(1, n_groups) + 4 * (1 + n_groups)) * teacher.n_params() / 1e9
+
+
+def run_main(argv):
+    args = get_args(argv)
+    if args.resume:
+        args = resumed(args, argv)
+    options = dict(vars(args))
+    plans = settle(args)
+    if not args.pretrain and args.teacher in TEACHERS and not list(Path(args.path).glob("*.safetensors")):
+        make_teacher(args)
+        if args.dry_run:
+            return
+    fast.fuse((globals(), "token_losses"), backend="inductor" if args.fused else None)
+    name = os.path.basename(os.path.normpath(args.teacher))
+    folder = args.resume or new_folder(args.out, os.path.join("out", f"{name}-{args.recipe}"))
+    if args.pretrain:
+        teacher = None
+        config = TEACHERS[args.teacher]
+        args.tokenizer = Tokenizer.bytes()
+        args.length = plans["pretrain"].length
+        check_stage_length("pretrain", plans["pretrain"], math.inf, args)
+        if args.hybrid:
+            check_layers(args.layers, len(config.layers))
+        longest = args.length * (64 if args.hybrid else 1) + 1
+    else:
+        teacher = load_teacher(plans, args)
+        config = teacher.config
+        longest = 64 * args.length
+        if args.logit_base == "fit":
+            longest = max(longest, fit_length(plans, args.length) + 1)
+        if not args.resume:
+            check_disk(folder, disk_gb(teacher, plans, args))
+    corpus = Corpus(args.tokenizer, args.data, args.seed, max(plan.length for plan in plans.values()))
+    corpus.windows(np.random.default_rng(0), 1, longest)           # too little text is an error now
+    found = {}
+    if args.device.startswith("cuda") and not args.resume and not args.pretrain:
+        found = probe(teacher, corpus, plans, args)
+        torch.cuda.reset_peak_memory_stats(args.device)
+    print(f"teacher {args.teacher}: {len(config.layers)} layers, trained at {config.max_len} tokens | "
+          f"recipe {args.recipe} | device {args.device} | run {folder}")
+    print_plan(corpus, plans, found)
+    if not args.dry_run:
+        execute(folder, options, teacher, corpus, plans, args)
+
+
+def execute(folder, options, teacher, corpus, plans, args):
+    """The run itself: pretraining, or a conversion and its report."""
+    run = Run(folder, options)
+    stages = {stage: vars(plan) for stage, plan in plans.items()}
+    try:
+        refuse([(run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"],
+                 f"--resume {args.resume}: the text has changed since it began; start a new run"),
+                (run.once("plans", lambda: stages) != stages,
+                 f"--resume {args.resume}: its stages are not this version's; start a new run")])
+        if args.pretrain:
+            pretrain(run, corpus, plans, args)
         else:
-            print_report(convert(run, teacher, corpus, plans, o)[1])
+            print_report(convert(run, teacher, corpus, plans, args)[1])
             print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, "
                   f"log.jsonl\n\npython sample.py --model {run.folder} --ctx 65536")
     finally:
@@ -1233,7 +1179,7 @@ def main(argv=None):
     def run(argv):
         try:
             run_main(argv)
-        except torch.OutOfMemoryError:                    # training has its own way out: see fitted
+        except torch.OutOfMemoryError:                             # outside of training, see within_memory
             raise ValueError("the device ran out of memory: take a smaller --teacher or another --device"
                              ) from None
     command_line("halo.py", run, argv)

@@ -6,9 +6,7 @@ and tiny, runs of halo.py a few steps long."""
 import argparse
 import contextlib
 import dataclasses
-import errno
 import functools
-import gzip
 import importlib.util
 import io
 import itertools
@@ -17,15 +15,12 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -33,14 +28,10 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"    # read when triton is first imported
 
-import bench  # noqa: E402
 import halo  # noqa: E402
 import hypenet  # noqa: E402
 import kernel  # noqa: E402
-import sample  # noqa: E402
-import support.common as common  # noqa: E402
 import support.fast as fast  # noqa: E402
-import support.pretrained as pretrained  # noqa: E402
 import support.recall as recall  # noqa: E402,F401
 import support.run as run  # noqa: E402,F401
 import support.text as text  # noqa: E402,F401
@@ -635,7 +626,7 @@ def options(recipe="paper", **changes):
 def test_all_attention_student_is_the_teacher(recipe, family):
     """With all layers "A", the teacher's positions and chunk embeddings 0, the transfer changes no logit."""
     teacher, idx = tiny(layers="AAA", **family), some_ids(2, 12)            # 12 tokens: one chunk, of 48 / 4
-    config = halo.student_config(teacher.config, "AAA", options(recipe, changes=dict(attn_pe=1.0)))
+    config = halo.student_config(teacher.config, "AAA", options(recipe, changes=dict(attn_position=True)))
     twins = [halo.attention_twin(block.mixer, config) for block in teacher.blocks]
     student = halo.assemble(teacher, config, twins).double()
     chunks = [p for name, p in student.named_parameters() if "chunk_embd" in name]
@@ -730,24 +721,11 @@ def test_compare_is_its_formula():
     assert pair["val_loss"]["student"] == pytest.approx(other(idx, targets)[1].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("speed, rows, total", [
-    (1e4, ("10.00", "1.67"), "11.7 minutes in all"), (1e3, ("1.67", "0.28"), "1.9 hours in all")])
-def test_plan_says_how_long(speed, rows, total, capsys):
-    """Where the stages have been tried, a plan has their times: minutes, or hours from one on."""
-    corpus = types.SimpleNamespace(paths=[["text"]], shares=[1.0], sources=[
-        types.SimpleNamespace(sizes=[100], held_out=range(7))])
-    plans = dict(align=halo.Plan(6e6, 100, 10, 1e-3, 1e-4), distil=halo.Plan(1e6, 100, 10, 1e-3, 1e-4))
-    o = types.SimpleNamespace(teacher="t", recipe="paper", device="cuda")
-    halo.print_plan("out/t", HypeNetConfig(layers="AA"), corpus, plans, o,
-                    {stage: (10, speed, 1.5) for stage in plans})
-    out = capsys.readouterr().out
-    assert total in out and all(re.search(rf"^{stage} .* {x}$", out, re.M) for stage, x in zip(plans, rows))
-    assert "of which this run reads 7,000,000 (70000.0 rounds, each in a new order); 7 held out" in out
 
 
 def test_what_is_found_is_reported(monkeypatch, capsys):
-    """Pass keys, and one number of four where training had more than pass keys; the longest texts, on a CPU,
-    a quarter as often; past what a model knows there is no share. Each is a row of the last table."""
+    """The report asks for pass keys, and for one number of four where training had more than pass keys. On a
+    CPU the longest texts are asked a quarter as often. Past what a model knows there is no share."""
     model, asked = tiny(dtype=torch.float32, vocab_size=300, layers="AA", max_len=1024), []
     corpus = types.SimpleNamespace(tokenizer=Tokenizer.bytes())
 
@@ -774,6 +752,20 @@ def test_what_is_found_is_reported(monkeypatch, capsys):
     assert re.search(r"one of four found in 64 tokens +- +75%", table)
 
 
+def test_tables_are_at_most_100_columns_wide(capsys):
+    """The tables of selection and report fit a terminal of 100 columns, at the size of a real model."""
+    numbers = {f"{name}{kind}{se}": -12.3456 for name in "RC" for kind in ("", "_kept") for se in ("", "_se")}
+    layers = "LA" * 24
+    halo.print_scores([dict(numbers, score=-123.456, must=False)] * 48, layers, 12.3456)
+    report = dict(layers=layers, params=dict(teacher=14 * 10 ** 9, student=14 * 10 ** 9), kl=0.1,
+                  val_loss=dict(teacher=12.3456, student=12.3456), top1_agreement=0.5, tokens=10 ** 9,
+                  seconds=1e5, peak_gb=139.5, logit_base=500.0,
+                  passkey=dict(teacher={}, student={"262144": 1.0}))
+    halo.print_report(report)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 60 and max(map(len, lines)) <= 100
+
+
 @pytest.mark.parametrize("how, lost, layers", [
     ("score", [5], "LALLLLLA"),         # eq. 8: 10 for layer 1; 0.1 / 1e-6 for layer 7, whose C is the best
     ("guarded", [], "LAALLLLL"),        # denominators of at least C_se: 10 for layer 1, 6.7 for 2, 2 for 7
@@ -788,7 +780,36 @@ def test_choose_layers(how, lost, layers):
     kept = [-4.0, -4.0, -0.1, -1.5, -1.5, -1.5, -1.4, -1.05]                # R as attention without RoPE
     scores = [dict(R=R[i], C=-4.0 if i in lost else C[i], C_se=0.05, R_kept=kept[i], C_kept=C[i])
               for i in range(8)]
-    assert halo.choose_layers(how, 8, scores, base_C=-1.9) == layers
+    assert halo.choose_layers(how, 8, scores, teacher_loss=1.9) == layers
+
+
+@pytest.mark.parametrize("family", [dict(bias=True), GPT2], ids=["rope", "gpt2"])
+@pytest.mark.parametrize("kind", ["linear", "kept"])
+def test_a_swapped_layer_is_all_that_changes(kind, family):
+    """A teacher whose layer 1 is linear, or kept without positions, is its own blocks one after the other but
+    for this layer. All other weights are the teacher's, in its memory."""
+    teacher, idx = tiny(dtype=torch.float32, layers="AAA", **family), some_ids(2, 12)
+    config, pos = halo.student_config(teacher.config, "LLL", options()), torch.arange(12)
+    where = hypenet.locate(halo.replace(config, attn_position=True), pos[None])
+    twin = hypenet.LinearAttention(config)
+    model = halo.with_linear(teacher, config, 1, twin) if kind == "linear" else halo.with_kept(teacher, 1)
+    x = teacher.embed(idx, where)
+    for i, block in enumerate(teacher.blocks):
+        if i == 1 and kind == "linear":
+            y = twin(block.norm1(x), where)
+        elif i == 1:
+            unplaced = x - teacher.wpe.weight[:12] if family is GPT2 else x
+            y = block.mixer(block.norm1(unplaced), where._replace(attn_rope=None))
+        else:
+            y = block.mixer(block.norm1(x), where)
+        x = x + y
+        x = x + block.mlp(block.norm2(x))
+    assert rmse(model.hidden(idx), teacher.norm(x)) < 1e-6 < rmse(teacher.hidden(idx), teacher.norm(x))
+    theirs = {name: w.data_ptr() for name, w in teacher.state_dict().items()}
+    mine = {name: w.data_ptr() for name, w in model.state_dict().items()}
+    others = [name for name in theirs if kind == "kept" or "blocks.1.mixer" not in name]
+    assert all(mine[name] == theirs[name] for name in others)
+    assert all(parameter.requires_grad is False for parameter in model.parameters())
 
 
 # ---- halo: training ----------------------------------------------------------------------------------------
@@ -802,8 +823,8 @@ def take_gradients(module):
 
 @pytest.mark.parametrize("kind", ["distil", "chunk", "align"])
 def test_gradients_do_not_depend_on_micro(kind, monkeypatch):
-    """Loss and gradients of a batch are the same 1, 3 or all rows at a time, chunk offsets and all, and are
-    those of the sum of the terms."""
+    """Loss and gradients of a batch are those of the sum of its terms, whether 1, 3 or all rows go through at
+    once, with chunk offsets too."""
     teacher, rows = tiny(1, torch.float32, layers="AAAA"), some_ids(7, 25)
     o = options("paper", **dict(pe="chunk", kl="reverse") if kind == "chunk" else {})
     if kind == "align":
@@ -816,87 +837,31 @@ def test_gradients_do_not_depend_on_micro(kind, monkeypatch):
         module, loss_fn = made
     else:
         module = HypeNet(halo.student_config(teacher.config, "LALL", o))
-        loss_fn = halo.objective(module, teacher, o, 0.5)
+        loss_fn = halo.objective(module, teacher, o.kl, 0.5)
     module.requires_grad_(True)
-    whole = sum(loss_fn(rows[:, :-1], rows[:, 1:], 3))
+    whole = sum(loss_fn(rows[:, :-1], rows[:, 1:]))
     whole.backward()
     ref = take_gradients(module)
     assert len(ref) >= 20
     for micro in (1, 3, 7, 100):
-        loss = halo.backward(loss_fn, rows, 3, micro)
+        loss = halo.backward(loss_fn, rows, micro)
         assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
         for name, grad in take_gradients(module).items():
             assert (grad - ref[name]).norm() <= 1e-5 * max(ref[name].norm(), 1e-3), (micro, name)
 
 
 def test_chunk_offsets_hang_on_every_id(monkeypatch):
-    """A sequence of a chunk HyPE student starts where all its ids say: anywhere, within what it knows."""
+    """A sequence of a chunk HyPE student may start anywhere within the known positions. Each of its ids has
+    a say in the start."""
     o, rows, seen = options("paper", pe="chunk", kl="reverse"), some_ids(64, 25), []
     student = HypeNet(halo.student_config(tiny(layers="AAAA").config, "LALL", o))
     monkeypatch.setattr(halo, "distil_loss", lambda *args: seen.append(args[-1]))
     for row in rows, rows.index_fill(1, torch.tensor([20]), 3), rows.index_fill(1, torch.tensor([0]), 3):
-        list(halo.objective(student, None, o, 0.5)(row[:, :-1], row[:, 1:], 0))
+        list(halo.objective(student, None, o.kl, 0.5)(row[:, :-1], row[:, 1:]))
     first, *others = seen
     most = student.config.chunk * student.config.n_chunks - 24
     assert len(set(first.tolist())) > 55 and 0 <= first.min() < most / 5 < most * 4 / 5 < first.max() <= most
     assert all((first != other).sum() > 55 for other in others)
-
-
-def test_checkpointed_blocks_have_the_same_gradients():
-    """Blocks that are computed again in the backward pass give the same gradients, run twice, and leave no
-    trace when it is over."""
-    model, rows = tiny(dtype=torch.float32).requires_grad_(), some_ids(3, 20)
-    def loss_fn(idx, targets, step):
-        yield model(idx, targets)[1]
-    calls = []
-    model.blocks[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    ref = halo.backward(loss_fn, rows, 0, 3), take_gradients(model)
-    assert len(calls) == 1
-    halo.checkpoint_blocks(model)
-    loss, grads = halo.backward(loss_fn, rows, 0, 3), take_gradients(model)
-    assert len(calls) == 3 and loss == ref[0] and all(grads[name].equal(g) for name, g in ref[1].items())
-    halo.checkpoint_blocks(model, on=False)
-    assert not any("forward" in vars(block) for block in model.blocks)
-
-
-def test_out_of_memory_is_halved_then_checkpointed_then_said(capsys):
-    """Where the device runs out of memory a step is repeated with half the rows, at one row with blocks
-    checkpointed, then it ends in one line; gradients are those of one whole pass."""
-    model, rows, tries = tiny(dtype=torch.float32).requires_grad_(), some_ids(6, 20), []
-    def loss_fn(idx, targets, step):
-        tries.append((len(idx), "forward" in vars(model.blocks[0])))
-        loss = model(idx, targets)[1]
-        if len(idx) > limit:
-            loss.backward()                                                 # some gradients are there already
-            raise torch.OutOfMemoryError("out of memory")
-        yield loss
-    limit = 6
-    ref = halo.backward(loss_fn, rows, 0, 6), take_gradients(model)
-    limit, tries[:] = 2, []
-    loss, micro = halo.fitted("distil", model, 6, lambda n: halo.backward(loss_fn, rows, 0, n))
-    assert [n for n, _ in tries] == [6, 3, 2, 2, 2] and micro == 2
-    assert loss.item() == pytest.approx(ref[0].item(), rel=1e-6)
-    assert all(torch.allclose(g, ref[1][name], atol=1e-6) for name, g in take_gradients(model).items())
-    limit = 0
-    with one_line("distil.length"):
-        halo.fitted("distil", model, 6, lambda n: halo.backward(loss_fn, rows, 0, n))
-    assert tries[-2:] == [(1, False), (1, True)]
-
-
-def test_batches_are_made_ahead_and_errors_come_through():
-    """The next batch is made in a thread while one is in use; what goes wrong there is raised here, at the
-    step that it belongs to."""
-    made, got = [], []
-    def make(step):
-        made.append(step)
-        if step == 4:
-            raise ValueError("--data: gone")
-        return np.full((2, 3), step)
-    with one_line("gone"):
-        for step, rows in zip(range(2, 9), halo.ahead(make, range(2, 9), torch.device("cpu"))):
-            assert (rows == step).all()
-            got.append(step)
-    assert got == [2, 3] and made == [2, 3, 4]
 
 
 # ---- halo: whole runs of a few steps -----------------------------------------------------------------------
@@ -942,81 +907,6 @@ def held_out_loss(home, out):
     return pytest.approx(halo.losses(HypeNet.from_pretrained(out), batches).mean().item(), rel=1e-6)
 
 
-def test_plain_and_device_can_change_on_resume(runs):
-    """A stopped run goes on with its own options, but for the device, and --plain where that is asked for."""
-    first = ["--resume", str(runs["paper"][0])]
-    for more in [], ["--plain"], ["--device", "cuda", "--plain"]:
-        o, own = halo.resumed(halo.get_args(first + more), first + more), halo.get_args(more)
-        assert (o.plain, o.device) == (own.plain, own.device or "cpu") and o.trials == 5 and o.out
-
-
-def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
-    """So that what takes no device, as a CUDA graph, is on it."""
-    current = []
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *_, **__: None)
-        patch.setattr(torch.cuda, "set_device", current.append)
-        for name in ("cpu", "cuda", "cuda:1"):
-            assert common.default_device(name) == name
-    assert current == ["cuda:1"]
-
-
-@pytest.mark.parametrize("recipe", ["paper", "article"])
-def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
-    """From the third step on each is the replay of a recording, which writes the gradients anew where they
-    were first (on CPUs a stand-in does), and losses and weights are those of steps taken one by one."""
-    replays = {}
-    def train(run, stage, plan, corpus, module, groups, loss_fn, plain=halo.train, record=halo.recorded):
-        def recorded(work, rows, options):
-            assert all(p.grad is None for p in module.parameters())
-            again = record(work, rows, options) if GPU else work(rows)
-            places = [(p, p.grad) for p in module.parameters() if p.grad is not None]
-            def replay(rows):
-                replays[stage] = replays.get(stage, 0) + 1
-                if GPU:
-                    return again(rows)
-                now = [p.grad for p, _ in places]
-                for p, _ in places:
-                    p.grad = None
-                out = work(rows)
-                for (p, place), grad in zip(places, now):
-                    place.copy_(p.grad)
-                    p.grad = grad
-                return out
-            return replay
-        patch.setattr(halo, "recorded", recorded)
-        plain(run, stage, plan, corpus, module, groups, loss_fn)
-        assert all(p.grad is None for p in module.parameters())
-    outs = [tmp_path / "one by one", tmp_path / "recorded"]
-    for name, work, out in (("recorded", lambda *_: None, outs[0]), ("train", train, outs[1])):
-        with monkeypatch.context() as patch:
-            patch.setattr(halo, name, work)
-            convert(home, out, "--recipe", recipe, "--device", DEVICE)
-    assert replays == (dict.fromkeys(("align", "distil", "finetune"), 6) if recipe == "paper" else
-                       dict(group1=2, group2=2))
-    a, b = ([r["loss"] for r in log_of(out)] for out in outs)
-    assert a == pytest.approx(b, rel=0.05 if GPU else 1e-6)
-    a, b = (HypeNet.from_pretrained(out).state_dict() for out in outs)
-    assert GPU or all(torch.allclose(w, b[name], atol=1e-6) for name, w in a.items())
-
-
-def test_steps_that_cannot_be_recorded(home, tmp_path, monkeypatch):
-    """Not a part of a batch at a time, nor in a stage too short to gain by it; nor with --plain, --fade, or
-    without room for what is held once more."""
-    made = []
-    monkeypatch.setattr(halo, "recorded", lambda work, rows, options: made.append(len(rows)))
-    convert(home, tmp_path / "long", steps=3)
-    convert(home, tmp_path / "short", steps=2)
-    convert(home, tmp_path / "parts", "--micro", "1", steps=3)
-    assert made == [2, 2, 2]
-    monkeypatch.undo()
-    for name, x in dict(memory_reserved=6, mem_get_info=(5, 80), empty_cache=None).items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, x=x: x)
-    rows = types.SimpleNamespace(is_cuda=True, device="cuda")
-    for plain, fade in (True, 0.0), (False, 0.5), (False, 0.0):
-        assert halo.recorded(None, rows, dict(plain=plain, fade=fade)) is None
-
-
 @pytest.fixture(scope="session")
 def runs(home):
     """A run of each recipe: its folder, what it printed and, for each stage, the weights and the loss on one
@@ -1036,7 +926,7 @@ def runs(home):
                 trained.update(n for n, p in module.named_parameters() if p.requires_grad)
                 return loss_fn(*batch)
             plain(run, stage, plan, corpus, module, groups, noting)
-        watch(stage, module, work, lambda: sum(loss_fn(rows[:, :-1], rows[:, 1:], plan.steps - 1)))
+        watch(stage, module, work, lambda: sum(loss_fn(rows[:, :-1], rows[:, 1:])))
     def whole(run, teacher, *rest, plain=halo.convert):
         return watch("teacher", teacher, lambda _: plain(run, teacher, *rest))
     with pytest.MonkeyPatch.context() as patch:
@@ -1051,8 +941,8 @@ def runs(home):
 
 
 def test_stages_train_what_they_say(runs):
-    """align changes every tensor of the twins, distil and finetune every one of the student, a group those of
-    its own mixers and the chunk embeddings and no other; each lowers its loss; the teacher never changes."""
+    """align changes every tensor of the twins, distil and finetune every tensor of the student. A group
+    changes its own mixers and the chunk embeddings alone. Each stage lowers its loss. The teacher stays."""
     stages = {**runs["paper"][2], **runs["article"][2]}
     for name, layer in dict(align=None, distil=None, finetune=None, group1=1, group2=2).items():
         before, loss, after, loss_after, trained = stages[name]
@@ -1069,8 +959,8 @@ def test_stages_train_what_they_say(runs):
 
 @pytest.mark.parametrize("recipe", halo.RECIPES)
 def test_report(recipe, runs, home):
-    """report.json has its keys, its numbers are those of the student saved beside it; the last line printed
-    is the sample.py command; the article's recipe leaves a usable model after each group."""
+    """report.json has its keys, and its numbers belong to the student saved beside it. The last line printed
+    is the sample.py command. The article's recipe leaves a usable model after each group."""
     out, text, _ = runs[recipe]
     report, config = json.loads((out / "report.json").read_text()), HypeNet.from_pretrained(out).config
     assert set(report) >= {"recipe", "layers", "logit_base", "params", "tokens", "seconds", "val_loss", "kl",
@@ -1091,7 +981,7 @@ def test_report(recipe, runs, home):
     ("paper", None, 0, 0), ("paper", "align", 8, 0), ("paper", "distil", 3, 0), ("paper", "finetune", 5, 1),
     ("article", None, 0, 0), ("article", "group1", 4, 0), ("article", "group2", 1, 0)])
 def test_a_run_repeats(recipe, stage, step, crash, runs, home, tmp_path, monkeypatch, capsys):
-    """One seed gives one run, bit for bit, also if SIGTERM or a crash stops it and --resume takes it up."""
+    """One seed gives one run, bit for bit, even if SIGTERM or a crash stops it and --resume goes on."""
     def log(run, plain=halo.Run.log, **record):
         plain(run, **record)
         if (record["stage"], record["step"]) == (stage, step):
@@ -1119,31 +1009,30 @@ def test_a_run_repeats(recipe, stage, step, crash, runs, home, tmp_path, monkeyp
 
 
 ROWS = {  # a flag that changes a row: what it makes of the student's config
-    "--pe hype --training staged": dict(attn_pe=0.0, chunk=None, linear_rope=True),
-    "--pe rope": dict(attn_pe=1.0, chunk=None, linear_rope=True),
-    "--pe chunk": dict(attn_pe=1.0, chunk=24, n_chunks=2774, linear_rope=False),
+    "--pe hype --training staged": dict(attn_position=False, chunk=None, linear_rope=True),
+    "--pe rope": dict(attn_position=True, chunk=None, linear_rope=True),
+    "--pe chunk": dict(attn_position=True, chunk=24, n_chunks=2774, linear_rope=False),
     **{f"--decay {x}": dict(decay=x) for x in ("constant", "none", "head", "channel")},
     "--extras on": dict(attn_gate=True, linear_norm=True, linear_gate=True),
     "--extras off": dict(attn_gate=False, linear_norm=False, linear_gate=False, linear_qk_norm=False),
     "--state full": dict(key_dim=8), "--state half": dict(key_dim=4, linear_qk_norm=False),
     "--layers LLAA": dict(layers="LLAA"), "--layers even": dict(layers="LLLA"), "--layers score": {},
     "--training staged": {}, "--training progressive --pe rope": {}, "--groups 1": {},
-    "--fade 1": dict(attn_pe=0.0),
     "--kl forward --alpha 0.25": {}, "--kl reverse --alpha 0.75": {}, "--alpha 1": {},
     "--max-ctx 400": dict(n_chunks=17),
     "--window 50": dict(window=50), "--window 0": dict(window=None), "--logit-base fit": {},
     "--logit-base 300": dict(logit_base=300.0), "--teacher gpt2": {}, "--teacher llama": {},
     "--set linear_rope=true linear_kv_head=2": dict(linear_rope=True, linear_kv_head=2),
 }
-ONLY = {"--layers score": "paper", "--fade 1": "paper", "--groups 1": "article", "--max-ctx 400": "article"}
+ONLY = {"--layers score": "paper", "--groups 1": "article", "--max-ctx 400": "article"}
 CASES = [(recipe, row) for recipe in halo.RECIPES for row in ROWS if ONLY.get(row, recipe) == recipe
          and str(halo.RECIPES[recipe].get(row.split()[0][2:])) != row.split()[1]]
 
 
 @pytest.mark.parametrize("recipe, row", CASES)
 def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
-    """Each row of a recipe is changed by its flag, each kind of teacher converted: the stages and losses are
-    those asked for, and the student saved is the one asked for, the one trained and the one reported."""
+    """A flag changes its row of a recipe, and every kind of teacher is converted. Stages, losses and the
+    saved student are those asked for, and the report is of this student."""
     out, flags, losses, default = tmp_path / "run", row.split(), set(), halo.RECIPES[recipe]
     def distil_loss(student, teacher, idx, targets, kl, alpha, *rest, plain=halo.distil_loss):
         losses.add((kl, alpha))
@@ -1166,12 +1055,12 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
     assert list(dict.fromkeys(record["stage"] for record in log_of(out))) == stages
     if flag.get("--logit-base") == "fit":
         fits = json.loads((out / "run.json").read_text())["done"]["fit"]
-        assert config["logit_base"] == halo.least(fits)
+        assert config["logit_base"] == halo.cheapest(fits)
 
 
 def test_layers_and_base_are_chosen_by_what_training_hides(home, tmp_path, monkeypatch, capsys):
-    """Where stage 2 hides values after other words, selection and base ask for them in the same share, and
-    the report for one number of four too; a run whose stages have changed does not go on."""
+    """Where stage 2 hides other things than pass keys, selection and base ask for them in the same share, and
+    the report asks for one number of four. A run whose stages have changed does not go on."""
     shares = {}
 
     def recall(model, corpus, length, trials, seed=0, task="S1", varied=0.0, plain=halo.recall):
@@ -1195,8 +1084,8 @@ def test_layers_and_base_are_chosen_by_what_training_hides(home, tmp_path, monke
 
 @pytest.mark.parametrize("teacher", ["teacher", "gpt2"])
 def test_groups_go_on(teacher, home, tmp_path):
-    """The second group starts from what the first has learned, each of its layers from its own teacher's
-    values: one step later nothing is far from there."""
+    """The second group starts from what the first has learned, and each of its layers from the values of its
+    attention layer: one step later no weight is far from there."""
     convert(home, tmp_path, "--recipe", "article", steps=2, teacher=teacher)
     first, last, old = map(HypeNet.from_pretrained, (tmp_path / "group1", tmp_path, home / teacher))
     for name, w in first.state_dict().items():
@@ -1208,8 +1097,8 @@ def test_groups_go_on(teacher, home, tmp_path):
 
 
 def test_pretrain(home, tmp_path, monkeypatch):
-    """--pretrain makes a teacher that learns, at a rate that warms up and falls as a cosine, and that can be
-    converted; with --layers, a hybrid of the recipe."""
+    """--pretrain makes a teacher that learns and can be converted; with --layers, a hybrid of the recipe. The
+    learning rate warms up and falls as a cosine. Weight decay shrinks matrices alone."""
     small = HypeNetConfig(layers="AAAA", n_embd=32, n_head=2, n_kv_head=2, head_dim=16, max_len=96)
     monkeypatch.setitem(halo.TEACHERS, "tiny", small)
     argv = ["--pretrain", "--device", "cpu", "--data", str(home / "text.jsonl"), "--eval-windows", "4",
@@ -1225,7 +1114,7 @@ def test_pretrain(home, tmp_path, monkeypatch):
     convert(home, tmp_path / "student", "--layers", "ends", steps=1, teacher=tmp_path / "teacher")
     halo.main([*argv, "--out", str(tmp_path / "hybrid"), "--layers", "LLAL"])
     config = HypeNet.from_pretrained(tmp_path / "hybrid").config
-    assert (config.layers, config.attn_pe, config.linear_gate) == ("LLAL", 0.0, True)
+    assert (config.layers, config.attn_position, config.linear_gate) == ("LLAL", False, True)
     monkeypatch.setitem(halo.TEACHERS, "tiny-gpt2", dataclasses.replace(small, **FAMILIES["gpt2"]))
     halo.main([*argv, "--out", str(tmp_path / "gpt2"), "--teacher", "tiny-gpt2"])
     halo.main(["--out", str(tmp_path / "decayed"), *argv, "pretrain.weight_decay=20"])
@@ -1233,15 +1122,14 @@ def test_pretrain(home, tmp_path, monkeypatch):
     shrunk = {name: (w.norm() / free.state_dict()[name].norm()).item()
               for name, w in decayed.state_dict().items()}
     assert all(0.97 < x if "norm" in name else x < 0.8 for name, x in shrunk.items()), shrunk
-    argv = ["--layers", "ends", "--fade", "0.5"]
-    convert(home, tmp_path / "gpt2-student", *argv, steps=2, teacher=tmp_path / "gpt2")
+    convert(home, tmp_path / "gpt2-student", "--layers", "ends", steps=2, teacher=tmp_path / "gpt2")
     config = HypeNet.from_pretrained(tmp_path / "gpt2-student").config
-    assert (config.position, config.attn_pe, config.norm) == ("learned", 0.0, "layer")
+    assert (config.position, config.attn_position, config.norm) == ("learned", False, "layer")
 
 
 def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
-    """What a base costs is the held-out loss plus that of answers, none of which the report asks for. None is
-    tried after one that is 0.02 worse than the best."""
+    """A base costs the held-out loss plus the loss of answers, and the report asks for other answers. No base
+    is tried after one that costs 0.02 more than the best."""
     model, corpus, seeds = tiny(dtype=torch.float32), halo.Corpus(Tokenizer.bytes()), set()
 
     def found(student, corpus, length, trials, seed, varied):
@@ -1251,7 +1139,7 @@ def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
     monkeypatch.setattr(halo, "losses", lambda model, _: torch.tensor([model.config.logit_base == 20]) + 2.0)
     fits = halo.fit_logit_base(model, corpus, 64, seed=0, varied=0.5)
     assert (fits["None"], fits["100"], fits["50"], fits["20"]) == (11, 11, 3, 4) and seeds == {(1, 0.5)}
-    assert halo.least(fits) == 50.0 and halo.least({"None": 1.0, "20": 2.0}) is None
+    assert halo.cheapest(fits) == 50.0 and halo.cheapest({"None": 1.0, "20": 2.0}) is None
     monkeypatch.setattr(halo, "losses", lambda m, _: -1e-4 * torch.tensor([m.config.logit_base or 1e5]))
     assert list(halo.fit_logit_base(model, corpus, 64, seed=0)) == ["None", "10000"]
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from support import fast
 from support.run import bf16
 
 KEY_NAMES = tuple("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble "
@@ -228,8 +229,8 @@ def answers(model, prompts, n_answer):
     cut = prompts.size(1) - n_answer - 1
     state = model.init_state(len(prompts), prompts.size(1))
     for part in prompts[:, :cut].split(8192 if prompts.is_cuda else 1024, dim=1):
-        model.hidden(part, state)
-    logits = model(prompts[:, cut:-1], state=state, all_logits=True)[0].float()     # (B, n_answer, V)
+        fast.read(model, part, state)
+    logits = model.head(fast.read(model, prompts[:, cut:-1], state)).float()        # (B, n_answer, V)
     target = prompts[:, -n_answer:]
     logp = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
     return logp, logits.argmax(-1) == target

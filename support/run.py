@@ -1,31 +1,51 @@
-"""A run: its folder, log, checkpoints, signals, memory, graphs."""
+"""A training run that can be stopped, even killed, and taken up again as if it had never stopped.
+
+    run = Run("out/mine", options)                    a folder: run.json, log.jsonl, one checkpoint per stage
+    value = run.once("name", work)                    work() is called once in the life of the run
+    progress = run.stage("name", plan, module, optimizer, gradients)
+    for step, rows in progress.steps(corpus, rows_of):     goes on where the stage stood
+        loss, norm = progress.compute(rows)           as many rows at once as memory holds
+        ...                                           the caller updates the weights
+        progress.done(step, loss, norm, lr)           one line of the log; sometimes a checkpoint
+
+A Probe has the interface of a Run. Its stages take a few steps on random ids, and measure what they cost.
+
+A plan has steps, total (tokens), length, batch, lr, lr_end and rate(step). rows_of(corpus, stage, plan) is a
+function step -> ids (batch, length + 1). corpus.advance(plan) is called when a stage has ended.
+Read Run and Stage first. Memory, recordings and estimates come after them.
+"""
 import json
+import math
 import os
+import shutil
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from support.common import write_json, write_text
+from hypenet import write_file
+from support.common import write_json
 
-
-def bf16():
-    """Autocast for CUDA; elsewhere it does nothing."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+# ---- a run -------------------------------------------------------------------------------------------------
 
 
 class Run:
-    """A folder that a run lives in and can be taken up from. run.json holds its options and the results of
-    what is done; a stop (Ctrl-C, SIGTERM) waits for the training step to end, then saves."""
+    """A run and its folder. run.json holds the options, and the results of what is done. After Ctrl-C or
+    SIGTERM the training step in progress ends, a checkpoint is written, then the program leaves."""
 
     def __init__(self, folder, options):
-        self.folder, self.options, self.done = folder, options, {}
-        self.stop, self.tokens = False, 0                 # tokens: of all stages so far
+        self.folder = folder
+        self.options = options
+        self.done = {}                                # results by name, see once()
+        self.stop = False                             # whether a signal has asked for the end
+        self.tokens = 0                               # of all stages so far
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(self.path("run.json")):
             with open(self.path("run.json"), encoding="utf-8") as f:
@@ -39,10 +59,15 @@ class Run:
             signal.signal(sig, handler)
 
     def on_signal(self, *_):
-        if self.stop:                                     # asked twice: at once
+        if self.stop:                                 # the second signal ends the program at once
             raise KeyboardInterrupt
         self.stop = True
-        print("\nstopping after this step or measurement; once more: at once", file=sys.stderr)
+        print("\nstopping after this step or measurement; a second signal stops at once", file=sys.stderr)
+
+    def leave_if_asked(self):
+        if self.stop:
+            print(f"\nstopped; go on with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(130)
 
     def path(self, *names):
         return os.path.join(self.folder, *names)
@@ -54,36 +79,171 @@ class Run:
         self.done["seconds"] = self.seconds()
         write_json(self.path("run.json"), dict(options=self.options, done=self.done))
 
-    def log(self, **record):
-        with open(self.path("log.jsonl"), "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
-
-    def forget(self, stage, step):
-        """Drop the log lines of a stage past a step: they will be written again."""
-        with open(self.path("log.jsonl"), "a+", encoding="utf-8") as f:
-            f.seek(0)
-            lines = []
-            for line in f:
-                try:
-                    r = json.loads(line)
-                except ValueError:                         # cut off when the machine went down
-                    continue
-                if r["stage"] != stage or r["step"] <= step:
-                    lines.append(line)
-        write_text(self.path("log.jsonl"), "".join(lines))
-
     def once(self, name, work):
-        """The result of work(), a JSON value: computed once in the life of a run."""
+        """The result of work(), a JSON value. A run that goes on takes the result from run.json."""
         if name not in self.done:
             self.done[name] = work()
             self.save()
             self.leave_if_asked()
         return self.done[name]
 
-    def leave_if_asked(self):
-        if self.stop:
-            print(f"\nstopped; go on with: python halo.py --resume {self.folder}", file=sys.stderr)
-            raise SystemExit(130)
+    def stage(self, name, plan, module, optimizer, gradients):
+        return Stage(self, name, plan, module, optimizer, gradients)
+
+    def log(self, **record):
+        with open(self.path("log.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+
+    def trim_log(self, stage, step):
+        """Drop the lines of a stage after this step: the run will write them again."""
+        with open(self.path("log.jsonl"), "a+", encoding="utf-8") as f:
+            f.seek(0)
+            lines = []
+            for line in f:
+                try:
+                    record = json.loads(line)
+                except ValueError:                    # half a line: the machine went down
+                    continue
+                if record["stage"] != stage or record["step"] <= step:
+                    lines.append(line)
+        write_file(self.path("log.jsonl"), "".join(lines))
+
+
+def new_folder(asked, default):
+    """The folder of a new run: the one asked for, else default, default-2, default-3, ... ValueError if the
+    folder asked for is in use."""
+    folder = asked or default
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"--out {folder} is a file; name a folder")
+    if not os.path.isdir(folder) or not os.listdir(folder):
+        return folder
+    if asked:
+        raise ValueError(f"--out {folder} is not empty; go on with it by --resume {folder}, or name another")
+    number = 2
+    while os.path.exists(f"{folder}-{number}"):
+        number += 1
+    return f"{folder}-{number}"
+
+
+def options_of(folder):
+    """The options of the run in a folder; ValueError if the folder has no run."""
+    try:
+        with open(os.path.join(folder, "run.json"), encoding="utf-8") as f:
+            return dict(json.load(f)["options"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"--resume {folder}: no run there (no run.json that can be read)") from None
+
+
+# ---- a stage of training -----------------------------------------------------------------------------------
+
+
+class Stage:
+    """The progress of one stage. A stage that was stopped goes on from its checkpoint; a stage that has ended
+    is only loaded. gradients(rows, at_once) leaves gradients in the parameters that train, computed from so
+    many rows at once, and returns (loss, norm) as a tensor (2,). ValueError if the checkpoint is damaged, the
+    loss is not finite, or memory or disk run out."""
+
+    def __init__(self, run, name, plan, module, optimizer, gradients):
+        self.run = run
+        self.name = name
+        self.plan = plan
+        self.module = module
+        self.optimizer = optimizer
+        self.gradients = gradients
+        self.at_once = run.options["micro"] or min(plan.batch, max(1, 2 ** 17 // plan.length))
+        self.first = 0                                # steps done before this process
+        self.computed = 0                             # steps done in this process
+        self.mean = None                              # of the loss, over about 20 steps
+        self.replay = None                            # the recording of a step
+        self.pause = 120.0                            # seconds between two checkpoints
+        run.tokens += plan.total
+        self.load()
+
+    def load(self):
+        self.file = self.run.path(f"{self.name}.pt")
+        if os.path.exists(self.file):
+            try:
+                saved = torch.load(self.file, map_location="cpu", weights_only=True)
+                self.module.load_state_dict(saved["module"], strict=False)
+                self.first = saved["step"]
+                self.mean = saved["mean"]
+                if "optimizer" in saved:
+                    self.optimizer.load_state_dict(saved["optimizer"])
+            except Exception:                         # torch raises several types
+                raise ValueError(f"{self.file} is damaged; remove it to train this stage again") from None
+        if self.first < self.plan.steps:
+            self.run.trim_log(self.name, self.first)
+
+    def save(self, step):
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        state = dict(step=step, mean=self.mean, module=trained)
+        if step < self.plan.steps:                    # after the last step nobody needs the optimizer
+            state["optimizer"] = self.optimizer.state_dict()
+        try:
+            write_file(self.file, lambda tmp: torch.save(state, tmp))
+        except (OSError, RuntimeError) as e:          # RuntimeError: torch's own on a full disk
+            message = f"{self.file}: {e}; free some disk, then --resume {self.run.folder}"
+            raise ValueError(message) from None
+        self.run.save()
+
+    def rate(self, step):
+        return self.plan.rate(step)
+
+    def steps(self, corpus, rows_of):
+        """Yield (step, rows) for every step that is left. A thread makes the next rows meanwhile."""
+        left = range(self.first, self.plan.steps)
+        device = next(self.module.parameters()).device
+        self.bar = tqdm(left, desc=f"{self.name:9s}", initial=self.first, total=self.plan.steps,
+                        mininterval=0.5, dynamic_ncols=True, disable=len(left) == 0)
+        self.saved_at = self.tick = time.time()
+        yield from zip(self.bar, ahead(rows_of(corpus, self.name, self.plan), left, device))
+        checkpoint_blocks(self.module, on=False)
+        corpus.advance(self.plan)
+
+    def compute(self, rows):
+        """Gradients of a batch; returns loss and norm. The first step compiles what there is to compile, and
+        finds how many rows fit; the third is recorded. ValueError if loss or norm is not finite."""
+        self.computed += 1
+        if self.computed == 3 and self.at_once >= self.plan.batch:
+            self.module.zero_grad()                   # the recording allocates gradients of its own
+            work = partial(self.gradients, at_once=self.at_once)
+            self.replay = recorded(work, rows, self.run.options["plain"])
+        if self.replay:
+            result = self.replay(rows)
+        else:
+            work = partial(self.gradients, rows)
+            result, self.at_once = within_memory(self.name, self.module, self.at_once, work)
+        loss, norm = result.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            kept = f"last checkpoint {self.file}" if os.path.exists(self.file) else "no checkpoint yet"
+            raise ValueError(f"{self.name}: loss {loss:.3g}, gradient norm {norm:.3g} at step "
+                             f"{self.first + self.computed}, {kept}; start anew with "
+                             f"--plan {without_number(self.name)}.lr={self.plan.lr / 3:.0e}")
+        return loss, norm
+
+    def done(self, step, loss, norm, lr):
+        """Write the log line of a step. Save a checkpoint now and then, at the end and before a stop."""
+        steps = self.plan.steps
+        self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
+        now = time.time()
+        ms = 1000 * (now - self.tick)
+        self.tick = now
+        self.run.log(stage=self.name, step=step + 1, loss=loss, norm=norm, lr=lr, ms=round(ms, 2))
+        if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
+            speed = 1000 * self.plan.total / steps / ms
+            tqdm.write(f"{self.name:9s}{step + 1:6,}/{steps:,} | loss {self.mean:.4f} | norm {norm:.2f} | "
+                       f"lr {lr:.1e} | {ms:,.0f} ms | {speed:,.0f} tok/s")
+        self.bar.set_postfix_str(f"loss {self.mean:.4f}", refresh=False)
+        if step + 1 == steps or self.run.stop or now - self.saved_at > self.pause:
+            self.save(step + 1)
+            self.run.leave_if_asked()
+            self.saved_at = self.tick = time.time()
+            self.pause = max(self.pause, 20 * (self.saved_at - now))   # at most 5% of the time for saving
+
+
+def without_number(stage):
+    """The name of a stage in its plan: group2 -> group."""
+    return stage.rstrip("0123456789")
 
 
 def ahead(make, steps, device):
@@ -94,14 +254,76 @@ def ahead(make, steps, device):
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(one, steps.start)
         for step in steps:
-            rows = coming.result()                                 # or the error that making it met
+            rows = coming.result()                    # raises here what making the rows raised
             if step + 1 < steps.stop:
                 coming = pool.submit(one, step + 1)
             yield rows.to(device, non_blocking=True)
 
 
+# ---- a probe -----------------------------------------------------------------------------------------------
+
+
+class Probe:
+    """Stands in for a Run, to measure the stages on this device before a run begins. found[stage] is a tuple:
+    rows at once that fit, tokens a second, peak memory in GB. No weight changes, and no file is written.
+    ValueError or torch.OutOfMemoryError if a stage does not fit."""
+
+    def __init__(self, options, n_vocab):
+        self.options = options
+        self.n_vocab = n_vocab
+        self.tokens = 0
+        self.found = {}
+
+    def once(self, name, work):
+        """A probe measures stages alone."""
+
+    def stage(self, name, plan, module, optimizer, gradients):
+        return ProbeStage(self, name, plan, module, optimizer, gradients)
+
+
+class ProbeStage(Stage):
+    """Three steps on random ids at learning rate 0. The optimizer allocates its state in the first step, so
+    the later steps show what memory the stage needs. Two more steps time a recording."""
+
+    def load(self):
+        self.file = ""
+
+    def rate(self, step):
+        return 0.0
+
+    def steps(self, corpus, rows_of):
+        device = next(self.module.parameters()).device
+        shape = (self.plan.batch, self.plan.length + 1)
+        rows = torch.randint(self.run.n_vocab, shape, device=device)
+        for step in range(5):
+            if step < 3 or self.replay:
+                yield step, rows[:self.at_once]       # one part of a batch: the others cost the same
+        checkpoint_blocks(self.module, on=False)
+        speed = self.at_once * self.plan.length / self.seconds
+        self.run.found[without_number(self.name)] = (self.at_once, speed, peak_gb(device.type))
+
+    def compute(self, rows):
+        if rows.is_cuda and not self.replay:          # a replay allocates nothing
+            torch.cuda.reset_peak_memory_stats(rows.device)
+        began = time.time()
+        loss, norm = super().compute(rows)
+        self.seconds = time.time() - began
+        return loss, norm
+
+    def done(self, step, loss, norm, lr):
+        """A probe has no log."""
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def bf16():
+    """Autocast to bfloat16 on CUDA; on other devices it does nothing."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+
+
 def checkpoint_blocks(module, on=True):
-    """Let each block of a model keep its input alone, and make the rest again in the backward pass."""
+    """Let each block of a model keep its input alone; the backward pass computes the rest again."""
     for block in getattr(module, "blocks", []):
         if on:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -109,56 +331,185 @@ def checkpoint_blocks(module, on=True):
             vars(block).pop("forward", None)
 
 
-def fitted(stage, module, micro, work):
-    """work(micro), and the micro that fitted: where memory runs out it is halved, at one row blocks are
-    checkpointed. A step is a function of its number and has changed no weight yet, so it can be repeated."""
+def checkpointed(module):
+    """Whether the blocks of a model are checkpointed."""
+    blocks = getattr(module, "blocks", [])
+    return len(blocks) > 0 and "forward" in vars(blocks[0])
+
+
+def within_memory(stage, module, at_once, work):
+    """work(at_once), and the rows at once that fitted. Where memory runs out, half the rows are tried; at one
+    row the blocks are checkpointed. work has changed no weight yet, so a second try gives the same result."""
     while True:
         try:
-            return work(micro), micro
+            return work(at_once), at_once
         except torch.OutOfMemoryError:
-            pass                                                   # freed only once the handler is left
+            pass                                      # memory is freed only after the handler
         module.zero_grad()
         torch.cuda.empty_cache()
-        blocks = getattr(module, "blocks", [])
-        if micro > 1:
-            micro = (micro + 1) // 2
-        elif blocks and "forward" not in vars(blocks[0]):
+        if at_once > 1:
+            at_once = (at_once + 1) // 2
+        elif getattr(module, "blocks", []) and not checkpointed(module):
             checkpoint_blocks(module)
         else:
-            raise ValueError(f"{stage}: one sequence exceeds the memory; give --plan {stage}.length a lower "
-                             "value, a smaller --teacher, or --recipe article")
-        tqdm.write(f"{stage}: out of memory; on with {micro} rows at once"
-                   + ", blocks checkpointed" * (bool(blocks) and "forward" in vars(blocks[0])))
+            raise ValueError(f"{stage}: one sequence exceeds the memory; give --plan {without_number(stage)}"
+                             ".length a lower value, or take a smaller --teacher")
+        tqdm.write(f"{stage}: out of memory; on with {at_once} rows at once"
+                   + ", blocks checkpointed" * checkpointed(module))
 
 
-def recorded(work, rows, options):
-    """work, a function of rows, as a CUDA graph for rows of this shape: a small model's step is a thousand
-    launches, which cost the host more than the card. A replay writes gradients anew. None on other devices,
-    with --plain or --fade (which changes the kernels of stage 2), or if memory has no room for as much as it
-    holds now."""
-    if not rows.is_cuda or options["plain"] or options["fade"]:
+def by_slices(work, n_vocab, *tensors, elements=None):
+    """[work(slice of each tensor)] for slices of the tokens (N,...), each with about `elements` logits."""
+    n = max(1, (elements or (2 ** 27 if tensors[0].is_cuda else 2 ** 24)) // n_vocab)
+    slices = [t.split(n) for t in tensors]
+    return [work(*part) for part in zip(*slices)]
+
+
+def loss_by_slices(work, n_vocab, weight, xs, *others, elements=None):
+    """The sum of work(weight, slice of xs, slices of others): a loss of tokens xs (N,C) behind a head, whose
+    weight is (n_vocab,C). All logits (N,n_vocab) may need more memory than the model. So the gradient of a
+    slice is taken as soon as its loss is known, and its logits are dropped."""
+    return SlicedLoss.apply(work, n_vocab, elements, weight, xs, *others)
+
+
+class SlicedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, work, n_vocab, elements, weight, xs, *others):
+        weight = weight.detach().requires_grad_(ctx.needs_input_grad[3])
+        xs = xs.detach()
+
+        def one(x, *others):
+            x.requires_grad_(ctx.needs_input_grad[4])
+            with torch.enable_grad():
+                loss = work(weight, x, *others)
+            if loss.requires_grad:
+                loss.backward()
+            return loss.detach(), x.grad
+        losses, grads = zip(*by_slices(one, n_vocab, xs, *others, elements=elements))
+        ctx.grads = weight.grad, torch.cat(grads) if ctx.needs_input_grad[4] else None
+        ctx.n_others = len(others)
+        return sum(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grads = [g if g is None else g.mul_(grad) for g in ctx.grads]
+        ctx.grads = None                              # in place, so that no second copy is made
+        return None, None, None, *grads, *[None] * ctx.n_others
+
+
+def peak_gb(device):
+    """Peak memory in GB of the GPU, or of this process; None where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        from resource import RUSAGE_SELF, getrusage   # not on Windows
+    except ImportError:
+        return None
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ---- recording ---------------------------------------------------------------------------------------------
+
+
+def recorded(work, rows, plain=False):
+    """work, a function of rows, as a CUDA graph for rows of this shape. The step of a small model launches a
+    thousand kernels, and launching them costs more time than running them. A replay writes all gradients
+    anew. None on other devices, if `plain` is asked for, or if memory has no room for a second copy of all
+    that it holds."""
+    if not rows.is_cuda or plain:
         return None
     held = torch.cuda.memory_reserved(rows.device)
     torch.cuda.empty_cache()
     if held > torch.cuda.mem_get_info(rows.device)[0]:
         return None
-    graph, still = torch.cuda.CUDAGraph(), rows.clone()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):      # a thread pins memory meanwhile
-        out = work(still)
+    graph = torch.cuda.CUDAGraph()
+    still = rows.clone()                              # a graph reads its input at one address
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):   # a thread pins memory meanwhile
+        result = work(still)
 
     def replay(rows):
         still.copy_(rows)
         graph.replay()
-        return out
+        return result
     return replay
 
 
-def peak_gb(device):
-    """Peak memory of this process, or of the GPU it used, in GB; None where the system does not tell."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        from resource import RUSAGE_SELF, getrusage       # not on Windows
-    except ImportError:
-        return None
-    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+# ---- what a run will cost ----------------------------------------------------------------------------------
+
+
+def check_disk(folder, gigabytes):
+    """ValueError if the disk of a folder, which need not exist yet, has less room."""
+    parent = next(p for p in (Path(folder).absolute() / "x").parents if p.exists())
+    free = shutil.disk_usage(parent).free / 1e9
+    if gigabytes > free:
+        raise ValueError(f"checkpoints and student need {gigabytes:.0f} GB of disk, {parent} has {free:.0f}; "
+                         "let --out name a folder on a larger one")
+
+
+def cpu_hours(params, tokens):
+    """A guess at the hours that training takes on this CPU: 8 operations per parameter and token, at half the
+    rate of a large matrix product."""
+    a, b = torch.randn(2, 1024, 1024)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    rate = 2 * 1024 ** 3 / min(seconds)
+    return 8 * params * tokens / (rate / 2) / 3600
+
+
+def change_plans(plans, items):
+    """Change entries of plans, in place, by items STAGE.FIELD=X."""
+    for item in items:
+        key, _, value = item.partition("=")
+        stage, _, field = key.partition(".")
+        types = {f.name: f.type for f in fields(next(iter(plans.values())))}
+        if stage not in plans or field not in types:
+            raise ValueError(f"--plan {item}: STAGE is one of {', '.join(plans)}; FIELD one of "
+                             + ", ".join(types))
+        try:
+            plans[stage] = replace(plans[stage], **{field: types[field](float(value))})
+        except (ValueError, OverflowError):
+            raise ValueError(f"--plan {item}: {value!r} is no number") from None
+
+
+def read_set(items, known):
+    """The items FIELD=X of --set as a dict; X is JSON, or else a string."""
+    changes = {}
+    for item in items:
+        key, _, value = item.partition("=")
+        if key not in known:
+            raise ValueError(f"--set {item}: fields are {', '.join(known)}")
+        try:
+            changes[key] = json.loads(value)
+        except ValueError:
+            changes[key] = value
+    return changes
+
+
+def print_plan(corpus, plans, found):
+    """The text of a run, and a row for each stage: with the findings of a Probe also memory, speed, time."""
+    total = sum(plan.total for plan in plans.values())
+    for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
+        n = sum(source.sizes)
+        read = share * total
+        rounds = f" ({read / n:.1f} rounds, each in a new order)" if read > n else ""
+        print(f"text {' '.join(paths)}: {n:,} tokens to train on, of which this run reads {read:,.0f}{rounds}"
+              f"; {len(source.held_out):,} held out")
+    seconds = sum(plan.total / found[name][1] for name, plan in plans.items()) if found else 0
+    unit, in_unit = ("hours", 3600) if seconds >= 3600 else ("minutes", 60)
+    header = f"{'stage':9s}{'tokens':>14s}{'steps':>8s}{'length':>7s}{'batch':>7s}  learning rate"
+    print(header + f"{'at once':>9s}{'peak GB':>9s}{'tok/s':>11s}{unit:>9s}" * bool(found))
+    for name, plan in plans.items():
+        row = f"{name:9s}{plan.total:14,}{plan.steps:8,}{plan.length:7,}{plan.batch:7,}"
+        row += f"  {f'{plan.lr:.0e}->{plan.lr_end:.0e}':13s}"
+        if found:
+            at_once, speed, peak = found[name]
+            row += f"{at_once:9,}{peak:9.1f}{speed:11,.0f}{plan.total / speed / in_unit:9.2f}"
+        print(row.rstrip())
+    if found:
+        print(f"{seconds / in_unit:.1f} {unit} in all, without measuring. at once: sequences of a batch that "
+              "go through\ntogether; the others follow, with the same result")
+    print(flush=True)
