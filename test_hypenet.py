@@ -783,7 +783,7 @@ def test_choose_layers(how, lost, layers):
     assert halo.choose_layers(how, 8, scores, teacher_loss=1.9) == layers
 
 
-@pytest.mark.parametrize("family", [dict(bias=True), GPT2], ids=["rope", "gpt2"])
+@pytest.mark.parametrize("family", [BIASES, GPT2], ids=["rope", "gpt2"])
 @pytest.mark.parametrize("kind", ["linear", "kept"])
 def test_a_swapped_layer_is_all_that_changes(kind, family):
     """A teacher whose layer 1 is linear, or kept without positions, is its own blocks one after the other but
