@@ -59,10 +59,10 @@ TASKS = {                            # training hides the first one; the names a
 def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     """Hide the values of a task in text (n,) and ask for them: ids (n,), and the length of an answer in ids.
 
-    depth None is for training: needles and `ask` questions stand at random places. A long text has more of
-    them near both ends, since few would stand there by chance. Questions without room are left out.
-    A depth from 0 to 1 is for testing: the first needle stands at this share of the text, the other needles
-    anywhere, and one question for the first needle ends the text.
+    depth None is for training: needles and `ask` questions stand at random places. Several needles stand more
+    often near both ends of the text, where a long text would have few by chance. Questions without room are
+    left out. A depth from 0 to 1 is for testing: the first needle stands at this share of the text, and the
+    other needles anywhere. One question for the first needle ends the text.
 
     task: a Task, or its name in TASKS. ValueError if the text has no room for needles and one question."""
     assert depth is None or ask == 1, "a test has one question, at its end"
@@ -87,7 +87,7 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     order = [*range(len(names)), *asked]                            # of names: first told, then asked for
     if depth is None:
         cuts = np.sort(rng.integers(0, left + 1, len(order)))
-        if len(names) > 1:
+        if len(names) > 1:                                          # in any order; the sine favours both ends
             order = rng.permutation(order)
             cuts = (left * np.sin(np.pi / 2 * cuts / max(1, left)) ** 2).astype(int)
     else:

@@ -1434,7 +1434,7 @@ def test_a_row_goes_on_across_documents():
 
 
 def test_text_files_are_cut_at_line_ends(tmp_path, monkeypatch):
-    """A .txt is cut as readlines(65536) would. A longer line of .txt or document of .jsonl than LONGEST is cut.
+    """A .txt is cut as readlines(65536) would. A line of .txt and a document of .jsonl past LONGEST are cut.
     No character is lost, and the pieces of one document stand on one side."""
     rng = random.Random(0)
     lines = ["x" * rng.choice([0, 5, 80, 3000, 65535, 65536, 70000]) + "\n" for _ in range(200)]
@@ -1554,6 +1554,32 @@ def test_cached_text_is_the_text(cache, monkeypatch):
     assert sorted(path.suffix for path in cache.iterdir()) == [".ids", ".json", ".npy"]
     monkeypatch.setattr(text, "documents", lambda files: pytest.fail("text is read"))
     assert (rows_and_held_out(cache) == in_memory).all()
+
+
+def test_text_is_a_stream(monkeypatch):
+    """However much text there is, few batches of it are held: one that each thread encodes, and one that it
+    encodes next."""
+    written = []
+    out = types.SimpleNamespace(write=written.append, flush=lambda: None)
+
+    def documents(files):
+        for i in range(300):
+            assert i - len(written) <= 2 * 3 + 1
+            yield "group", f"text {i}"
+    monkeypatch.setattr(text, "documents", documents)
+    monkeypatch.setattr(text, "BATCH", 1)
+    monkeypatch.setattr(text.os, "cpu_count", lambda: 3)
+    sizes = text.encode_all([], Tokenizer.bytes(), 300, out)
+    assert sizes.tolist() == [len(f"text {i}") + 1 for i in range(300)] == [len(ids) for ids in written]
+
+
+def test_a_cache_may_be_removed_at_any_time(cache):
+    """A run that has begun goes on; the next run encodes its text again."""
+    corpus = text.Corpus(Tokenizer.bytes(), [str(cache.parent / "data")], cell=64)
+    before = train_ids(corpus)
+    shutil.rmtree(cache)
+    assert (train_ids(corpus) == before).all()
+    assert (train_ids(text.Corpus(Tokenizer.bytes(), [str(cache.parent / "data")], cell=64)) == before).all()
 
 
 @pytest.mark.parametrize("change", ["same size and time", "boundaries", "cut ids", "cut index", "no ids",
