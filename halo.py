@@ -610,7 +610,8 @@ def print_scores(scores, layers, teacher_loss):
 
 
 def convert_progressive(run, teacher, corpus, plans, args):
-    """The article's halo_distillation: the linear layers in groups, with a usable model after each group."""
+    """The article's halo_distillation: the linear layers in groups, with a usable model after each group. A
+    group trains its own mixers and all chunk embeddings; every other weight is frozen."""
     layers = choose_layers(args.layers, len(teacher.config.layers), keep=args.keep)
     groups = groups_of(layers, args.groups)
     config = student_config(teacher.config, layers, args)
@@ -627,17 +628,18 @@ def convert_progressive(run, teacher, corpus, plans, args):
         params += [p for name, p in student.named_parameters() if "chunk_embd" in name]
         stage = f"group{n}"
         train(run, stage, plan, corpus, student, [params], objective(student, teacher, args.kl, args.alpha))
-
-        def usable():
-            student.save_pretrained(run.path(stage))
-            corpus.tokenizer.save(run.path(stage))
-            batches = corpus.held_out_batches(args.length, args.eval_windows)
-            loss = losses(student, batches).mean().item()
-            print(f"group {n} of {len(groups)}: {letters} | held-out loss {loss:.4f} | "
-                  f"usable: {run.path(stage)}")
-            return loss
-        run.once(stage, usable)
+        title = f"group {n} of {len(groups)}: {letters}"
+        run.once(stage, lambda: save_usable(run, stage, title, student, corpus, args))
     return student
+
+
+def save_usable(run, stage, title, student, corpus, args):
+    """Save the model after a group, for use; returns its held-out loss."""
+    student.save_pretrained(run.path(stage))
+    corpus.tokenizer.save(run.path(stage))
+    loss = losses(student, corpus.held_out_batches(args.length, args.eval_windows)).mean().item()
+    print(f"{title} | held-out loss {loss:.4f} | usable: {run.path(stage)}")
+    return loss
 
 
 def groups_of(layers, n_groups=0):
