@@ -3,7 +3,8 @@ from functools import lru_cache
 
 import torch
 
-from kernel import _block, _card, _ceil, _dtype, dot, exp, load_tile, store_tile, triton
+from kernel import block_size as _block, card as _card, ceil_div as _ceil, dot_dtype as _dtype
+from kernel import dot, exp, load_tile, store_tile, triton
 
 if triton:
     import triton.language as tl

@@ -83,7 +83,7 @@ def test_fused_step_is_the_plain_one(name, few, monkeypatch):
 def test_attention_to_a_cache(B, H, G, D, S, splits, monkeypatch):
     """However it is shared out, attention of one token is softmax over the min(pos + 1, S) keys of its row,
     its own k and v in slot pos % S."""
-    monkeypatch.setattr(kernel, "_card", lambda device: (False, splits * B * G // 4 or 1))
+    monkeypatch.setattr(fast, "_card", lambda device: (False, splits * B * G // 4 or 1))
     rng = torch.Generator().manual_seed(0)
     q, k, v, keys, values = (torch.randn(*size, generator=rng).to(DEVICE) for size in (
         (B, 1, H, D), (B, 1, G, D), (B, 1, G, D), (B, S, G, D), (B, S, G, D)))
