@@ -537,8 +537,9 @@ class LinearAttention(nn.Module):
             o, S_new = chunked_scan(q, k, v, self.log_decay(x), S, scale=c.key_dim ** -0.5)
             if cache is not None:
                 S.copy_(S_new)                                     # in place: the address never changes
-        return gated(o.reshape(B, T, -1), z if c.linear_gate else None,               # (B,T,H*D)
-                     self.norm.weight if c.linear_norm else None, c.norm_eps)
+        y = gated(o.reshape(B, T, -1), z if c.linear_gate else None,                  # (B,T,H*D)
+                  self.norm.weight if c.linear_norm else None, c.norm_eps)
+        return y.to(v.dtype)                                       # o of float16 is float32 up to its norm
 
     def step(self, q, k, v, where, cache, log_decay=None):
         """One token a row, of what qkvz gives: (B,H*K), (B,G*K), (B,G*D) -> (B,H*D). log_decay: of a gate,

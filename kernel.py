@@ -599,8 +599,8 @@ if triton:
             store_tile(dk_ptr + at, tokens, H * K, cols, left, K, dk)
             if dg_ptr is not None:
                 dg = sums(j >= i, q * dq - k * dk, DTYPE, DTYPE == tl.float32) + SdS[None, :]
-                dg = tl.where(raw == float("-inf"), 0.0, dg)
-                store_tile(dg_ptr + at, tokens, H * K, cols, left, K, dg)
+                store_tile(dg_ptr + at, tokens, H * K, cols, left, K,
+                           tl.where(raw == float("-inf"), 0.0, dg))
 
 
 # ---- the Triton scan: what launches it ---------------------------------------------------------------------

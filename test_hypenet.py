@@ -315,6 +315,19 @@ def test_float16_sums_are_finite(backend):
     assert rmse(one, o[:, :1]) < 1e-6
 
 
+def test_a_float16_layer_is_finite():
+    """A float16 layer that forgets nothing reads 12,000 values near 65. o passes 65,504, and the output is
+    still that of float32."""
+    model = tiny(dtype=torch.float32, layers="L", decay="none", linear_rope=False)
+    layer = model.blocks[0].mixer
+    torch.nn.init.constant_(layer.qkvz.weight, 2.0)
+    x = 1 + torch.rand(1, 12_000, 32, generator=torch.Generator().manual_seed(0)) / 32
+    where = hypenet.locate(model.config, torch.arange(12_000)[None])
+    with torch.no_grad():
+        y = layer(x, where)
+        assert rmse(layer.half()(x.half(), where), y) < 1e-2
+
+
 @pytest.mark.parametrize("log_decay, stops", [(-1 / 256, 128), (0.0, 256)])
 def test_a_bf16_state_would_stop(log_decay, stops):
     """Every token writes a 1. With the slowest decay of eq. 19 a bf16 state stops near 128, after about 200
