@@ -1,8 +1,8 @@
 """
 The scan: the recurrence that every linear layer computes.
 
-Each head has a state S of K x V numbers. At every token the state decays, takes in the token's key and value,
-and is read with the token's query (arXiv 2601.22156, eq. 5, 6 and 18):
+Each head has a state S of K x V numbers. At every token the state decays, and the token's key and value are
+written into the state. Then the token's query reads the state (arXiv 2601.22156, eq. 5, 6 and 18):
 
     S_t = diag(e^(g_t)) S_{t-1} + k_t^T v_t         g_t = log_decay_t <= 0
     o_t = scale * q_t S_t
@@ -12,7 +12,7 @@ all keys and values. Read this file in its order:
 
     scan_sequential    the definition, one token after another
     scan_torch         the same from chunks of matrix products, in plain PyTorch, derived below
-    chunked_scan       what other files call: checks the arguments and picks a form
+    chunked_scan       the function that other files call: checks its arguments and picks a form
     the Triton scan    the same chunks on a GPU, forward and backward; skip it on a first reading
 
 Chunks. The definition makes T tiny products that wait for each other. Both fast forms cut the sequence into
@@ -39,8 +39,8 @@ errors below their rounding.) A is built in one of two ways:
 
   one decay per head      The decay does not depend on the channel: A = (Q K^T) * E with E_ij = e^(G_ij).
                           Column j of G is the running sum over i of g, with the entries up to j set to 0.
-  one decay per channel   Divide and conquer. Cut a block of tokens into two halves. The path from token j in
-                          the left half to token i in the right half crosses the cut, so G_ij is a sum:
+  one decay per channel   Divide and conquer. Cut a block of tokens into two halves. If token j is in the
+                          left half and token i in the right half, the path from j to i crosses the cut:
                               G_ij  =  F_j (of the left half)  +  P_i (of the right half).
                           This quarter of A is therefore one product, (Q * e^P)(K * e^F)^T. Each half is the
                           same problem again, down to one token, where A_ii = q_i . k_i.
@@ -50,10 +50,10 @@ of eq. 19 decays by e^(-1/256) per token, and its state should grow to 256.5. A 
 after about 200 tokens: there the state should change by 1/2, and rounding drops the change. Without decay a
 bf16 state stops at 256, after 256 tokens. A float32 state stops at 2^24, after 16.8 million tokens.
 
-Why scale is K^-1/2. If the entries of q and k have size 1, q . k sums K terms and has size K^1/2. The scale
-makes this size 1, and o gets the size of v. In the paper's recipe an RMSNorm follows. There the scale cancels
-in outputs and gradients, up to the epsilon of the norm. In the article's recipe no norm follows. There W_o,
-which the teacher trained on averages of v, would get inputs K^1/2 times too large.
+Why scale is K^-1/2. If the entries of q and k are random and of size 1, q . k sums K terms and has size
+K^1/2. The scale makes this size 1, and o gets the size of v. In the paper's recipe an RMSNorm follows. There
+the scale cancels in outputs and gradients, up to the epsilon of the norm. In the article's recipe no norm
+follows. There W_o, which the teacher trained on averages of v, would get inputs K^1/2 times too large.
 
 References: Lightning Attention (one constant decay per head; arXiv 2401.04658, 2405.17381), Gated Linear
 Attention (one decay per channel, in chunks; arXiv 2312.06635, section 4), HypeNet (arXiv 2601.22156, eq. 5,
@@ -185,17 +185,23 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     """
     _check(q, k, v, log_decay, state, scale)
     B, _, H, K = q.shape
-    tensors = [x for x in (q, k, v, log_decay, state) if x is not None]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-    asked, backend = backend, _pick_backend(backend, q, v, dtype)
+    dtypes = [x.dtype for x in (q, k, v, log_decay, state) if x is not None]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    must = backend == "triton"
+    backend = _pick_backend(backend, q, v, dtype)
     state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
-    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
-        if backend == "triton":
-            q, k, must = q.to(v.dtype), k.to(v.dtype), asked == "triton"
-            return _TritonScan.apply(q, k, v, log_decay, state, float(scale), must)
-        scan = scan_sequential if backend == "sequential" else scan_torch
-        o, state = scan(q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype), state, scale)
-    return o.to(output_dtype(v)), state
+    if backend == "triton":
+        with torch.cuda.device_of(q):
+            return _TritonScan.apply(q.to(v.dtype), k.to(v.dtype), v, log_decay, state, float(scale), must)
+    scan = scan_sequential if backend == "sequential" else scan_torch
+    return _run(scan, (q, k, v, log_decay, state), scale, dtype)
+
+
+def _run(scan, tensors, scale, dtype):
+    """scan_sequential or scan_torch of q, k, v, log_decay, state, computed in dtype even under autocast."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        o, state = scan(*(x.to(dtype) for x in tensors), scale)
+    return o.to(output_dtype(tensors[2])), state
 
 
 def output_dtype(v):
@@ -234,12 +240,11 @@ def _pick_backend(backend, q, v, dtype):
         problem = f"K or V is {widest}, above 256"
     if backend == "triton" and problem:
         raise ValueError(f"backend: given 'triton', but {problem}; allowed here 'torch' or 'sequential'")
-    if backend is None and q.shape[1] == 1:
-        return "sequential"
     if backend is None:
-        backend = "triton" if q.is_cuda and not problem else "torch"
-    empty = q.numel() == 0 or v.numel() == 0
-    return "torch" if empty and backend == "triton" else backend            # Triton cannot launch 0 programs
+        fastest = "triton" if q.is_cuda and not problem else "torch"
+        backend = "sequential" if q.shape[1] == 1 else fastest
+    empty = 0 in q.shape or 0 in v.shape    # Triton cannot launch 0 programs
+    return "torch" if backend == "triton" and empty else backend
 
 
 # ---- the Triton scan: one kernel, four scans ---------------------------------------------------------------
@@ -250,31 +255,31 @@ def _pick_backend(backend, q, v, dtype):
 #     dS_t = q_t^T do_t + e^(g_{t+1}) * dS_{t+1}
 #     dq_t = do_t S_t^T            dk_t = v_t dS_t^T            dv_t = k_t dS_t
 #
-# dS is a state too, which takes in q and do from the last token to the first. So every scan has a state that
-# is written with one vector, takes in the value of a second, and is read with a third:
+# dS is a state too: it takes in q and do from the last token to the first. In every scan one vector writes
+# the value of a second into a state, and a third vector reads the state:
 #
-#     scan   read   write   value   state    order            sum over j <= i, or over i >= j
+#     scan   read   write   value   state    order            because (sums over j <= i, or over i >= j)
 #     o      q      k       v       S        first to last    o_i  = sum_j ((q_i * e^G_ij) . k_j) v_j
 #     dq     do     v       k       S^T      first to last    dq_i = sum_j (do_i . v_j) (k_j * e^G_ij)
 #     dv     k      q       do      dS       last to first    dv_j = sum_i ((k_j * e^G_ij) . q_i) do_i
 #     dk     v      do      q       dS^T     last to first    dk_j = sum_i (v_j . do_i) (q_i * e^G_ij)
 #
 # From last to first, P and F change places and A is transposed. The scan for dv ends with the gradient of the
-# start state. Every scan multiplies what it reads by `scale`, so dS is kept divided by scale.
+# start state. Every scan multiplies its result by `scale`, so dS is kept divided by scale.
 #
 # One program of scan_kernel has BLOCK_V columns of one head's state in registers and walks over the chunks.
-# A chunk has BLOCK_T tokens, the M of the derivation. The forward pass keeps its inputs alone. The backward
-# pass stores one state per chunk, and only where log_decay wants a gradient.
+# A chunk has BLOCK_T tokens, the M of the derivation. The forward pass keeps nothing but its inputs. The
+# backward pass stores one state per chunk, and only where log_decay wants a gradient.
 #
 # One decay per head (SIDE "head"): each program makes e^P, e^F and A on its way.
-# One decay per channel: making A takes longer than the scan, and a program with a state has too few registers
-# left for A. But only the state is sequential. prepare_kernel makes Q * e^P, K * e^F and A for all chunks at
-# once, so that plain matrix products are left for the scans. The decays lie along the rows of S (SIDE "key")
-# or along the columns of S^T (SIDE "value"). finish_kernel adds the part of dq and dk within a chunk.
+# One decay per channel: making A takes longer than the scan. A program with a state has too few registers
+# left for A, but only the state is sequential. So prepare_kernel makes Q * e^P, K * e^F and A for all chunks
+# at once. The scans are then plain matrix products. The decays lie along the rows of S (SIDE "key") or along
+# the columns of S^T (SIDE "value"). finish_kernel adds to dq and dk the pairs of tokens within a chunk.
 #
 # A long sequence with few heads would leave most of the card idle. So the chunks are divided into segments
-# that run at once. A first pass, which reads nothing, finds what each segment adds to the state, and the sum
-# of its g. A program then starts by replaying the segments before its own: S = e^total * S + local.
+# that run at once. A first pass writes but does not read: it finds the state (local) and the sum of g (total)
+# of each segment. A program then starts by replaying the segments before its own: S = e^total * S + local.
 if triton:
     @triton.jit
     def load_tile(ptr, rows, stride, cols, n_rows, N_COLS: tl.constexpr):
@@ -330,7 +335,7 @@ if triton:
             if REVERSE:
                 G = tl.trans(G)
         else:               # the shortcut: differences of sums, whose lost digits are below bf16's rounding
-            g = tl.maximum(g, -80.0)
+            g = tl.maximum(g, -80.0)                                        # finite, and e^-80 = 2e-35
             past = tl.cumsum(g, 0)
             future = tl.sum(g, 0) - past
             G = past[None, :] - past[:, None] if REVERSE else past[:, None] - past[None, :]
@@ -339,13 +344,13 @@ if triton:
             past, future = future, past
         return tl.sum(g, 0), past, future, E
 
-    # A for one decay per channel. On a level of divide and conquer, rows of right halves need e^P and rows of
-    # left halves need e^F, so one e^sum serves both.
+    # A for one decay per channel. On a level of divide and conquer, right halves need e^P and left halves
+    # need e^F. One e^sum holds both.
     #
     # The shortcut: blocks of 2 LEAF tokens are not cut further. Every token gets e^sum from the middle of the
     # block to the token, or the inverse, as in textbooks. Here g is raised to at least -8.5 (bf16, LEAF 8) or
     # -17 (float32, LEAF 4). The error, at most e^-8.5 = 2e-4 or e^-17 = 4e-8, is below the rounding of the
-    # dtype. A sum of LEAF such g is at least -68, and e^68 = 3e29 leaves float32 room for inputs and
+    # dtype. A sum of LEAF such g is at least -68. Factors up to e^68 = 3e29 leave float32 room for inputs and
     # gradients of 1e-8 to 1e8.
     @triton.jit
     def level_factors(g, level: tl.constexpr, LEAF: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr):
@@ -366,8 +371,8 @@ if triton:
 
     @triton.jit
     def chunk_of(T, H, n_chunks, BLOCK_T: tl.constexpr):
-        """The one chunk of this program: its number, batch row, head, first token, and the tokens of a chunk
-        with the number of tokens that are left from the first one on."""
+        """The one chunk of this program: its number, batch row, head and first token; the indices of its
+        tokens; the number of tokens from the first one to the end of the sequence."""
         at_chunk = tl.program_id(0).to(tl.int64)                            # int64: offsets pass 2^31
         bh, first = at_chunk // n_chunks, at_chunk % n_chunks * BLOCK_T
         return at_chunk, bh // H, bh % H, first, tl.arange(0, BLOCK_T), (T - first).to(tl.int32)
@@ -414,8 +419,8 @@ if triton:
     #     dg_t  =  sum_{s = t .. M} (q_s * dq_s - k_s * dk_s)  +  sum_V S_M * dS_M       (0 where g_t = -inf)
     #
     # The sum starts anew in every chunk, so its rounding errors do not grow with T. finish_kernel computes
-    # the sum for one decay per channel. One decay per head can afford to add up the terms that pass g_t on
-    # their way through the chunk. There no digits are lost to differences:
+    # the sum for one decay per channel. One decay per head can afford a sum without differences, which lose
+    # digits: the sum of all terms that g_t decays on their way through the chunk.
     #
     #     dg_t  =  sum_{j < t <= i} X_ij  +  sum_{i >= t} Y_i  +  sum_{j < t} Z_j  +  W
     #     X_ij  =  e^(G_ij) (q_i . k_j) (do_i . v_j)      from k_j to q_i
@@ -449,8 +454,8 @@ if triton:
 
         g_ptr      g of each token (SIDE "head"), else the sums of each chunk
         out_ptr    None: this is the first pass, which gives local_ptr and total_ptr
-        marks_ptr  S_0 of every chunk: the scan for dq writes marks_ptr, the scan for dk reads it
-        dg_ptr     given to the scan for dk alone, which writes dg (SIDE "head", with the help of k_ptr) or W
+        marks_ptr  S_0 of every chunk. The scan for dq writes marks_ptr, and the scan for dk reads marks_ptr
+        dg_ptr     where the scan for dk writes dg (SIDE "head", computed with k_ptr) or W (SIDE "value")
         """
         FIRST_PASS: tl.constexpr = out_ptr is None
         N_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -520,7 +525,7 @@ if triton:
                             q=value, k=k, do=write, S_0=S_0, W=W, dA=A, dk_from_S=out, past=future,
                             tokens=tokens, scale=scale, DTYPE=DTYPE)        # this scan's future is the past
                         g = tl.load(g_ptr + (first + tokens) * stride_gt, mask=tokens < left, other=0.0)
-                        part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)
+                        part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)    # one per block
                         tl.store(dg_ptr + part + at + tokens * H, tl.where(g == float("-inf"), 0.0, dg),
                                  mask=tokens < left)
                     out += dot(A, value, DTYPE)
@@ -603,7 +608,7 @@ if triton:
                            tl.where(raw == float("-inf"), 0.0, dg))
 
 
-# ---- the Triton scan: what launches it ---------------------------------------------------------------------
+# ---- the Triton scan: its launches -------------------------------------------------------------------------
 
 
 class _TritonScan(torch.autograd.Function):
@@ -630,10 +635,10 @@ _not_compiled = set()                       # the kinds of scan that Triton has 
 
 
 def _triton_or_torch(in_triton, in_torch, must, tensors, *args):
-    """in_triton(tensors, *args); or in_torch(tensors, *args) where Triton has failed to compile this kind of
-    scan. The one place that falls back. `must` (the caller named Triton): raises Triton's error instead."""
+    """Runs in_triton. The one place that falls back: if Triton cannot compile a kind of scan, in_torch runs,
+    and Triton is not tried again. If the caller named Triton (must), Triton's error is raised."""
     q, _, v, log_decay, _ = tensors
-    kind = q.device, v.dtype, q.shape[-1], v.shape[-1], log_decay.dim()
+    kind = v.device, v.dtype, log_decay.dim(), q.shape[-1], v.shape[-1]
     if must or kind not in _not_compiled:
         try:
             return in_triton(tensors, *args)
@@ -647,15 +652,14 @@ def _triton_or_torch(in_triton, in_torch, must, tensors, *args):
 
 
 def _torch_forward(tensors, scale):
-    o, final = scan_torch(*(x.float() for x in tensors), scale)
-    return o.to(output_dtype(tensors[2])), final
+    return _run(scan_torch, tensors, scale, torch.float32)
 
 
 def _torch_backward(tensors, scale, do, dfinal, dg_wanted):
-    with torch.enable_grad(), torch.autocast(do.device.type, enabled=False):
+    with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in tensors]
-        o, final = scan_torch(*(x.float() for x in leaves), scale)
-        return torch.autograd.grad((o, final), leaves, (do.float(), dfinal))
+        results = _run(scan_torch, leaves, scale, torch.float32)
+    return torch.autograd.grad(results, leaves, (do, dfinal))
 
 
 class Gates(NamedTuple):
@@ -702,12 +706,13 @@ def _per_token(log_decay, q):
     """log_decay as (B,T,H,1) or (B,T,H,K). A constant one is a view whose strides over B and T are 0."""
     if log_decay.dim() == 4:
         return log_decay if log_decay.stride(-1) == 1 else log_decay.contiguous()
-    return log_decay[..., None].expand(*q.shape[:3], 1)
+    B, T, H, _ = q.shape
+    return log_decay.unsqueeze(-1).expand(B, T, H, 1)
 
 
 def _prepare(q, k, g):
-    """What reads and what writes the state, and Gates: q and k themselves, or for one decay per channel
-    Q * e^P and K * e^F."""
+    """Returns read, write and Gates of the forward scan. read and write are q and k, or for one decay per
+    channel Q * e^P and K * e^F."""
     if g.shape[-1] == 1:
         return q, k, Gates("head", g)
     (B, T, H, K), s = q.shape, _layout(q, k, "key")
@@ -721,7 +726,7 @@ def _prepare(q, k, g):
 
 
 def _finish(inputs, partial, scale):
-    """dq, dk and dg from q, k, v, g, do and from what the scans give: dq_in, dk_in and W (or None)."""
+    """Returns dq, dk, dg. inputs: q, k, v, g, do. partial: dq_in, dk_in and W (or None) from the scans."""
     q, _, v, g, _ = inputs
     (B, T, H, K), s = q.shape, _layout(q, v, "key")
     dq, dk = q.new_empty(2, B, T, H, K)
@@ -741,7 +746,7 @@ def _room_for_dg(write, v, g, side):
 
 
 def _segments(write, value, gates, reverse=False):
-    """The first pass, over all segments but the last: what each adds to the state, and the sum of its g."""
+    """The first pass: local and total of all segments but the last. None, None if there is one segment."""
     (B, _, H, K), n = write.shape, _layout(write, value, gates.side).n_segments
     if n == 1:
         return None, None
@@ -789,7 +794,7 @@ def dot_dtype(x):
 
 
 def _stored_dtype(x):
-    """The dtype of tensors that one kernel leaves for another: the one in which they are multiplied."""
+    """The dtype of a tensor that one kernel writes for another: the dtype in which x is multiplied."""
     return torch.bfloat16 if dot_dtype(x) == tl.bfloat16 else torch.float32
 
 
