@@ -426,7 +426,8 @@ class LinearAttention(nn.Module):
         o, S_new = scan(q, k, v, self.log_decay(x), S, scale=c.key_dim ** -0.5)   # (B,T,H,V), (B,H,K,V)
         if cache is not None:
             S.copy_(S_new)
-        return gated(o.flatten(2), gain_of(self.norm), z if c.linear_gate else None)
+        y = gated(o.flatten(2), gain_of(self.norm), z if c.linear_gate else None)
+        return y.to(v.dtype)                                       # o of float16 is float32 up to its norm
 
 
 # ---- the model ---------------------------------------------------------------------------------------------

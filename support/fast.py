@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 import hypenet
 from hypenet import Attention, Block, LinearAttention, attend, normed, sample
-from kernel import _block, _card, _ceil, _dtype, dot, exp, load_tile, store_tile, triton
+from kernel import (
+    block_size, card, ceil_div, dot, dot_dtype, exp, load_tile, output_dtype, store_tile, triton)
 
 if triton:
     import triton.language as tl
@@ -306,7 +307,7 @@ def linear(layer, x, norm=None, gate=None, act=None, residual=None):
     if len(x) <= FEW:
         weights, eps = ((None, None), 0.0) if norm is None else ((norm.weight, norm.bias), norm.eps)
         return fused_linear(x, layer.weight, layer.bias, weights, eps, gate, act, residual)
-    y = layer(hypenet.gated(x if norm is None else norm(x), None, gate))
+    y = layer(hypenet.gated(x if norm is None else norm(x), None, gate).to(layer.weight.dtype))
     if act == "logsigmoid":
         y = F.logsigmoid(y.float())
     elif act is not None:
@@ -371,17 +372,18 @@ def scan_token(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0
     """One token of kernel.chunked_scan, in place: q (B,1,H,K), k (B,1,H_kv,K), v (B,1,H_kv,V), where H / H_kv
     heads share a k and a v; log_decay (H,), (B,1,H) or (B,1,H,K); state (B,H,K,V) float32, contiguous, read
     and overwritten once. The kernel also does what comes before: RMSNorm of q and k with gains `norms` (K,),
-    and RoPE by rope = cos, sin (B,1,1,K/2). Returns o (B,1,H,V) in v's dtype. No gradient flows."""
+    and RoPE by rope = cos, sin (B,1,1,K/2). Returns o (B,1,H,V) in kernel.output_dtype(v). No
+    gradient flows."""
     (B, T, H, K), (_, _, H_kv, V) = q.shape, v.shape
     assert T == 1 and state.shape == (B, H, K, V) and state.is_contiguous(), (q.shape, state.shape)
     assert q.stride(3) == k.stride(3) == v.stride(3) == 1, "the last stride of q, k, v must be 1"
     g = log_decay if log_decay.dim() == 4 else log_decay[..., None].expand(B, 1, H, 1)
-    o, BLOCK_V = v.new_empty(B, 1, H, V), min(16, _block(V))
+    o, BLOCK_V = v.new_empty(B, 1, H, V, dtype=output_dtype(v)), min(16, block_size(V))
     with torch.cuda.device_of(q):
-        scan_token_kernel[(B * H, _ceil(V, BLOCK_V))](
+        scan_token_kernel[(B * H, ceil_div(V, BLOCK_V))](
             q, k, v, g, state, o, *norms, *_cos_sin(rope), H, H // H_kv, scale, eps,
             *(n for x in (q, k, v, g) for n in x.stride()[::2]), g.stride(3) if g.shape[-1] > 1 else 0,
-            K=K, V=V, BLOCK_K=_block(K), BLOCK_V=BLOCK_V, **_early(q.device))
+            K=K, V=V, BLOCK_K=block_size(K), BLOCK_V=BLOCK_V, **_early(q.device))
     return o
 
 
@@ -397,9 +399,9 @@ def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0
     the device. The call can therefore be part of a CUDA graph."""
     (B, _, H, D), (_, n_slots, H_kv, _) = q.shape, keys.shape
     assert keys.stride() == values.stride() and {x.stride(3) for x in (q, k, v, keys)} == {1}
-    R, BLOCK_D = H // H_kv, _block(D)
+    R, BLOCK_D = H // H_kv, block_size(D)
     BLOCK_S = 64 if BLOCK_D * keys.element_size() <= 256 else 32       # two tiles of 16 KB, three in flight
-    n_splits = min(_ceil(n_slots, BLOCK_S), _ceil(4 * _card(q.device)[1], B * H_kv), 128)
+    n_splits = min(ceil_div(n_slots, BLOCK_S), ceil_div(4 * card(q.device)[1], B * H_kv), 128)
     o, q_out = q.new_empty(2, B, 1, H, D)
     part = o.new_empty(B, H, n_splits, D, dtype=torch.float32)
     lse = o.new_empty(B, H, n_splits, dtype=torch.float32)
@@ -411,9 +413,9 @@ def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0
             BLOCK_D=BLOCK_D, **early)
         attend_kernel[(B * H_kv, n_splits)](
             q_out, keys, values, pos, part, lse, H_kv, n_slots, n_splits, D ** -0.5, *keys.stride()[:3], R=R,
-            D=D, DTYPE=_dtype(keys), BLOCK_R=_block(R), BLOCK_D=BLOCK_D, BLOCK_S=BLOCK_S, **early)
+            D=D, DTYPE=dot_dtype(keys), BLOCK_R=block_size(R), BLOCK_D=BLOCK_D, BLOCK_S=BLOCK_S, **early)
         merge_kernel[(B * H_kv, R)](part, lse, o, n_splits, R=R, D=D, BLOCK_D=BLOCK_D,
-                                    BLOCK_N=_block(n_splits), **early)
+                                    BLOCK_N=block_size(n_splits), **early)
     return o
 
 
@@ -421,14 +423,14 @@ def fused_linear(x, weight, bias=None, norm=(None, None), eps=0.0, gate=None, ac
     """act((norm(x) * sigmoid(gate)) weight^T + bias) + residual for a few tokens. x, gate (B,K_in) with any
     stride over B; weight (N,K_in), or (2N,K_in) where act is "swiglu" (else "gelu", "logsigmoid" or None);
     norm: gain (K_in,) of an RMSNorm and None, or gain and bias of a LayerNorm; residual (B,N). Returns (B,N)
-    in x's dtype. One launch reads the weights once: with so few tokens, reading is what a layer costs."""
+    in the dtype of residual, else of x. One launch reads the weights once: with so few tokens, reading is what a layer costs."""
     (B, K), N = x.shape, weight.shape[0] // (2 if act == "swiglu" else 1)
     assert x.stride(1) == 1 and weight.is_contiguous() and (residual is None or residual.is_contiguous())
-    BLOCK_K, matrices = _block(K), 2 if act == "swiglu" else 1
+    BLOCK_K, matrices = block_size(K), 2 if act == "swiglu" else 1
     BLOCK_N = max(1, 2 ** 15 // (BLOCK_K * matrices * weight.element_size()))  # 32 KB of weights per program
-    y = x.new_empty(B, N)
+    y = (x if residual is None else residual).new_empty(B, N)
     with torch.cuda.device_of(x):
-        linear_kernel[(_ceil(N, BLOCK_N),)](
+        linear_kernel[(ceil_div(N, BLOCK_N),)](
             x, weight, bias, *norm, gate, residual, y, B, N, eps, x.stride(0),
             0 if gate is None else gate.stride(0), K=K, ACT=act or "", BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
             num_warps=8, **_early(x.device))

@@ -117,7 +117,7 @@ def test_only_known_layers_get_kernels(change, monkeypatch):
 def test_attention_to_a_cache(B, H, H_kv, D, n_slots, splits, monkeypatch):
     """However its slots are shared out, attention of one token is softmax over the min(pos + 1, n_slots) keys
     of its row, its own k and v in slot pos % n_slots."""
-    monkeypatch.setattr(fast, "_card", lambda device: (False, splits * B * H_kv // 4 or 1))
+    monkeypatch.setattr(fast, "card", lambda device: (False, splits * B * H_kv // 4 or 1))
     rng = torch.Generator().manual_seed(0)
     q, k, v, keys, values = (torch.randn(*size, generator=rng).to(DEVICE) for size in (
         (B, 1, H, D), (B, 1, H_kv, D), (B, 1, H_kv, D), (B, n_slots, H_kv, D), (B, n_slots, H_kv, D)))
