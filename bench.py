@@ -626,9 +626,9 @@ class RandomText:
 
 
 class Trial(Probe):
-    """Stands in for a Run of halo.py: takes a few steps of every stage of args.stage on random ids, as a Probe,
-    then two of a whole batch, of which the second is reported. A step of more than args.seconds is cut to fewer
-    sequences: each costs the same."""
+    """Stands in for a Run of halo.py. In each stage of args.stage it takes a few steps on random ids, as a Probe
+    does, then two steps of a whole batch, and reports the second. A step that would take more than args.seconds
+    has fewer sequences, because every sequence costs the same."""
 
     def __init__(self, teacher, plans, args):
         super().__init__(vars(args), args.tokenizer.n_vocab)
@@ -644,7 +644,7 @@ class TrialStage(ProbeStage):
         args, plan = self.run.args, self.plan
         if self.name not in args.stage:
             return
-        yield from super().steps(corpus, rows_of)                                       # finds what fits at once
+        yield from super().steps(corpus, rows_of)                  # finds what fits at once
         speed, self.replay = self.run.found[self.name][1], None
         whole = max(1, int(args.seconds * speed / (self.at_once * plan.length)))
         batch = min(plan.batch, self.at_once * whole)

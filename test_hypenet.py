@@ -412,7 +412,8 @@ def test_triton_is_not_needed(monkeypatch):
 # ---- the model: its layers are their formulas --------------------------------------------------------------
 
 T = 45
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
 GPT2 = dict(FAMILIES["gpt2"], n_kv_head=4)
@@ -616,7 +617,7 @@ def test_causal(name):
 
 @every_variant
 def test_rows_of_any_lengths_are_each_alone(name):
-    """Rows that hold different numbers of tokens read segments of several tokens, each as if it were alone."""
+    """Rows that hold different numbers of tokens read several tokens at once, each as if it were alone."""
     model, idx = tiny(**VARIANTS[name]), some_ids(3, T)
     held, state = (3, 20, 1), model.init_state(3, T)
     for b, n in enumerate(held):

@@ -206,7 +206,7 @@ def our_config(given, path):
     try:
         return HypeNetConfig(**{field: value for field, value in given.items() if field != "model_type"})
     except (TypeError, AttributeError) as e:
-        problem = str(e).replace("HypeNetConfig.__init__() got an unexpected keyword argument", "no such field:")
+        problem = str(e).replace("HypeNetConfig.__init__() got an unexpected keyword argument", "no field is")
     except ValueError as e:
         problem = e
     raise ValueError(f"{path}/config.json: {problem}")

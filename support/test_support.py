@@ -47,7 +47,9 @@ from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
 
 
 from test_hypenet import (  # noqa: E402,F401
-    DEVICE, HERE, INF, SHAPES, T, VARIANTS, a_plan, convert, every_variant, home, inputs, log_of, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, streamed, take_gradients, tiny, write_documents)
+    BIASES, DEVICE, HERE, INF, SHAPES, T, VARIANTS, a_plan, convert, every_variant, home, inputs, log_of,
+    needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, streamed,
+    take_gradients, tiny, write_documents)
 
 # ---- support/fast.py ---------------------------------------------------------------------------------------
 
@@ -797,7 +799,7 @@ def random_texts(n):
 
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_tokenizer_is_that_of_the_tokenizers_library(family, tmp_path):
-    """Any text gets the ids and text that the library gives. A special token is text, unless special=True. Any
+    """Any text gets the ids and text of the library. A special token is text, unless special=True. Any
     other added token is always one id. Lone surrogates become U+FFFD. A pickled copy, a batch and a call
     for one text agree."""
     theirs, ours = our_tokenizer(family, tmp_path)
@@ -1134,8 +1136,10 @@ def test_llama_3_in_gguf(tmp_path):
     (("llama.rope.scaling.type", "longrope"), "rope_scaling"),
     (("llama.attention.causal", False), "is_causal"),
     (("llama.attention.scale", 2.0), "llama.attention.scale"),
-    (("llama.rope.dimension_count", 4), "llama.rope.dimension_count"), (1000, "cannot be read"), (None, "tokenizer.ggml.model"),
-    (("num_attention_heads", 0), "a field of a size"), (("num_hidden_layers", 3), "blk.2.attn_k.weight is missing"),
+    (("llama.rope.dimension_count", 4), "llama.rope.dimension_count"),
+    (1000, "cannot be read"), (None, "tokenizer.ggml.model"),
+    (("num_attention_heads", 0), "a field of a size"),
+    (("num_hidden_layers", 3), "blk.2.attn_k.weight is missing"),
     (("model_type", "bert"), "general.architecture")], ids=str)
 def test_bad_gguf_files_are_one_line(harm, word, tmp_path):
     """A .gguf file that is cut, of another kind, or asks for what our layers lack is one line that names it.
@@ -2013,7 +2017,7 @@ def test_batches_are_made_ahead_and_errors_come_through():
 
 @pytest.mark.parametrize("recipe", ["paper", "article"])
 def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
-    """From the third step on every step of a run replays a recording, which writes the gradients anew at their
+    """From the third step on a run replays a recording, which writes the gradients anew at their
     addresses (on CPUs a stand-in does). Losses and weights are those of steps taken one by one."""
     replays = {}
     def train(a_run, stage, plan, corpus, module, groups, loss_fn, plain=halo.train, record=run.recorded):
@@ -2053,7 +2057,7 @@ def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
 
 
 def test_steps_that_cannot_be_recorded(home, tmp_path, monkeypatch):
-    """Nothing is recorded where a batch goes through in parts, in a stage of two steps, with --plain, or where
+    """Nothing is recorded where a batch goes through in parts, in a short stage, with --plain, or where
     memory has no room for a second copy of all that it holds."""
     made = []
     monkeypatch.setattr(run, "recorded", lambda work, rows, plain: made.append(len(rows)))
