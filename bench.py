@@ -626,9 +626,9 @@ class RandomText:
 
 
 class Trial(Probe):
-    """Stands in for a Run of halo.py. In each stage of args.stage it takes a few steps on random ids, as a Probe
-    does, then two steps of a whole batch, and reports the second. A step that would take more than args.seconds
-    has fewer sequences, because every sequence costs the same."""
+    """Stands in for a Run of halo.py. In each stage of args.stage it takes a few steps on random ids, as a
+    Probe does, then two steps of a whole batch, and reports the second. A step that would take more than
+    args.seconds has fewer sequences, because every sequence costs the same."""
 
     def __init__(self, teacher, plans, args):
         super().__init__(vars(args), args.tokenizer.n_vocab)

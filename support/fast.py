@@ -423,8 +423,8 @@ def fused_linear(x, weight, bias=None, norm=(None, None), eps=0.0, gate=None, ac
     """act((norm(x) * sigmoid(gate)) weight^T + bias) + residual for a few tokens. x, gate (B,K_in) with any
     stride over B; weight (N,K_in), or (2N,K_in) where act is "swiglu" (else "gelu", "logsigmoid" or None);
     norm: gain (K_in,) of an RMSNorm and None, or gain and bias of a LayerNorm; residual (B,N). Returns (B,N)
-    in the dtype of residual, else of x. One launch reads the weights once: with so few tokens, reading is what
-    a layer costs."""
+    in the dtype of residual, else of x. One launch reads the weights once: with so few tokens, reading is
+    what a layer costs."""
     (B, K), N = x.shape, weight.shape[0] // (2 if act == "swiglu" else 1)
     assert x.stride(1) == 1 and weight.is_contiguous() and (residual is None or residual.is_contiguous())
     BLOCK_K, matrices = block_size(K), 2 if act == "swiglu" else 1

@@ -1003,8 +1003,8 @@ LLAMA_CPP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "l
              "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
              "mlp.down_proj": "ffn_down", "transformer.wte": "token_embd", "transformer.wpe": "position_embd",
              "transformer.ln_f": "output_norm", "transformer.h.": "blk.", "ln_1": "attn_norm",
-             "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up",
-             "mlp.c_proj": "ffn_down"}
+             "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+             "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
 
 
 def save_gguf(theirs, path, kind="F32", more=()):
