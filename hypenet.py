@@ -575,6 +575,8 @@ class HypeNet(nn.Module):
         """Continue prompts, a list of id lists of any lengths: a list of lists of max_new_tokens ids. Each
         prompt is read alone into its row of the state, so no row needs padding. temperature 0 is greedy."""
         device = self.wte.weight.device
+        if max_new_tokens < 1 or not all(prompts):
+            raise ValueError(f"max_new_tokens is {max_new_tokens} (at least 1); every prompt needs a token")
         rng = torch.Generator(device).manual_seed(seed)
         state = self.init_state(len(prompts), max(map(len, prompts)) + max_new_tokens)
         logits = torch.cat([self(torch.tensor([prompt], device=device), state=state.row(b))[0]
@@ -700,6 +702,8 @@ def check(config):
     refuse(c.position == "learned" and c.chunk and c.chunk > c.max_len,
            f"chunk {c.chunk}, n_chunks {c.n_chunks}, position learned: a chunk exceeds the {c.max_len} "
            "positions of max_len")
+    refuse(c.chunk and not c.attn_position,
+           f"chunk {c.chunk} and attn_position {c.attn_position}: chunks are positions of attention layers")
     if c.rope_scaling is not None:
         check_scaling(c.rope_scaling)
 

@@ -51,7 +51,7 @@ def get_args(argv):
     add("--top-p", type=number(float, 1e-9, 1), help="sample among the fewest tokens of this probability")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="seed of every random choice; default: 0")
     add("--logit-base", type=number(float, 1), help="a of s_t = log(t + a) / log(a) (paper eq. 11)")
-    add("--segment", type=number(int, 1), help="tokens read at a time; default: 8192 on a GPU, else 1024")
+    add("--segment", type=number(int, 1), help="tokens read at a time; default: 16384 on a GPU, else 1024")
     add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
     args = p.parse_args(argv)
     if args.prompt is not None and args.file is not None:
@@ -130,13 +130,14 @@ def write(args, tokenizer, model, state, prompt):
         for idx in fast.stream(model, [prompt], args.tokens, temperature=args.temperature, top_k=args.top_k,
                                top_p=args.top_p, seed=args.seed, n_vocab=tokenizer.n_vocab,
                                never=tokenizer.holes, segment=args.segment, progress=bar.update, state=state):
+            id = idx.item()                          # waits for the device
             times.append(time.time())
             if len(times) == 2:                      # the prompt is read
                 bar.close()
                 print(f"... {tokenizer.decode(prompt[-300:]).lstrip()}", end=bold)
-            if idx.item() in tokenizer.stops:
+            if id in tokenizer.stops:
                 break
-            out.append(idx.item())
+            out.append(id)
             print(characters.push(out[-1]), end="", flush=True)
     print(characters.flush(), end=f"{plain}\n")
     return out, times

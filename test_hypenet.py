@@ -174,6 +174,7 @@ def test_what_cannot_be_compiled_runs_in_pytorch(shape, fails, monkeypatch):
     monkeypatch.setattr(kernel, "_not_compiled", set())
     monkeypatch.setattr(kernel, "_pick_backend", lambda *_: "triton")       # as a GPU would
     monkeypatch.setattr(kernel, f"_triton_{fails}", give_up)
+    monkeypatch.setattr(kernel, "interpreted", lambda: True)
     with pytest.raises(kernel.triton.TritonError):                          # the interpreter's own are bugs
         scan(tensors, None)
     monkeypatch.setattr(kernel, "interpreted", lambda: False)

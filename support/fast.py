@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import hypenet
-from hypenet import Attention, Block, LinearAttention, attend, normed, sample
+from hypenet import DECAYS, Attention, Block, LinearAttention, attend, normed, sample
 from kernel import (
     block_size, card, ceil_div, dot, dot_dtype, exp, load_tile, output_dtype, store_tile, triton)
 
@@ -38,12 +38,17 @@ def has_kernels(x, *sizes):
     return triton is not None and x.is_cuda and max(sizes, default=1) <= 256
 
 
+def is_known(block):
+    """Whether a block computes what hypenet.Block says: then this file may compute the same another way."""
+    kinds = (Attention, LinearAttention)
+    return type(block) is Block and type(block.mixer) in kinds and "forward" not in vars(block)
+
+
 def serves(model, x):
     """Whether the kernels of a single token compute this model, for tensors that lie where x does."""
     c = model.config
-    known = all(type(block) is Block and type(block.mixer) in (Attention, LinearAttention)
-                and "forward" not in vars(block) for block in model.blocks)
-    return known and c.decay in TOKEN_DECAYS and has_kernels(x, c.head_dim, c.key_dim)
+    sizes = c.head_dim, c.key_dim
+    return c.decay in TOKEN_DECAYS and all(map(is_known, model.blocks)) and has_kernels(x, *sizes)
 
 
 # ---- generation --------------------------------------------------------------------------------------------
@@ -108,6 +113,7 @@ def prefill(model, prompt, state, segment=None, progress=None):
     memory of activations (default: 16,384 on a GPU, else 1,024). progress(n) is called after each segment.
     Returns logits (1,1,vocab_size) of the last token."""
     idx = torch.as_tensor(prompt, dtype=torch.int64).to(model.wte.weight.device)[None]
+    check_room(model, state, int(state.pos.max()) + idx.size(1))
     for part in idx.split(segment or (16384 if idx.is_cuda else 1024), dim=1):
         x = read(model, part, state)
         if progress is not None:
@@ -169,12 +175,13 @@ def read(model, idx, state):
         raise ValueError("rows hold different numbers of tokens; read each through state.row(b)")
     x = model.embed(idx, where)
     for block, cache in zip(model.blocks, state.layers):
-        if type(block) is Block and isinstance(block.mixer, Attention):
-            m = block.mixer
+        if is_known(block) and isinstance(block.mixer, Attention):
+            m, n = block.mixer, block.norm2
             q, k, v, z = m.project(block.norm1(x), where)
             o = attend_past(m, q, k, v, where.pos, cache, start)
-            x = x + m.out(hypenet.gated(o.flatten(2), None, z))
-            x = x + block.mlp(block.norm2(x))
+            y = m.out(hypenet.gated(o.flatten(2), None, z))
+            x, h = add_normed(x, y, n.weight, n.bias, n.eps)
+            x = x + block.mlp(h)
         else:
             x = block(x, where, cache)
     state.pos += idx.size(1)
@@ -271,11 +278,20 @@ def token_block(block, x, where, cache):
     if isinstance(m, Attention):
         o = token_attention(m, q, k, v, where, cache)
     else:
-        g = m.log_decay(x) if m.forget is None else linear(m.forget, x, block.norm1, act="logsigmoid")
+        if m.forget is None:
+            g = constant_log_decay(m.config.decay, m.config.n_head, x.device)
+        else:
+            g = linear(m.forget, x, block.norm1, act="logsigmoid")
         o = token_scan(m, q, k, v, g, where, cache)
     x = linear(m.out, o, getattr(m, "norm", None), gate=z if z.size(-1) else None, residual=x)
     h = linear(block.mlp.up, x, block.norm2, act="swiglu" if block.mlp.swiglu else "gelu")
     return linear(block.mlp.down, h, residual=x)
+
+
+@lru_cache(None)                     # made once: five small kernels per layer and token cost time
+@torch.inference_mode(False)
+def constant_log_decay(decay, H, device):
+    return DECAYS[decay].formula(None, H, device)
 
 
 def token_attention(m, q, k, v, where, cache):
@@ -320,9 +336,8 @@ def linear(layer, x, norm=None, gate=None, act=None, residual=None):
 
 def product_dtype(x):
     """The dtype in which a Linear would multiply x: a compiled norm gives that right away."""
-    kind = x.device.type
-    known = torch.amp.is_autocast_available(kind)
-    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else x.dtype
+    autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if autocast else x.dtype
 
 
 def cast_normed(x, weight, bias, eps):
@@ -362,7 +377,8 @@ def fuse(*more, backend="inductor"):
         plain = PLAIN.setdefault((space["__name__"], name), space[name])
         written = cast_normed if backend and plain is normed else plain
         space[name] = torch.compile(written, backend=backend) if backend else plain
-    Block.forward = fused_block if backend else PLAIN.setdefault("Block", Block.forward)
+    plain = PLAIN.setdefault("Block.forward", Block.forward)
+    Block.forward = fused_block if backend else plain
 
 
 # ---- the three functions of a token ------------------------------------------------------------------------
