@@ -7,6 +7,7 @@
     python bench.py kernel     the scan of kernel.py beside flash-linear-attention and softmax attention
     python bench.py niah       what a student and its teacher recall and predict far past the trained length
     python bench.py ablate     one distillation for every single change of a recipe
+    python bench.py text       seconds and memory until a large text gives its first batch
     python bench.py figure     draw results/decode.png again from the rows of decode
 
 Three models are compared: the paper's hybrid, its teacher, and the article's hybrid. The teacher is all
@@ -23,10 +24,12 @@ import contextlib
 import gc
 import glob
 import itertools
+import json
 import math
 import os
 import platform
 import queue
+import random
 import re
 import statistics
 import subprocess
@@ -57,7 +60,7 @@ from support.common import (  # noqa: E402
 from support.recall import TASKS, answers, has_room, recall  # noqa: E402
 from support.run import (  # noqa: E402
     Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb)
-from support.text import Corpus  # noqa: E402
+from support.text import Corpus, documents, stdlib_files  # noqa: E402
 from support.tokens import Tokenizer  # noqa: E402
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
@@ -1193,15 +1196,66 @@ def bench_ablate(args):
     return table
 
 
+# ---- text --------------------------------------------------------------------------------------------------
+
+START = """
+import json, sys, time
+began = time.time()
+from halo import Plan
+from support.recall import training_rows
+from support.run import peak_gb
+from support.text import Corpus
+from support.tokens import Tokenizer
+corpus = Corpus(Tokenizer.load(sys.argv[1]), [sys.argv[2]])
+training_rows(corpus, "align", Plan(1e9, 512, 32, 1e-3, 1e-5))(0)
+seconds = time.time() - began
+print(json.dumps(dict(seconds=seconds, peak_gb=peak_gb("cpu"), tokens=corpus.facts["tokens"])))
+"""
+
+
+def write_large_text(path, n_bytes):
+    """A .jsonl of about n_bytes: stretches of Python's standard library, no two of them alike."""
+    rng = random.Random(0)
+    library = "".join(text for _, text in documents(stdlib_files()))
+    with open(path, "w", encoding="utf-8") as f:
+        while f.tell() < n_bytes:
+            for _ in range(1000):
+                start = rng.randrange(len(library) - 8000)
+                stretch = library[start:start + rng.randrange(100, 8000)]
+                f.write(json.dumps(dict(text=f"{rng.random()} {stretch}")) + "\n")
+
+
+def bench_text(args):
+    """Start twice, each time in a new process and with the same cache, up to the first batch of rows."""
+    table = Table(
+        args, torch.device("cpu"), keys="mb start",
+        columns=dict(start="<8", mb="8,.0f", seconds="10.1f", peak_gb="9.2f", tokens="16,"),
+        about=f"""{os.cpu_count()} cores
+MB of .jsonl, encoded by the tokenizer of {args.tokenizer}. Seconds: from the start of Python to the first
+batch. The first start encodes the text; the second finds its ids in the cache.""", cores=os.cpu_count())
+    for mb in args.mb:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "text.jsonl")
+            write_large_text(path, mb * 1e6)
+            time.sleep(3)                                # younger files are read again at the next start
+            env = dict(os.environ, HYPENET_CACHE=os.path.join(folder, "cache"))
+            for start in ("first", "second"):
+                out = subprocess.run([sys.executable, "-c", START, args.tokenizer, path], env=env, check=True,
+                                     cwd=os.path.dirname(RESULTS), stdout=subprocess.PIPE, text=True).stdout
+                table.add(mb=mb, start=start, **json.loads(out))
+    return table
+
+
 # ---- command line ------------------------------------------------------------------------------------------
 
 MODES = dict(decode=bench_decode, prefill=bench_prefill, when=bench_when, train=bench_train,
-             kernel=bench_kernel, niah=bench_niah, ablate=bench_ablate, figure=bench_figure)
+             kernel=bench_kernel, niah=bench_niah, ablate=bench_ablate, figure=bench_figure,
+             text=bench_text)
 ON_GPU = dict(decode=["2b", "gpt2-xl", "14b"], prefill=["2b"], train=["2b", "gpt2-xl"])    # sizes
 COUNT = dict(type=number(int, 1), metavar="N")
 LIMIT = dict(type=number(float, 1e-9), metavar="X")
 FLAGS = [                            # modes, flag, options of add_argument
-    ("decode prefill when train kernel niah ablate figure", "--name", dict(
+    ("decode prefill when train kernel niah ablate figure text", "--name", dict(
         type=filled, help="name of the file in results/, without .json")),
     ("decode prefill train kernel niah ablate", "--device", dict(
         type=filled, help="cuda or cpu; default: cuda where there is one")),
@@ -1220,6 +1274,9 @@ FLAGS = [                            # modes, flag, options of add_argument
     ("when", "--ctx", dict(**COUNT, required=True, help="tokens of context")),
     ("when", "--ms", dict(**LIMIT, help="the most milliseconds that a token may take")),
     ("when", "--gb", dict(**LIMIT, help="the most GB that a model may take")),
+    ("text", "--mb", dict(nargs="+", **COUNT, default=[160], help="sizes of text; default: 160")),
+    ("text", "--tokenizer", dict(
+        type=filled, default="smollm2", help="folder, .gguf or name of a tokenizer; default: %(default)s")),
     ("train", "--stage", dict(nargs="+", choices=STAGES, default=STAGES, help="default: all three")),
     ("train", "--peak", dict(**LIMIT, help="operations per second that the device can do at most")),
     ("train", "--seconds", dict(
