@@ -502,8 +502,8 @@ class Source:
         text_files = list(stdlib_files()) if "stdlib" in paths else []
         text_files += [(p, None) for p in files if not p.endswith(".bin")]
         if "teacher" in paths and write is None:
-            raise ValueError("--data teacher: no teacher is here to write text; only a conversion by halo.py has "
-                             "one. Give files, folders, stdlib or fineweb")
+            raise ValueError("--data teacher: no teacher is here to write text, only in a conversion by "
+                             "halo.py; give files, folders, stdlib or fineweb")
         encoded = write() if "teacher" in paths else load_text(text_files, tokenizer)
         self.n_documents = len(encoded.n_ids)
         order = array("q", range(self.n_documents - int(encoded.is_held_out.sum())))

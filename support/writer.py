@@ -4,9 +4,9 @@
     teacher_documents    the documents, one after the other
     Writer               the teacher at work: many rows at once, each writes one document after the other
 
-The teacher draws each id at temperature 1, from its own distribution. A base model begins a document as in its
-training: with bos, or with the end id that stands between documents. An instruct model begins every second
-document with the chat template. There it writes the user's question and then its own answer.
+The teacher draws each id at temperature 1, from its own distribution. A base model begins a document as in
+its training: with bos, or with the end id that stands between documents. An instruct model begins every
+second document with the chat template. There it writes the user's question and then its own answer.
 """
 import hashlib
 import json
@@ -31,8 +31,8 @@ FREE = -1                            # in a script: the teacher draws ids here
 
 
 def scripts(tokenizer):
-    """What documents consist of, a list for each kind: ids, FREE where the teacher draws ids up to a stop, and
-    last the end id."""
+    """What documents consist of, a list for each kind: ids, and FREE where the teacher draws ids up to a
+    stop. The last is the end id."""
     begin = tokenizer.end if tokenizer.bos is None else tokenizer.bos
     found = [[begin, FREE, tokenizer.end]]
     if tokenizer.config.get("chat_template"):
@@ -109,10 +109,10 @@ def n_rows(model, length):
 
 
 def teacher_documents(model, tokenizer, n_tokens, seed=0, rows=None):
-    """Documents that the model writes, arrays of ids, of at least n_tokens in all. A document ends with the end
-    id. It begins with bos if the tokenizer has bos.
+    """Documents that the model writes, arrays of ids, of at least n_tokens in all. A document ends with the
+    end id. It begins with bos if the tokenizer has bos.
 
-    Each document that was begun is written to its end: without the last ones, long documents would be rare."""
+    Every document that was begun is written to its end, because unfinished documents are mostly long ones."""
     length = min(LENGTH, model.config.max_len)
     rows = min(rows or n_rows(model, length), max(1, n_tokens // length))
     writer = Writer(model, tokenizer, seed, rows, length)
@@ -143,7 +143,7 @@ def teacher_documents(model, tokenizer, n_tokens, seed=0, rows=None):
 
 
 def name_of(path, n_tokens, seed):
-    """A name for what a teacher writes: a hash of its files, of the request, and of the code's commit, if any."""
+    """A name for what a teacher writes: its files by their hashes, what was asked, and the code's commit."""
     path = fetch(path)
     files = [path]
     if os.path.isdir(path):
