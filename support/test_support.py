@@ -1757,21 +1757,30 @@ def test_a_teacher_writes_once(by_teacher, tmp_path, monkeypatch):
     assert by_teacher().sha256 == first.sha256
 
 
-@pytest.mark.parametrize("change", ["weights", "config", "commit", "tokens"])
-def test_another_teacher_writes_anew(change, home, tmp_path, monkeypatch):
-    """Text is named by the weights, their config, the number of tokens and the commit; git may be missing."""
+def test_another_teacher_writes_anew(home, tmp_path, monkeypatch):
+    """Text is named by the weights, their config, what was asked for, the stops and the commit, in any
+    folder; git may be missing."""
     folder = shutil.copytree(home / "teacher", tmp_path / "teacher")
-    name = writer.name_of(folder, 1000, 0)
-    assert name == writer.name_of(home / "teacher", 1000, 0)
-    if change == "commit":
-        def no_git(*_, **__):
-            raise FileNotFoundError("git")
-        monkeypatch.setattr(writer.subprocess, "run", no_git)
-    elif change != "tokens":
-        file = folder / dict(weights="model.safetensors", config="config.json")[change]
-        file.write_bytes(file.read_bytes()[:-1] + b" ")
-    assert (writer.name_of(folder, 1000 + (change == "tokens"), 0) == name) == (
-        change == "commit" and json.loads(name)[-1] == "")
+    tokenizer = Tokenizer.bytes()
+
+    def name(n_tokens=1000, seed=0):
+        return writer.name_of(folder, tokenizer, n_tokens, seed)
+    names = [name(), name(n_tokens=2000), name(seed=1)]
+    assert names[0] == writer.name_of(home / "teacher", Tokenizer.bytes(), 1000, 0)
+    for file in ("model.safetensors", "config.json"):
+        (folder / file).write_bytes((folder / file).read_bytes()[:-1] + b" ")
+        names.append(name())
+    tokenizer.stops.add(9)
+    commits = ["", "ab12", FileNotFoundError("git")]
+
+    def git(*_, **__):
+        commit = commits.pop()
+        if isinstance(commit, Exception):
+            raise commit
+        return types.SimpleNamespace(stdout=commit + "\n")
+    monkeypatch.setattr(writer.subprocess, "run", git)
+    without, other, outside = name(), name(), name()
+    assert without == outside and len({*names, without, other}) == 7
 
 
 def test_the_teacher_has_its_share_of_the_rows(by_teacher, home):

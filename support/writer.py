@@ -142,14 +142,16 @@ def teacher_documents(model, tokenizer, n_tokens, seed=0, rows=None):
             bar.update(n - n_before)
 
 
-def name_of(path, n_tokens, seed):
-    """A name for what a teacher writes: its files by their hashes, what was asked, and the code's commit."""
+def name_of(path, tokenizer, n_tokens, seed):
+    """A name for what a teacher writes: hashes of its files, what it was asked for, and the code's commit.
+    The name of a shard has the tokenizer's digest besides."""
     path = fetch(path)
     files = [path]
     if os.path.isdir(path):
         files = [str(file) for file in sorted(Path(path).iterdir())
                  if file.suffix == ".safetensors" or file.name == "config.json"]
-    facts = ["teacher", n_tokens, seed]
+    template = tokenizer.config.get("chat_template")
+    facts = ["teacher", n_tokens, seed, LENGTH, sorted(tokenizer.stops), template]
     for file in files:
         facts += [os.path.basename(file), hashlib.sha256(np.memmap(file, "u1", "r")).hexdigest()]
     try:
@@ -167,7 +169,7 @@ def teacher_text(model, path, tokenizer, n_tokens, seed=0, dry_run=False):
     for the text."""
     n_tokens = math.ceil(n_tokens * 16 / 15)
     kind = text.id_type(tokenizer)
-    name = name_of(path, n_tokens, seed)
+    name = name_of(path, tokenizer, n_tokens, seed)
     encoded = text.open_shard(name, "", tokenizer)
     if dry_run and not encoded:
         length = min(LENGTH, model.config.max_len)
