@@ -60,6 +60,7 @@ from support.run import (  # noqa: E402
     peak_gb, print_plan, read_set)
 from support.text import Corpus  # noqa: E402
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
+from support.writer import teacher_text  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -1145,7 +1146,12 @@ def run_main(argv):
             longest = max(longest, fit_length(plans, args.length) + 1)
         if not args.resume:
             check_disk(folder, disk_gb(teacher, plans, args))
-    corpus = Corpus(args.tokenizer, args.data, args.seed, max(plan.length for plan in plans.values()))
+    n_tokens = max(20 * longest, sum(plan.total for plan in plans.values()))
+
+    def write(share):                                              # for --data teacher
+        return teacher_text(teacher, args.path, args.tokenizer, share * n_tokens, args.seed, args.dry_run)
+    cell = max(plan.length for plan in plans.values())
+    corpus = Corpus(args.tokenizer, args.data, args.seed, cell, write=teacher and write)
     corpus.windows(np.random.default_rng(0), 1, longest)           # too little text is an error now
     found = {}
     if args.device.startswith("cuda") and not args.resume and not args.pretrain:

@@ -42,13 +42,14 @@ import support.pretrained as pretrained  # noqa: E402
 import support.recall as recall  # noqa: E402
 import support.run as run  # noqa: E402,F401
 import support.text as text  # noqa: E402
+import support.writer as writer  # noqa: E402
 from hypenet import FAMILIES, HypeNet, HypeNetConfig  # noqa: E402
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
 
 
 from test_hypenet import (  # noqa: E402,F401
-    BIASES, DEVICE, HERE, INF, SHAPES, T, VARIANTS, a_plan, convert, every_variant, home, inputs, log_of,
-    needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, streamed,
+    BIASES, DEVICE, GPT2, HERE, INF, SHAPES, T, VARIANTS, a_plan, convert, every_variant, home, inputs,
+    log_of, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, streamed,
     take_gradients, tiny, write_documents)
 
 # ---- support/fast.py ---------------------------------------------------------------------------------------
@@ -1654,6 +1655,165 @@ def test_a_file_that_changes_while_it_is_read_is_one_line(cache, monkeypatch):
     monkeypatch.setattr(text, "survey", survey)
     with one_line("changed while it was read"):
         rows_and_held_out(cache)
+
+
+# ---- text that a teacher writes
+
+CHAT = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+def an_instruct_tokenizer(stops=(), **changes):
+    tokenizer = Tokenizer.bytes()
+    tokenizer.config = dict(chat_template=CHAT)
+    tokenizer.stops |= set(stops)
+    vars(tokenizer).update(changes)
+    return tokenizer
+
+
+def written_by_hand(model, tokenizer, script, length):
+    """A greedy document of a script: each id by a forward pass over the document alone."""
+    ids = []
+    for part in script:
+        while part == writer.FREE and len(ids) < length - 1:
+            id = model.generate([ids], 1)[0][0]
+            if id in tokenizer.stops:
+                break
+            ids.append(id)
+        if len(ids) == length - 1:
+            return [*ids, tokenizer.end]
+        ids += [part] * (part != writer.FREE)
+    return ids
+
+
+@needs_jinja2
+@pytest.mark.parametrize("family", [{}, GPT2, dict(window=16)], ids=["rope", "gpt2", "window"])
+@pytest.mark.parametrize("bos", [None, 65])
+def test_each_document_is_the_teachers_own(family, bos):
+    """A teacher that is sure of each id writes what a forward pass over the document alone gives. Documents
+    before it in the same row change nothing; they end at stops, and after max_len ids. Every second document
+    is a conversation, the template around the question."""
+    dtype = torch.float32 if GPU else torch.float64                         # float32 has near ties
+    model = tiny(dtype=dtype, layers="AAA", vocab_size=256, **family).to(DEVICE)
+    plain = model.head
+    model.head = lambda x: 1e8 * plain(x)
+    first = model.generate([[0 if bos is None else bos]], 12)[0]
+    tokenizer = an_instruct_tokenizer(stops=[first[9]], bos=bos)
+    scripts = writer.scripts(tokenizer)
+    assert bytes(scripts[1][:3]) == b"<u>" and bytes(scripts[1][4:11]) == b"</u><a>"
+    right = [written_by_hand(model, tokenizer, script, 48) for script in scripts]
+    assert len(right[0]) < 13 and {ids[-1] for ids in right} == {0}
+    if bos is None:
+        assert right[0].pop(0) == 0
+    else:
+        assert right[0][0] == bos
+    found = [ids.tolist() for ids in writer.teacher_documents(model, tokenizer, 1000, rows=3)]
+    assert all(ids in right for ids in found)
+    assert abs(found.count(right[0]) - found.count(right[1])) <= 3 and sum(map(len, found)) >= 900
+
+
+def test_ids_are_drawn_from_the_teachers_distribution():
+    """A teacher that ends with probability 1/50, and else writes a twice as often as b: no document is lost,
+    however long. Ids that the tokenizer lacks are never drawn."""
+    model = tiny(dtype=torch.float32, layers="A", vocab_size=300, max_len=512).to(DEVICE)
+    p = torch.zeros(300)
+    p[[0, 97, 98, 280]] = torch.tensor([0.02, 0.98 * 2 / 3, 0.98 / 3, 1.0])
+    model.head = lambda x: p.log().to(x.device).expand(*x.shape[:2], 300)
+    found = list(writer.teacher_documents(model, Tokenizer.bytes(), 60_000, seed=1, rows=32))
+    ids, sizes = np.concatenate(found), np.array([len(ids) for ids in found])
+    assert set(ids) == {0, 97, 98} and (ids == 0).sum() == len(found)
+    assert (ids == 97).sum() / (ids == 98).sum() == pytest.approx(2, rel=0.05)
+    assert sizes.mean() == pytest.approx(50, rel=0.1)
+    assert (sizes > 150).mean() == pytest.approx(0.98 ** 150, rel=0.3) and 59_000 < sizes.sum() < 64_000
+
+
+@pytest.fixture
+def by_teacher(home, tmp_path, monkeypatch):
+    """A function seed, dry_run -> what the random teacher of `home` writes, and an empty cache."""
+    monkeypatch.setenv("HYPENET_CACHE", str(tmp_path / "cache"))
+    model = pretrained.load(home / "teacher")
+
+    def write(n_tokens=15_000, seed=0, dry_run=False):
+        return writer.teacher_text(model, home / "teacher", Tokenizer.bytes(), n_tokens, seed, dry_run)
+    return write
+
+
+def test_a_teacher_writes_once(by_teacher, tmp_path, monkeypatch):
+    """A dry run writes nothing. The second start reads the cache; without the cache the same seed gives the
+    same text, and another seed another. A document in 16 is held out, by its ids."""
+    dry = by_teacher(dry_run=True)
+    assert len(dry.ids()) == dry.n_ids.sum() >= 16_000 and not (tmp_path / "cache").exists()
+    first = by_teacher()
+    assert len(first.ids()) == first.n_ids.sum() >= 16_000 and first.ids().dtype == np.uint8
+    documents = np.split(first.ids(), np.cumsum(first.n_ids)[:-1])
+    sides = [{ids.tobytes() for ids, held in zip(documents, first.is_held_out) if held == side}
+             for side in (False, True)]
+    assert not sides[0] & sides[1] and 0.02 < len(sides[1]) / sum(map(len, sides)) < 0.12
+    assert by_teacher(seed=1).sha256 != first.sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "teacher_documents", lambda *_: pytest.fail("written again"))
+        for again in (by_teacher(), by_teacher(dry_run=True)):
+            assert again.sha256 == first.sha256 and (again.is_held_out == first.is_held_out).all()
+    shutil.rmtree(tmp_path / "cache")
+    assert by_teacher().sha256 == first.sha256
+
+
+def test_another_teacher_writes_anew(home, tmp_path, monkeypatch):
+    """Text is named by the weights, their config, what was asked for, the stops and the commit, in any
+    folder; git may be missing."""
+    folder = shutil.copytree(home / "teacher", tmp_path / "teacher")
+    tokenizer = Tokenizer.bytes()
+
+    def name(n_tokens=1000, seed=0):
+        return writer.name_of(folder, tokenizer, n_tokens, seed)
+    names = [name(), name(n_tokens=2000), name(seed=1)]
+    assert names[0] == writer.name_of(home / "teacher", Tokenizer.bytes(), 1000, 0)
+    for file in ("model.safetensors", "config.json"):
+        (folder / file).write_bytes((folder / file).read_bytes()[:-1] + b" ")
+        names.append(name())
+    tokenizer.stops.add(9)
+    commits = ["", "ab12", FileNotFoundError("git")]
+
+    def git(*_, **__):
+        commit = commits.pop()
+        if isinstance(commit, Exception):
+            raise commit
+        return types.SimpleNamespace(stdout=commit + "\n")
+    monkeypatch.setattr(writer.subprocess, "run", git)
+    without, other, outside = name(), name(), name()
+    assert without == outside and len({*names, without, other}) == 7
+
+
+def test_the_teacher_has_its_share_of_the_rows(by_teacher, home):
+    """teacher:0.25 beside files: a quarter of the rows, for which the teacher is asked; no other line of
+    --data names a teacher that is not there."""
+    asked = []
+
+    def write(share):
+        asked.append(share)
+        return by_teacher(share * 40_000)
+    data = ["teacher:0.25", f"{home}/text.jsonl:0.75"]
+    corpus = text.Corpus(Tokenizer.bytes(), data, cell=64, write=write)
+    assert asked == [0.25]
+    rows = rows_of(corpus, "a", a_plan(32_000, 32, 20))
+    ours = [corpus.sources[0].parts[0].read(0, 10 ** 6), corpus.sources[0].held_out]
+    assert not set(bytes(ours[0]).split(b"\0")) & set(bytes(ours[1].astype(np.uint8)).split(b"\0")) - {b""}
+    from_files = [bytes(row.astype(np.uint8)).isascii() for row in rows]
+    assert np.mean(from_files) == pytest.approx(0.75, abs=0.01)
+    for data in (["teacher"], ["teacher:0.5", f"{home}/text.jsonl:0.5"]):
+        with one_line("--data teacher", "no teacher"):
+            text.Corpus(Tokenizer.bytes(), data)
+    with one_line("weight"):
+        text.data_sources(["teacher", str(home)])
+
+
+def test_a_student_of_the_teachers_text(home, tmp_path, monkeypatch, capsys):
+    """halo.py --data teacher: a dry run writes no text; a run trains on the text, and prints its speed."""
+    monkeypatch.setenv("HYPENET_CACHE", str(tmp_path / "cache"))
+    halo.main(["--teacher", str(home / "teacher"), "--data", "teacher", "--device", "cpu", "--dry-run"])
+    assert "text teacher: " in capsys.readouterr().out and not (tmp_path / "cache").exists()
+    report = convert(home, tmp_path / "run", "--data", "teacher:0.1")
+    assert re.search(r"wrote [\d,]+ tokens in [\d,]+ documents, [\d,]+ tokens/s", capsys.readouterr().out)
+    assert report["text"]["name"].endswith(" teacher:0.1") and len(report["text"]["sha256"]) == 64
 
 
 # ---- things to recall --------------------------------------------------------------------------------------

@@ -67,10 +67,10 @@ INDEX = [("n_ids", "<i8"), ("is_held_out", "?")]     # of each document in the c
 
 def data_files(path):
     """The files of text or tokens that a path of --data stands for; ValueError if there are none."""
-    if path in ("stdlib", "fineweb"):
+    if path in ("stdlib", "fineweb", "teacher"):
         return SHARDS if path == "fineweb" else []
     if not os.path.exists(path):
-        raise ValueError(f"--data {path}: not found; give files, folders, stdlib or fineweb")
+        raise ValueError(f"--data {path}: not found; give files, folders, stdlib, fineweb or teacher")
 
     def unreadable(error):
         raise ValueError(f"--data {path}: the folder {error.filename} cannot be read ({error.strerror}); let "
@@ -94,7 +94,7 @@ def data_sources(data):
         names += [item] if os.path.exists(item) else item.split(",")
     found = [(n, "") if os.path.exists(n) or ":" not in n else n.rsplit(":", 1) for n in names]
     weighted = any(weight for _, weight in found)
-    if not weighted and ("fineweb" not in names or len(names) == 1):
+    if not weighted and (len(names) == 1 or not {"fineweb", "teacher"} & set(names)):
         return [(names, 1.0)]
     try:
         weights = np.array([float(weight) for _, weight in found])
@@ -236,9 +236,9 @@ def batches(files):
     yield texts
 
 
-def progress(what, n_chars=None):
-    """A bar of characters, with the time left where their number is known."""
-    return tqdm(desc=f"{what:9s}", total=n_chars, unit="char", unit_scale=True, dynamic_ncols=True, delay=1)
+def progress(what, total=None, unit="char"):
+    """A bar of characters or tokens, with the time left where their number is known."""
+    return tqdm(desc=f"{what:9s}", total=total, unit=unit, unit_scale=True, dynamic_ncols=True, delay=1)
 
 
 def encode_all(files, tokenizer, n_chars, out):
@@ -350,21 +350,21 @@ def open_shard(name, sha256, tokenizer):
     return Encoded(mapped(file, kind), index["n_ids"].copy(), index["is_held_out"].copy(), sha256)
 
 
-def write_shard(found, tokenizer, write):
-    """Keep the ids of a surveyed text in the cache, or in a temporary file if the cache cannot be written.
-    write(file) writes all ids to an open file and returns the number of ids of each document. The index is
-    written last: where an index is, the ids are whole."""
-    path = shard_path(found.name, tokenizer)
-    index = np.zeros(len(found.is_held_out), INDEX)
-    index["is_held_out"] = found.is_held_out
+def write_shard(name, sha256, tokenizer, write):
+    """Keep the ids of a text in the cache, or in a temporary file if the cache cannot be written. write(file)
+    writes all ids to an open file and returns their INDEX. The index is written last: where an index is, the
+    ids are whole."""
+    path = shard_path(name, tokenizer)
 
     def write_ids(tmp):
+        nonlocal index
         with open(tmp, "wb") as f:
-            index["n_ids"] = write(f)
+            index = write(f)
 
     def write_index(tmp):
         with open(tmp, "wb") as f:
             np.save(f, index)
+    index = None
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_file(path + ".ids", write_ids)
@@ -374,8 +374,9 @@ def write_shard(found, tokenizer, write):
         print(f"the cache cannot be written ({e}); the ids go to a temporary file. Let HYPENET_CACHE name a "
               "folder with room", file=sys.stderr)
         file = tempfile.TemporaryFile()
-        index["n_ids"] = write(file)
-    return Encoded(mapped(file, id_type(tokenizer)), index["n_ids"].copy(), found.is_held_out, found.sha256)
+        index = write(file)
+    kind = id_type(tokenizer)
+    return Encoded(mapped(file, kind), index["n_ids"].copy(), index["is_held_out"].copy(), sha256)
 
 
 def load_text(files, tokenizer):
@@ -397,17 +398,20 @@ def load_text(files, tokenizer):
     found = survey(files)
 
     def write(file):
-        n_ids = encode_all(files, tokenizer, found.n_chars, file)
+        index = np.zeros(len(found.is_held_out), INDEX)
+        index["n_ids"] = encode_all(files, tokenizer, found.n_chars, file)
+        index["is_held_out"] = found.is_held_out
         if state_of(files)[0] != state:
             raise ValueError("--data: a file changed while it was read; start again")
-        return n_ids
+        return index
     if found.n_chars < SMALL:
         file = io.BytesIO()
-        n_ids = write(file)
+        n_ids = write(file)["n_ids"]
         ids = np.frombuffer(file.getbuffer(), id_type(tokenizer))
         encoded = Encoded(lambda: ids, n_ids, found.is_held_out, found.sha256)
     else:
-        encoded = open_shard(found.name, found.sha256, tokenizer) or write_shard(found, tokenizer, write)
+        given = found.name, found.sha256, tokenizer
+        encoded = open_shard(*given) or write_shard(*given, write)
         if changed < began - 2 and state_of(files)[0] == state:
             with suppress(OSError):
                 write_json(cache_path(f"{state}.json"), dict(name=found.name, sha256=found.sha256))
@@ -488,7 +492,8 @@ class Source:
     part, and reads each cell once. The number of a cell says where it is. A run that goes on therefore needs
     to know only how many cells it took."""
 
-    def __init__(self, paths, tokenizer, seed, cell):
+    def __init__(self, paths, tokenizer, seed, cell, write=None):
+        """write: see Corpus, here without arguments."""
         self.tokenizer = tokenizer
         self.seed = seed
         self.cell = cell
@@ -496,7 +501,10 @@ class Source:
         files = [p for path in paths for p in data_files(path)]
         text_files = list(stdlib_files()) if "stdlib" in paths else []
         text_files += [(p, None) for p in files if not p.endswith(".bin")]
-        encoded = load_text(text_files, tokenizer)
+        if "teacher" in paths and write is None:
+            raise ValueError("--data teacher: no teacher is here to write text, only in a conversion by "
+                             "halo.py; give files, folders, stdlib or fineweb")
+        encoded = write() if "teacher" in paths else load_text(text_files, tokenizer)
         self.n_documents = len(encoded.n_ids)
         order = array("q", range(self.n_documents - int(encoded.is_held_out.sum())))
         random.Random(seed).shuffle(order)
@@ -580,16 +588,18 @@ class Corpus:
 
     data: what --data lists, or None for the standard library. Sources are mixed in shares of the rows.
     cell: text is shuffled in stretches of so many ids; no sequence of a stage may be longer.
+    write: the function that gives the source "teacher", from its share of the rows to Encoded.
     ValueError if there is too little text."""
 
-    def __init__(self, tokenizer, data=None, seed=0, cell=1024):
+    def __init__(self, tokenizer, data=None, seed=0, cell=1024, write=None):
         self.tokenizer = tokenizer
         self.seed = seed
         self.cell = cell
         self.paths, shares = zip(*data_sources(data or ["stdlib"]))
         self.shares = np.array(shares)
         self.taken = np.zeros(len(shares), int)                     # cells of each source, by stages
-        self.sources = [Source(paths, tokenizer, seed, cell) for paths in self.paths]
+        self.sources = [Source(paths, tokenizer, seed, cell, write and partial(write, share))
+                        for paths, share in zip(self.paths, shares)]
         tokens = sum(sum(source.sizes) + len(source.held_out) for source in self.sources)
         if not data and tokens < 2e6:
             raise ValueError(f"only {tokens:,} tokens of source in Python's standard library (stripped?); "
