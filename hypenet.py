@@ -26,14 +26,14 @@ article that retells the paper describes another method. Both methods are built 
       |     "L": all other layers              |     "L": the middle half
     tokens                                   tokens
 
-Read the drawing from the bottom up. Each column shows one attention layer above one linear layer
-(halo.choose_layers picks them). A teacher is a trained Transformer from which a hybrid, its student, learns.
-A teacher is a HypeNet too: its layers are all "A", with RoPE or learned positions.
+Read the drawing from the bottom up. Each column shows one attention layer above one linear layer.
+halo.choose_layers decides which layers are "A". A teacher is a trained Transformer; a student is the hybrid
+that learns from the teacher. A teacher is a HypeNet of "A" layers, with RoPE or learned positions.
 
 HyPE, the paper's position encoding, is RoPE in the linear layers and no positions in the attention layers.
 RoPE turns each query and key by its position, so their product depends on their distance. A model only knows
 the distances of its training. An attention layer without positions never sees a distance, so no distance is
-unfamiliar. Linear layers do meet new distances. With a decay, far tokens count little (paper 5.1).
+unfamiliar. Linear layers do meet new distances, but with decay far tokens count little (paper 5.1).
 
 Read first: the config, `locate`, `Attention`, `LinearAttention`, `HypeNet`. On a first reading, skip `check`
 and the files. Everything is plain PyTorch. The same code handles a whole sequence, a segment and one token.
@@ -539,7 +539,7 @@ class HypeNet(nn.Module):
             held = int(state.pos.max())
             pos = state.pos[:, None] + pos                                        # (B,T)
             if held + T > state.max_tokens:
-                raise ValueError(f"{held + T:,} tokens in a row, but the state has room for {state.max_tokens:,}")
+                raise ValueError(f"{held + T:,} tokens per row; the state has room for {state.max_tokens:,}")
         elif offset is not None:                     # varied starts train the embeddings of all chunks
             pos = pos + offset[:, None]
         self.check_positions(held + T)
@@ -552,8 +552,8 @@ class HypeNet(nn.Module):
             raise ValueError(f"{n:,} tokens are more than the {c.limit():,} that this model's {what} reach")
 
     def hidden(self, idx, state=None, offset=None):
-        """idx (B,T) -> x (B,T,C), after the final norm. The first token is at position 0, or at offset (B,). No
-        check covers offset. With a state the tokens follow those each row has read; no gradient flows."""
+        """idx (B,T) -> x (B,T,C), after the final norm. The first token is at position 0 or at offset (B,).
+        offset is not checked. With a state, tokens follow those that each row has read; no gradient flows."""
         with torch.set_grad_enabled(state is None and torch.is_grad_enabled()):
             where = self.place(idx, state, offset)
             x = self.embed(idx, where)
@@ -616,8 +616,8 @@ class HypeNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load a folder that save_pretrained wrote (support/pretrained.py: other formats). Weights are converted
-        to dtype. ValueError, in one line, for files that are damaged or do not belong together."""
+        """Load a folder of save_pretrained (support/pretrained.py: other formats). Weights are converted to
+        dtype. ValueError, in one line, for files that are damaged or do not belong together."""
         from safetensors.torch import load_file
         with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
             given = json.load(f)

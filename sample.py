@@ -47,7 +47,7 @@ def get_args(argv):
     add("--tokens", type=number(int, 1), default=64, help="tokens to generate; default: %(default)s")
     add("--temperature", type=number(float, 0), default=0.0, help="0 (default): always the likeliest token")
     add("--top-k", type=number(int, 1), help="sample among the k likeliest tokens")
-    add("--top-p", type=number(float, 1e-9, 1), help="sample among the fewest tokens whose probabilities sum to this")
+    add("--top-p", type=number(float, 1e-9, 1), help="draw from the fewest tokens of this total probability")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="seed of every random choice; default: 0")
     add("--logit-base", type=number(float, 1), help="sharpen attention in long contexts (a of paper eq. 11)")
     add("--segment", type=number(int, 1), help="tokens read at a time; default: 16384 on a GPU, else 1024")
