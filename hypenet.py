@@ -2,7 +2,8 @@
 
 An attention layer keeps the keys and values of all past tokens, so its memory grows with the context. A
 linear layer keeps one state of fixed size instead. The many linear layers make long contexts cheap; the few
-attention layers keep exact recall. Both kinds of layer stand in the same Transformer block:
+attention layers keep exact recall. Both kinds use the same Transformer block; only the mixer differs. An
+article that retells the paper describes another method. Both methods are built (see README.md):
 
     paper (default)                          article (--recipe article)
 
@@ -14,7 +15,7 @@ attention layers keep exact recall. Both kinds of layer stand in the same Transf
      (+)<-- W_o (gate * o)      <- norm       (+)<-- W_o o                <- norm
       |       o = softmax(s_t q k^T) v         |       o = softmax(q k^T) v, window of 2,048
       |       no positions at all (NoPE)       |       q, k = RoPE(position mod chunk) + e[position div chunk]
-      |     "A": floor(L/4) layers, by score   |     "A": the first and the last quarter
+      |     "A": a quarter, chosen by measuring|     "A": the first and the last quarter
      (+)<-- MLP <-- norm                      (+)<-- MLP <-- norm
       |                                        |
      (+)<-- W_o (gate * norm(o)) <- norm      (+)<-- W_o o                <- norm
@@ -25,16 +26,17 @@ attention layers keep exact recall. Both kinds of layer stand in the same Transf
       |     "L": all other layers              |     "L": the middle half
     tokens                                   tokens
 
-Read the drawing from the bottom up; it shows one layer of each kind. A teacher is the same class: a HypeNet
-whose layers are all "A", with RoPE or learned positions.
+Read the drawing from the bottom up. Each column shows one attention layer above one linear layer.
+halo.choose_layers decides which layers are "A". A teacher is a trained Transformer; a student is the hybrid
+that learns from the teacher. A teacher is a HypeNet of "A" layers, with RoPE or learned positions.
 
 HyPE, the paper's position encoding, is RoPE in the linear layers and no positions in the attention layers.
-RoPE turns a query and a key by their distance, and a model has only learned the distances of its training. An
-attention layer without positions compares contents alone, so no distance is new to it. The linear layers do
-meet long distances, but their decay has forgotten a far token before its angle matters.
+RoPE turns each query and key by its position, so their product depends on their distance. A model only knows
+the distances of its training. An attention layer without positions never sees a distance, so no distance is
+unfamiliar. Linear layers do meet new distances, but with decay far tokens count little (paper 5.1).
 
-Read first: the config, `locate`, `Attention`, `LinearAttention`, `HypeNet`. Skip first: `check`, the files.
-Everything here is plain PyTorch, with one path for a whole sequence, a segment and a single token.
+Read first: the config, `locate`, `Attention`, `LinearAttention`, `HypeNet`. On a first reading, skip `check`
+and the files. Everything is plain PyTorch. The same code handles a whole sequence, a segment and one token.
 support/fast.py generates the same tokens faster. support/pretrained.py loads GPT-2, Qwen and Llama.
 
 In shapes: B rows, T tokens, C width, H heads, H_kv heads of keys and values, D head size, K key width, V
@@ -75,10 +77,10 @@ class HypeNetConfig:
     vocab_size: int = 256           # rows of the embedding, at least as many as the tokenizer has ids
     n_embd: int = 128               # C, the width
     n_head: int = 4                 # H, query heads
-    n_kv_head: int = 4              # H_kv of attention layers; n_head / n_kv_head query heads share one
+    n_kv_head: int = 4              # H_kv in attention layers; each serves n_head / n_kv_head query heads
     head_dim: int = 32              # D; need not be n_embd / n_head
     n_hidden: int = 384             # width of the MLP's hidden layer
-    max_len: int = 256              # tokens the teacher was trained on; rows of wpe if positions are learned
+    max_len: int = 256              # longest sequence of the teacher's training; rows of wpe
     norm: str = "rms"               # "rms" (RMSNorm) or "layer" (LayerNorm)
     norm_eps: float = 1e-6
     mlp: str = "swiglu"             # "swiglu" or "gelu" (tanh form)
@@ -87,20 +89,20 @@ class HypeNetConfig:
     mlp_bias: bool = False          # biases of the MLP
     position: str = "rope"          # how the teacher knows positions: "rope" or "learned" (wpe)
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # how RoPE was stretched: rope_type, factor, ... (see rope_frequencies)
+    rope_scaling: dict | None = None  # how RoPE was extended to longer contexts (see SCALINGS)
     tied: bool = True               # the head is the embedding
     qk_norm: bool = True            # RMSNorm of q and k, per head, in attention layers
     # attention layers of a student
     attn_position: bool = True      # True: the teacher's positions; False: none (HyPE)
-    chunk: int | None = None        # chunk HyPE: positions modulo this many tokens ...
-    n_chunks: int = 0               # ... plus one learned embedding for each of this many chunks
+    chunk: int | None = None        # chunk HyPE: tokens per chunk; positions count within a chunk
+    n_chunks: int = 0               # number of chunks; each has a learned embedding
     attn_gate: bool = False         # sigmoid output gate
-    logit_base: float | None = None  # a of s_t = log(t + a) / log(a), paper eq. 11; None: s_t = 1
+    logit_base: float | None = None  # a of s_t, for long contexts (see Attention); None: s_t = 1
     window: int | None = None       # attend to this many tokens, the query's own included; None: all
     # linear layers
     decay: str = "constant"         # a row of DECAYS
     key_dim: int = 0                # K, width of a key; 0: head_dim
-    linear_kv_head: int = 0         # heads of k and v; 0: n_head, as cloned by paper eq. 13
+    linear_kv_head: int = 0         # heads of k and v; 0: n_head (transfer clones: paper eq. 13)
     linear_rope: bool = True        # RoPE on q and k
     linear_qk_norm: bool = True     # RMSNorm of q and k, per head
     linear_norm: bool = True        # one RMSNorm over all H * D channels of o
@@ -112,7 +114,7 @@ class HypeNetConfig:
         check(self)
 
     def limit(self):
-        """The most tokens a sequence may have. Only learned embeddings of positions set a limit."""
+        """The longest sequence. Only learned embeddings, of positions or chunks, set a limit."""
         if self.chunk:
             return self.chunk * self.n_chunks
         return self.max_len if self.position == "learned" and self.attn_position else math.inf
@@ -130,40 +132,41 @@ FAMILIES = {
 
 
 def rope_frequencies(config, dim, device=None):
-    """RoPE's angle per token for each pair of channels, (dim / 2,) float32: theta^(-2i / dim) (RoPE section
-    3.2), and a factor for cos and sin. A stretched RoPE slows down some pairs: a share `keep` of each angle
-    stays, the rest is divided by `factor`. The numbers are those of transformers."""
+    """Returns freq (dim / 2,) float32, freq_i = theta^(-2i / dim) (RoPE section 3.2), and a factor of cos and
+    sin. Longer contexts would turn slow pairs past their trained angles. So rope_scaling lowers frequencies:
+    a share `keep` stays, the rest is divided by `factor`, as in the Hugging Face library transformers."""
     pair = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
     freq = config.rope_theta ** -(pair / dim)
     s = config.rope_scaling
     if s is None:
         return freq, 1.0
-    keep, temperature = 0.0, 1.0                                 # "linear": every pair is slowed alike
-    if s["rope_type"] == "llama3":                               # pairs that turn often stay as they are
+    keep, attention_factor = 0.0, 1.0                            # "linear": lower all frequencies alike
+    if s["rope_type"] == "llama3":                               # high frequencies stay
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-    elif s["rope_type"] == "yarn":                               # the same, by the index of a pair
+    elif s["rope_type"] == "yarn":                               # high frequencies, of low index, stay
         low, high = yarn_range(config.rope_theta, dim, s)
         keep = 1 - ((pair / 2 - low) / (high - low)).clamp(0, 1)
-        temperature = yarn_temperature(s)
-    return keep * freq + (1 - keep) * freq / s["factor"], temperature
+        attention_factor = yarn_attention_factor(s)
+    return keep * freq + (1 - keep) * freq / s["factor"], attention_factor
 
 
 def yarn_range(theta, dim, s):
-    """The pairs between which YaRN passes from keeping the angle to dividing it (YaRN eq. 18 to 21)."""
-    def pair_of(turns):                                          # the pair that turns this often when trained
+    """First and last pair index of YaRN's ramp from kept to divided frequencies (YaRN eq. 18 to 21)."""
+    def pair_of(turns):                      # index of the pair with so many turns over the original context
         wavelength = s["original_max_position_embeddings"] / turns                # in tokens per turn
         return dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
     low, high = pair_of(s.get("beta_fast") or 32), pair_of(s.get("beta_slow") or 1)
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    return low, high if high > low else low + 0.001
+    high = high if high > low else low + 0.001                   # no division by zero
+    return low, high
 
 
-def yarn_temperature(s):
-    """YaRN's factor for cos and sin: the logits of a longer context are made sharper by its square."""
+def yarn_attention_factor(s):
+    """YaRN's factor of cos and sin. Both q and k carry the factor, so logits grow by its square."""
     def scale(weight):
         return 0.1 * weight * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0
     if s.get("attention_factor") is not None:
@@ -181,7 +184,7 @@ def rotate(x, cos_sin):
 
 
 class Where(NamedTuple):
-    """Where the tokens of a call stand. Made once per call by locate, used by every layer."""
+    """Positions of the tokens of one call, and what every layer needs of them. locate makes it."""
     pos: torch.Tensor                # (B or 1, T) absolute positions, int64
     attn_rope: tuple | None          # cos and sin for attention layers; None: no rotation
     linear_rope: tuple | None        # the same for linear layers
@@ -191,21 +194,21 @@ class Where(NamedTuple):
 def locate(config, pos):
     """The Where of tokens at positions pos (B or 1, T)."""
     def cos_sin(pos, dim):
-        freq, temperature = rope_frequencies(config, dim, pos.device)
+        freq, factor = rope_frequencies(config, dim, pos.device)
         angle = pos[..., None, None] * freq                                   # (B or 1, T, 1, dim/2)
-        return temperature * angle.cos(), temperature * angle.sin()
-    c, attn_rope, linear_rope, s_t = config, None, None, None
-    if c.position == "rope" and c.attn_position:
-        attn_rope = cos_sin(pos % c.chunk if c.chunk else pos, c.head_dim)
-    if c.linear_rope:
-        linear_rope = cos_sin(pos, c.key_dim)
-    if c.logit_base:
-        s_t = torch.log(pos.float() + c.logit_base) / math.log(c.logit_base)
+        return factor * angle.cos(), factor * angle.sin()
+    attn_rope = linear_rope = s_t = None
+    if config.position == "rope" and config.attn_position:
+        attn_rope = cos_sin(pos % config.chunk if config.chunk else pos, config.head_dim)
+    if config.linear_rope:
+        linear_rope = cos_sin(pos, config.key_dim)
+    if config.logit_base:
+        s_t = torch.log(pos.float() + config.logit_base) / math.log(config.logit_base)
     return Where(pos, attn_rope, linear_rope, s_t)
 
 
 # ---- small parts -------------------------------------------------------------------------------------------
-# The functions of this section are what stands between two matrix products. support/fast.py can compile them.
+# support/fast.py can compile four functions, each as one kernel: normed, make_heads, gated and activated.
 
 
 def normed(x, weight, bias, eps):
@@ -217,9 +220,8 @@ def normed(x, weight, bias, eps):
 
 
 def make_heads(x, norm, cos_sin, embd, s_t, dtype):
-    """q or k (B,T,H,D) made ready for its product. Each step is left out where its argument is None: RMSNorm
-    per head (norm: gain and eps), RoPE, the sum with an embedding (B or 1,T,H,D), the product with s_t (B or
-    1,T)."""
+    """Prepares q or k (B,T,H,D) for the product. An argument of None skips its step. The steps: RMSNorm per
+    head (norm: gain and eps), RoPE, the sum with embd (B or 1,T,H,D), the product with s_t (B or 1,T)."""
     if norm is not None:
         x = normed(x, norm[0], None, norm[1])
     if cos_sin is not None:
@@ -232,14 +234,14 @@ def make_heads(x, norm, cos_sin, embd, s_t, dtype):
 
 
 def gated(o, norm, z):
-    """norm(o) * sigmoid(z), each left out where it is None; o and z (B,T,H*D), norm: gain and eps."""
+    """norm(o) * sigmoid(z): o and z (B,T,H*D), norm: gain and eps. None skips. The gate picks channels."""
     if norm is not None:
         o = normed(o, norm[0], None, norm[1])
     return o if z is None else o * torch.sigmoid(z)
 
 
 def activated(x, swiglu):
-    """silu(gate) * up where x holds both side by side, or GPT-2's GELU of x."""
+    """SwiGLU if swiglu: x is then gate and up side by side. Otherwise GPT-2's GELU."""
     if swiglu:
         gate, x = x.chunk(2, dim=-1)
         return F.silu(gate) * x
@@ -281,7 +283,7 @@ class MLP(nn.Module):
 
 
 def attend(q, k, v, mask=None, causal=False):
-    """softmax(q k^T / sqrt(D)) v: q (B,T,H,D), k and v (B,n,H_kv,D) -> (B,T,H,D). mask: True where seen."""
+    """softmax(q k^T / sqrt(D)) v: q (B,T,H,D); k, v (B,n,H_kv,D). mask: True where a query may see a key."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
@@ -291,20 +293,20 @@ def attend(q, k, v, mask=None, causal=False):
 
 
 class Attention(nn.Module):
-    """Softmax attention. A teacher's has RoPE or nothing. A student's has no positions and scaled queries
-    (HyPE), or chunk HyPE; an output gate; a window. Eq. 17 also norms o; the authors' code does not.
+    """Softmax attention. A teacher's has RoPE, or none where the input carries learned positions. A student's
+    has HyPE (no positions, scaled queries) or chunk HyPE, and may have an output gate or a window. Eq. 17
+    also norms o. We follow the authors' code, which does not.
 
-    Why s_t. Among t keys of logit y, one key of logit x gets the weight e^x / (e^x + t e^y). As t grows, the
-    weight fades, unless x - y grows by log t. So the queries of the token at position t are multiplied by a
-    logarithm, s_t = log(t + a) / log(a) (paper eq. 11). s_t is near 1 where t is far below `a`: `a` says from
-    which length on the queries grow. Training has no s_t, because weights learn how sharp a softmax must be
-    at the lengths of training. `a` is fitted after training, on longer text (halo.fit_logit_base)."""
+    Why s_t. Beside t keys of logit y, a key of logit y + m gets the weight e^m / (e^m + t), which fades as t
+    grows. Queries times s_t = log(t + a) / log(a) (paper eq. 11) turn the lead m into m s_t. m = log a then
+    becomes log(t + a), and the weight is at least 1/2 at any t. Training has no s_t: weights learn the
+    sharpness for trained lengths. `a` is fitted afterwards, on longer text (halo.fit_logit_base)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.sizes = [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim,
-                      c.n_head * c.head_dim * c.attn_gate]
+                      c.n_head * c.head_dim if c.attn_gate else 0]
         self.qkvz = nn.Linear(c.n_embd, sum(self.sizes), bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
         self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None
@@ -335,26 +337,37 @@ class Attention(nn.Module):
         return q, k, v, z if c.attn_gate else None
 
     def attend(self, q, k, v, pos, cache=None):
-        """Each query sees the keys of its own position and before, those of its window alone if there is one;
-        pos (B or 1, T). With a cache keys and values of the past stand before k and v, which then join it."""
+        """Each query sees its own and earlier keys; a window drops all but the nearest. pos (B or 1, T). With
+        a cache, past keys and values stand before k and v; then k and v are stored."""
         T, W = q.size(1), self.config.window or math.inf
         if cache is None and T <= W:
             return attend(q, k, v, causal=True)
         keys, values, key_pos = k, v, pos
         if cache is not None:
             pos = pos.expand(len(q), T)
-            n_slots = cache["k"].size(1)                            # position p is kept in slot p % n_slots
-            last = pos[:, :1] - 1
-            held = last - (last - torch.arange(n_slots, device=pos.device)) % n_slots      # < 0: empty slot
-            key_pos = torch.cat((held, pos), 1)                     # (B, n_slots + T)
+            key_pos = torch.cat((slot_positions(cache, pos), pos), 1)             # (B, n_slots + T)
             keys = torch.cat((cache["k"].to(k.dtype), k), 1)
             values = torch.cat((cache["v"].to(v.dtype), v), 1)
-            rows, slots = torch.arange(len(q), device=pos.device)[:, None], pos[:, -n_slots:] % n_slots
-            cache["k"][rows, slots] = k[:, -n_slots:].to(cache["k"].dtype)
-            cache["v"][rows, slots] = v[:, -n_slots:].to(cache["v"].dtype)
+            store(cache, k, v, pos)
         distance = pos[:, :, None] - key_pos[:, None]               # (B or 1, T, keys)
         seen = (distance >= 0) & (distance < W) & (key_pos >= 0)[:, None]
         return attend(q, keys, values, mask=seen[:, None])
+
+
+def slot_positions(cache, pos):
+    """Positions in the slots (B,n_slots) before tokens at pos (B,T) are stored; < 0: empty. Position p is in
+    slot p % n_slots: of 4 slots with 5 as the last position, the slots hold 4, 5, 2, 3."""
+    n_slots, last = cache["k"].size(1), pos[:, :1] - 1
+    return last - (last - torch.arange(n_slots, device=pos.device)) % n_slots
+
+
+def store(cache, k, v, pos):
+    """Write k and v (B,T,H_kv,D) into slots pos % n_slots; pos (B,T). Of more than n_slots tokens the last
+    stay. Keys are stored after RoPE, because their rotation depends on their own position alone."""
+    n_slots, rows = cache["k"].size(1), torch.arange(len(pos), device=pos.device)[:, None]
+    slots = pos[:, -n_slots:] % n_slots
+    for name, new in (("k", k), ("v", v)):
+        cache[name][rows, slots] = new[:, -n_slots:].to(cache[name].dtype)
 
 
 # ---- linear-attention layer (paper eq. 18) -----------------------------------------------------------------
@@ -362,11 +375,11 @@ class Attention(nn.Module):
 
 class Decay(NamedTuple):
     """How the state of a linear layer fades. formula(z, H) gives log_decay for kernel.chunked_scan, where z
-    (B,T,H,width) are the outputs of a gate on x, None where width is 0."""
-    width: Callable                  # K -> numbers that the gate computes for each head and token
+    (B,T,H,width) is a Linear of x, the forget gate's input; None where width is 0."""
+    width: Callable                  # K -> outputs of the gate's Linear per head and token
     formula: Callable                # (z, H, device) -> log_decay: (H,), (B,T,H) or (B,T,H,K), float32
-    bias: Callable = lambda keep: math.log(keep / (1 - keep))    # the gate's first bias: keep this share of S
-    scan: Callable = chunked_scan
+    bias: Callable = lambda keep: math.log(keep / (1 - keep))    # initial bias: keep this share of S
+    scan: Callable = chunked_scan     # another recurrence, such as a delta rule, is another row
 
 
 def lightning(z, H, device):
@@ -386,13 +399,14 @@ DECAYS = {
 class LinearAttention(nn.Module):
     """y = (norm(o) * sigmoid(x W_z)) W_o, where o comes from the recurrence of kernel.chunked_scan.
 
-    The state S is float32 whatever the weights are, and q k^T is scaled by K^-1/2: see kernel.py for both."""
+    QK-norm bounds what a token writes to S. The norm of o keeps its size steady as S grows. S is float32: a
+    bf16 state can stop growing after a few hundred tokens (see kernel.py, also for the scale K^-1/2)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.sizes = [c.n_head * c.key_dim, c.linear_kv_head * c.key_dim, c.linear_kv_head * c.head_dim,
-                      c.n_head * c.head_dim * c.linear_gate]
+                      c.n_head * c.head_dim if c.linear_gate else 0]
         self.qkvz = nn.Linear(c.n_embd, sum(self.sizes), bias=c.qkv_bias)
         self.out = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
         self.q_norm = RMSNorm(c.key_dim, eps=c.norm_eps) if c.linear_qk_norm else None
@@ -449,15 +463,16 @@ class Block(nn.Module):
 
 class State:
     """All that a model remembers of the tokens it has read, allocated once and updated in place. pos (B,)
-    int64: tokens that each row holds. layers: for an attention layer k and v (B,n_slots,H_kv,D), where
-    n_slots is max_tokens, or the window as a ring buffer; for a linear layer S (B,H,K,V) float32."""
+    int64: tokens that each row has read. layers: an attention layer has k and v (B,n_slots,H_kv,D), a linear
+    layer S (B,H,K,V) float32. With a window the slots are a ring buffer: new tokens overwrite the oldest."""
 
     def __init__(self, config, batch_size, max_tokens, device, dtype):
         def zeros(*shape, dtype=dtype):
             return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
         c = config
         n_slots = min(max_tokens, c.window or max_tokens)
-        self.max_tokens, self.pos, self.layers = max_tokens, zeros(dtype=torch.int64), []
+        self.max_tokens, self.layers = max_tokens, []
+        self.pos = zeros(dtype=torch.int64)
         for kind in c.layers:
             if kind == "A":
                 self.layers.append({name: zeros(n_slots, c.n_kv_head, c.head_dim) for name in ("k", "v")})
@@ -489,17 +504,17 @@ class HypeNet(nn.Module):
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         if c.position == "learned":
             self.wpe = nn.Embedding(c.max_len, c.n_embd)
-            if c.chunk:                              # no rotation to add it to, so it joins wpe at the input
+            if c.chunk:                              # learned positions enter at the input: so do chunks
                 self.chunk_embd = nn.Embedding(c.n_chunks, c.n_embd)
         self.blocks = nn.ModuleList(Block(c, kind) for kind in c.layers)
         self.norm = make_norm(c)
         if not c.tied:
             self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        for name, p in self.named_parameters():      # GPT-2's: 0.02, less for what is added to x
-            if p.dim() == 2:
+        for name, p in self.named_parameters():      # GPT-2's initialisation
+            if p.dim() == 2:                         # smaller for projections into the residual stream
                 residual = name.endswith(("mixer.out.weight", "mlp.down.weight"))
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * len(c.layers)) if residual else 1))
-            elif name.endswith("forget.bias"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(c.layers)) if residual else 0.02)
+            elif name.endswith("forget.bias"):       # S keeps 0.7 per token, as in halo.linear_twin
                 nn.init.constant_(p, DECAYS[c.decay].bias(0.7))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -518,17 +533,17 @@ class HypeNet(nn.Module):
 
     def place(self, idx, state=None, offset=None):
         """The Where of idx (B,T). ValueError past the room of the state or the last position known."""
-        c, T, held = self.config, idx.size(1), 0
+        T, held = idx.size(1), 0                                                  # held: by the longest row
         pos = torch.arange(T, device=idx.device)[None]                            # (1,T)
         if state is not None:
             held = int(state.pos.max())
             pos = state.pos[:, None] + pos                                        # (B,T)
             if held + T > state.max_tokens:
-                raise ValueError(f"{held + T:,} tokens do not fit the {state.max_tokens:,} of init_state")
-        elif offset is not None:
+                raise ValueError(f"{held + T:,} tokens per row; the state has room for {state.max_tokens:,}")
+        elif offset is not None:                     # varied starts train the embeddings of all chunks
             pos = pos + offset[:, None]
         self.check_positions(held + T)
-        return locate(c, pos)
+        return locate(self.config, pos)
 
     def check_positions(self, n):
         c = self.config
@@ -537,9 +552,9 @@ class HypeNet(nn.Module):
             raise ValueError(f"{n:,} tokens are more than the {c.limit():,} that this model's {what} reach")
 
     def hidden(self, idx, state=None, offset=None):
-        """idx (B,T) -> x (B,T,C), after the final norm. The first token is at position 0, or in training at
-        offset (B,). With a state the tokens follow those that each row holds, and no gradient flows."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
+        """idx (B,T) -> x (B,T,C), after the final norm. The first token is at position 0 or at offset (B,).
+        offset is not checked. With a state, tokens follow those that each row has read; no gradient flows."""
+        with torch.set_grad_enabled(state is None and torch.is_grad_enabled()):
             where = self.place(idx, state, offset)
             x = self.embed(idx, where)
             for i, block in enumerate(self.blocks):
@@ -601,8 +616,8 @@ class HypeNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load a folder that save_pretrained wrote, as dtype whatever it holds (support/pretrained.py: other
-        formats). ValueError, in one line, for files that are damaged or do not belong together."""
+        """Load a folder of save_pretrained (support/pretrained.py: other formats). Weights are converted to
+        dtype. ValueError, in one line, for files that are damaged or do not belong together."""
         from safetensors.torch import load_file
         with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
             given = json.load(f)
@@ -617,18 +632,18 @@ class HypeNet(nn.Module):
         found = {name: w.shape for name, w in weights.items()}
         if wanted != found:
             wrong = sorted(name for name in wanted.keys() | found if wanted.get(name) != found.get(name))
-            raise ValueError(f"{path}/model.safetensors is not of its config.json: see {', '.join(wrong[:3])}"
+            raise ValueError(f"{path}: weights do not match config.json: see {', '.join(wrong[:3])}"
                              + f" and {len(wrong) - 3} more" * (len(wrong) > 3))
         model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
         return model.eval()
 
 
 def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
-    """Draw ids (B,) from logits (B,vocab_size). Nothing in here waits for the device."""
+    """Draw ids (B,) from logits (B,vocab_size). sample never synchronises, so a CUDA graph can record it."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)      # never inf less inf
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)
+    logits = logits / max(temperature, 1e-30)        # maximum subtracted: a tiny temperature would overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -637,8 +652,8 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
         ordered, ids = probs.sort(-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
-    waits = torch.empty_like(probs).exponential_(generator=rng)     # the first of events of these rates wins
-    return (probs / waits.clamp(min=1e-30)).argmax(-1)              # a wait of 0 would make 0 / 0
+    waits = torch.empty_like(probs).exponential_(generator=rng)  # a race: id i wins with probability probs[i]
+    return (probs / waits.clamp(min=1e-30)).argmax(-1)           # a wait of 0 would make 0 / 0
 
 
 def write_file(path, content):
@@ -651,12 +666,12 @@ def write_file(path, content):
         else:
             with open(tmp, "w", encoding="utf-8") as f:
                 f.write(content)
-        mask = os.umask(0)                           # safetensors would leave it readable to its owner alone
+        mask = os.umask(0)
         os.umask(mask)
-        os.chmod(tmp, 0o666 & ~mask)
+        os.chmod(tmp, 0o666 & ~mask)                 # safetensors makes files that only their owner can read
         os.replace(tmp, path)
     except OSError as error:
-        error.filename = error.filename or path      # a full disk names no file
+        error.filename = error.filename or path      # the error of a full disk names no file
         raise
     finally:
         if os.path.exists(tmp):
@@ -695,8 +710,8 @@ def check(config):
                f"{name} is {getattr(c, name)}; RoPE pairs channels, so it must be even")
     refuse(c.logit_base is not None and c.logit_base <= 1,
            f"logit_base is {c.logit_base}; s_t = log(t + a) / log(a) needs a > 1")
-    refuse(c.rope_theta <= 0 or c.norm_eps < 0,
-           f"rope_theta is {c.rope_theta} (positive), norm_eps is {c.norm_eps} (not negative)")
+    refuse(c.rope_theta <= 0, f"rope_theta is {c.rope_theta}; it must be positive")
+    refuse(c.norm_eps < 0, f"norm_eps is {c.norm_eps}; it must not be negative")
     refuse((c.chunk is None) != (c.n_chunks == 0) or c.n_chunks < 0,
            f"chunk {c.chunk} and n_chunks {c.n_chunks}: give both or neither")
     refuse(c.position == "learned" and c.chunk and c.chunk > c.max_len,

@@ -9,8 +9,7 @@
     python sample.py --model chen-yingfa/HypeNet-2B --logit-base 500 --file book.txt    the authors' model
 
 Without --model, the newest run under out/ answers, or the shipped student if there is no run. The context is
-read in segments. With its length grows only the K/V of the few attention layers, up to the window if there
-is one.
+read in segments. Only the K/V of attention layers grow with the context, up to the window if there is one.
 """
 import glob
 import os
@@ -48,9 +47,9 @@ def get_args(argv):
     add("--tokens", type=number(int, 1), default=64, help="tokens to generate; default: %(default)s")
     add("--temperature", type=number(float, 0), default=0.0, help="0 (default): always the likeliest token")
     add("--top-k", type=number(int, 1), help="sample among the k likeliest tokens")
-    add("--top-p", type=number(float, 1e-9, 1), help="sample among the fewest tokens of this probability")
+    add("--top-p", type=number(float, 1e-9, 1), help="draw from the fewest tokens of this total probability")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="seed of every random choice; default: 0")
-    add("--logit-base", type=number(float, 1), help="a of s_t = log(t + a) / log(a) (paper eq. 11)")
+    add("--logit-base", type=number(float, 1), help="sharpen attention in long contexts (a of paper eq. 11)")
     add("--segment", type=number(int, 1), help="tokens read at a time; default: 16384 on a GPU, else 1024")
     add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
     args = p.parse_args(argv)
@@ -91,11 +90,11 @@ def pass_key(args, tokenizer):
 
 
 def context(args, tokenizer):
-    """The last --ctx ids of the text, after the id that begins a text; and the right answer, if any."""
+    """The last --ctx ids of the text, after BOS, the id that begins a text; and the right answer, if any."""
     if args.prompt is None and args.file is None:
         return pass_key(args, tokenizer)
     start = [] if tokenizer.bos is None else [tokenizer.bos]
-    if args.chat:                                                # the template writes the first id too
+    if args.chat:                                                # the chat template adds BOS itself
         start = []
         ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": args.prompt}]), special=True)
     elif args.prompt is not None:
@@ -111,7 +110,7 @@ def context(args, tokenizer):
 
 
 def announce(model, path, total):
-    """Say which model runs, and warn where it was not made for so many tokens."""
+    """Say which model runs. Warn if HyPE without s_t meets more tokens than in training."""
     c = model.config
     if total > 16384 and "A" in c.layers and not (c.attn_position or c.chunk or c.logit_base):
         say(f"sample.py: {total:,} tokens are more than the 16,384 of the paper's training, and the model "
@@ -121,8 +120,8 @@ def announce(model, path, total):
 
 
 def write(args, tokenizer, model, state, prompt):
-    """Read the prompt, print its end and the text that follows. Return the generated ids, and the times of
-    the start and of every id."""
+    """Read the prompt, print its end and the text that follows. Return the generated ids, and timestamps: of
+    the start, then of every id."""
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     characters = tokenizer.stream_decoder()          # a character may be several tokens
     out, times = [], [time.time()]
@@ -130,7 +129,7 @@ def write(args, tokenizer, model, state, prompt):
         for idx in fast.stream(model, [prompt], args.tokens, temperature=args.temperature, top_k=args.top_k,
                                top_p=args.top_p, seed=args.seed, n_vocab=tokenizer.n_vocab,
                                never=tokenizer.holes, segment=args.segment, progress=bar.update, state=state):
-            id = idx.item()                          # waits for the device
+            id = idx.item()                          # waits until the device has the id
             times.append(time.time())
             if len(times) == 2:                      # the prompt is read
                 bar.close()

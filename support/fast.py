@@ -3,12 +3,12 @@
     stream(model, prompts, n)     yields the next ids of all rows, step by step
     prefill(model, prompt, state) reads a long prompt in segments of bounded memory
     read(model, idx, state)       what model.hidden(idx, state) gives
-    fuse()                        compiles what stands between matrix products, for training and long prompts
+    fuse()                        compiles functions between matrix products, for training and long prompts
 
 A generated token must read all weights, the state, the keys and the values once. Nothing else should cost
-time. So three functions do the work of a layer on one token. fused_linear is a Linear with the norm and gate
-before it, the activation and sum after it. scan_token is the recurrence. attend_cache is attention to a long
-cache. A CUDA graph then replays all layers: hundreds of small kernels cost more to launch than to run.
+time. So three functions do the work of a layer on one token. fused_linear does norm, gate, Linear, activation
+and residual sum. scan_token is the recurrence. attend_cache is attention to a long cache. A CUDA graph then
+replays all layers, because hundreds of small kernels cost more to launch than to run.
 
 Map: stream and Decoder first, then read and its attention, then the three functions, at last their kernels.
 `serves` is the one test of whether the kernels know a model; every other model takes the plain path.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import hypenet
-from hypenet import DECAYS, Attention, Block, LinearAttention, attend, normed, sample
+from hypenet import DECAYS, Attention, Block, LinearAttention, attend, normed, sample, store
 from kernel import (
     block_size, card, ceil_div, dot, dot_dtype, exp, load_tile, output_dtype, store_tile, triton)
 
@@ -29,8 +29,8 @@ if triton:
     import triton.language as tl
 
 TOKEN_DECAYS = ("constant", "none", "head", "channel")      # rows of hypenet.DECAYS that scan_token computes
-PAST = 65536                         # keys of the past in one call of attention
-FEW = 4                              # rows up to which fused_linear beats the library's matrix product
+PAST = 65536                         # most past keys per attention call
+FEW = 4                              # largest batch for fused_linear; above, the library's product is faster
 
 
 def has_kernels(x, *sizes):
@@ -39,7 +39,7 @@ def has_kernels(x, *sizes):
 
 
 def is_known(block):
-    """Whether a block computes what hypenet.Block says: then this file may compute the same another way."""
+    """Whether a block computes what hypenet.Block says. Only then may faster code of this file replace it."""
     kinds = (Attention, LinearAttention)
     return type(block) is Block and type(block.mixer) in kinds and "forward" not in vars(block)
 
@@ -60,9 +60,9 @@ def stream(model, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=No
     """Continue prompts, a list of id lists of any lengths: yields the next ids (B,) of all rows, again and
     again. Each row is read alone and unpadded into its slice of the state; then all rows go on together.
 
-    temperature 0 is greedy; top_k and top_p cut the tail. Ids from n_vocab on, and those in `never`, are not
-    sampled. segment, progress: see prefill. graph: see Decoder. To go on from the same state, begin the next
-    prompt with the last id yielded: that id was drawn, not read. ValueError for arguments that cannot be."""
+    temperature 0 is greedy; top_k and top_p drop unlikely ids. Ids from n_vocab on, and those in `never`, are
+    not sampled. segment, progress: see prefill. graph: see Decoder. The last id yielded is not in the state
+    yet: start the next prompt with this id. ValueError for arguments that are wrong."""
     check_stream(model, prompts, max_new_tokens, temperature, top_k, top_p)
     device = model.wte.weight.device
     rng = torch.Generator(device).manual_seed(seed) if seed is not None else None
@@ -86,7 +86,7 @@ def stream(model, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=No
 
 
 def check_stream(model, prompts, max_new_tokens, temperature, top_k, top_p):
-    """ValueError, in one line, for arguments of stream that cannot be."""
+    """ValueError, in one line, for arguments of stream that are wrong."""
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("every prompt needs at least one token")
     lowest, highest = min(map(min, prompts)), max(map(max, prompts))
@@ -104,7 +104,7 @@ def check_room(model, state, n):
     """ValueError if a row of a state cannot hold n tokens, or the model does not know as many positions."""
     model.check_positions(n)
     if n > state.max_tokens:
-        raise ValueError(f"{n:,} tokens do not fit the {state.max_tokens:,} of init_state")
+        raise ValueError(f"{n:,} tokens per row; the state has room for {state.max_tokens:,}")
 
 
 @torch.no_grad()
@@ -123,12 +123,12 @@ def prefill(model, prompt, state, segment=None, progress=None):
 
 class Decoder:
     """Generation, one token per row and call: the model reads idx (B,), then pick(logits) -> ids (B,) chooses
-    the next ids, from rng if it draws. logits (B,vocab_size) of the tokens read last give the first ids
-    (None: id 0).
+    the next ids. rng: the generator that pick draws from. logits (B,vocab_size) choose the first ids (None:
+    id 0).
 
-    On a GPU the second call records all of this as a CUDA graph, and later calls replay the graph. So all
-    that a call reads or writes stays at one address, and what changes from call to call (positions, ids,
-    random numbers) lives on the device. graph=False: never record."""
+    If `serves` knows the model, the second call records a CUDA graph, and later calls replay the graph. A
+    graph replays fixed addresses, so tensors are updated in place. Positions, ids and random numbers live on
+    the device. graph=False: never record."""
 
     def __init__(self, model, state, logits=None, pick=sample, rng=None, graph=None):
         self.model, self.state, self.pick, self.rng = model, state, pick, rng
@@ -153,7 +153,7 @@ class Decoder:
             graph, on_side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.idx.device)
             if self.rng is not None:
                 graph.register_generator_state(self.rng)
-            with torch.cuda.graph(graph, stream=on_side):    # records, runs nothing
+            with torch.cuda.graph(graph, stream=on_side):    # only records; replay runs this call too
                 self.advance()
             self.graph = graph
         self.graph.replay()
@@ -165,8 +165,8 @@ class Decoder:
 
 @torch.no_grad()
 def read(model, idx, state):
-    """model.hidden(idx, state), faster: idx (B,T) -> x (B,T,C). T > 1 wants rows that hold equally many
-    tokens (else ValueError; read each through state.row(b))."""
+    """model.hidden(idx, state), faster: idx (B,T) -> x (B,T,C). T > 1 needs rows that hold equally many
+    tokens, else ValueError."""
     if idx.size(1) == 1 and serves(model, idx):
         return read_token(model, idx, state)
     where = model.place(idx, state)
@@ -195,8 +195,8 @@ def attend_past(mixer, q, k, v, pos, cache, start):
         return attend_one(q, k, v, pos, cache, start)
     if mixer.config.window is not None or not has_lse(q):
         return mixer.attend(q, k, v, pos, cache)
-    # The segment is causal, the past needs no mask: calls of their own, merged by the weight of each part in
-    # the softmax's denominator. The past comes in parts, because cuDNN plans anew (40 ms) at every length.
+    # The new segment needs a causal mask, the past none: compute both, then merge. The past comes in parts of
+    # fixed size, because cuDNN reuses its plan for a known length. A new length costs 40 ms.
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     o, lse = attend_lse(q, k, v, causal=True)
     for first in range(0, start, PAST):
@@ -209,13 +209,12 @@ def attend_past(mixer, q, k, v, pos, cache, start):
 
 def attend_one(q, k, v, pos, cache, start):
     """One token per row, each row at its own position: a row attends to its own keys and no others."""
+    store(cache, k, v, pos)
     keys, values, pos = cache["k"], cache["v"], pos[:, 0]                       # pos (B,)
-    rows, slots = torch.arange(len(pos), device=q.device), pos % keys.size(1)
-    keys[rows, slots], values[rows, slots] = k[:, 0].to(keys.dtype), v[:, 0].to(values.dtype)
     used, mine = min(start + 1, keys.size(1)), None
-    if len(pos) > 1:                            # when the ring buffer is full, every slot belongs to this row
+    if len(pos) > 1:                            # rows may differ in length, so each row masks its empty slots
         mine = (torch.arange(used, device=q.device) <= pos[:, None])[:, None, None]
-    grouped = q.view(len(q), k.size(2), -1, q.size(-1)).transpose(1, 2)         # a group's queries share keys
+    grouped = q.view(len(q), k.size(2), -1, q.size(-1)).transpose(1, 2)         # one copy of K/V per group
     o = attend(grouped, keys[:, :used].to(q.dtype), values[:, :used].to(q.dtype), mine)
     return o.transpose(1, 2).reshape(q.shape)
 
@@ -227,9 +226,9 @@ def has_lse(q):
 
 
 def attend_lse(q, k, v, causal=False):
-    """Attention that also returns the log of its denominator, by which two parts of a context are merged:
-    q (B,H,T,D), k, v (B,H_kv,n,D) -> (B,H,T,D), (B,H,T). On Hopper cuDNN's is nearly twice as fast as torch's
-    flash attention; what cuDNN declines goes to the latter."""
+    """Attention that also returns the log of its softmax denominator, which `merged` needs: q (B,H,T,D), k, v
+    (B,H_kv,n,D) -> (B,H,T,D), (B,H,T). On Hopper cuDNN's attention is nearly twice as fast as torch's flash
+    attention. Flash attention computes the shapes that cuDNN declines."""
     (B, H, T, D), H_kv, aten = q.shape, k.size(1), torch.ops.aten
     if q.is_cuda and D <= 128 and torch.cuda.get_device_capability(q.device) >= (9, 0):
         try:
@@ -241,7 +240,7 @@ def attend_lse(q, k, v, causal=False):
             pass
     if causal:
         k, v = (t.repeat_interleave(H // H_kv, dim=1) for t in (k, v))
-    else:                                                       # a group's queries become one matrix's rows
+    else:                                                       # stack a group's queries: no copies of K/V
         q = q.reshape(B, H_kv, -1, D)
     flash = aten._scaled_dot_product_flash_attention if q.is_cuda else (
         aten._scaled_dot_product_flash_attention_for_cpu)
@@ -260,8 +259,8 @@ def merged(o, lse, o_past, lse_past):
 
 
 def read_token(model, idx, state):
-    """read for one token per row, by the kernels below: idx (B,1) -> x (B,1,C). Nothing in here waits for the
-    device, so a CUDA graph can hold the call."""
+    """read for one token per row, by the kernels below: idx (B,1) -> x (B,1,C). It never synchronises,
+    so a CUDA graph can record read_token."""
     where = hypenet.locate(model.config, state.pos[:, None])
     x = model.embed(idx, where)[:, 0]
     for block, cache in zip(model.blocks, state.layers):
@@ -272,7 +271,7 @@ def read_token(model, idx, state):
 
 def token_block(block, x, where, cache):
     """A Block on one token per row, x (B,C), in five launches for a few rows (attention: seven; a forget
-    gate: one more): each Linear comes with the norm and gate before it, the activation and sum after it."""
+    gate: one more). One kernel does norm, gate, Linear, activation and residual sum."""
     m = block.mixer
     q, k, v, z = linear(m.qkvz, x, block.norm1).split(m.sizes, dim=-1)
     if isinstance(m, Attention):
@@ -331,11 +330,11 @@ def linear(layer, x, norm=None, gate=None, act=None, residual=None):
     return y if residual is None else residual + y
 
 
-# ---- compiling what stands between matrix products ---------------------------------------------------------
+# ---- compiling the functions between matrix products -------------------------------------------------------
 
 
 def product_dtype(x):
-    """The dtype in which a Linear would multiply x: a compiled norm gives that right away."""
+    """The dtype in which a Linear multiplies x. A compiled norm casts its output: one kernel less."""
     autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
     return torch.get_autocast_dtype("cuda") if autocast else x.dtype
 
@@ -351,27 +350,27 @@ def add_normed(x, y, weight, bias, eps):
 
 
 def fused_block(self, x, where, cache=None):
-    """Block.forward, with the first sum and the norm behind it as one kernel."""
+    """Block.forward, with the first sum and the norm after the sum as one kernel."""
     n = self.norm2
     x, h = add_normed(x, self.mixer(self.norm1(x), where, cache), n.weight, n.bias, n.eps)
     return x + self.mlp(h)
 
 
-PLAIN = {}                           # the functions as they are written, by the place that holds them
+PLAIN = {}                           # the functions as written, by module and name
 
 
 def fuse(*more, backend="inductor"):
-    """Let torch.compile make one kernel (and one for gradients) of each function that stands between matrix
-    products, for all models of this process. more: pairs (globals of a module, name of a function there) to
-    compile as well. backend None: as written again.
+    """Let torch.compile make one kernel (and one for gradients) of each function between matrix products, for
+    all models of this process. more: pairs (globals of a module, name of a function there) to compile as
+    well. backend None: undo.
 
-    Compiling takes up to a minute in all, in the first calls: worth it for training on a GPU, or for reading
-    millions of tokens. What cannot be compiled runs as written, with a warning of torch."""
+    Compiling takes up to a minute in all, in the first calls. Training on a GPU and reading millions of
+    tokens repay this time. A function that cannot be compiled runs as written, with a warning of torch."""
     if backend:
         warnings.filterwarnings("ignore", message="\nOnline softmax is disabled")
         torch._dynamo.config.suppress_errors = True
         name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-        setattr(torch._dynamo.config, name, 64)          # shapes, dtypes, with and without gradients
+        setattr(torch._dynamo.config, name, 64)          # each shape, dtype and grad mode compiles once more
     of_model = [(vars(hypenet), name) for name in ("normed", "make_heads", "gated", "activated")]
     for space, name in (*of_model, (globals(), "add_normed"), (globals(), "merged"), *more):
         plain = PLAIN.setdefault((space["__name__"], name), space[name])
@@ -410,17 +409,17 @@ def attend_cache(q, k, v, keys, values, pos, s=None, norms=(None, None), eps=0.0
     scan_token. chunks: embeddings (n,H*D) of chunks and the tokens in a chunk; the token's embedding is added
     to q, and to k as to the first q of its group. Returns o (B,1,H,D).
 
-    The cache is read once, by all of the card however few the heads are: each program reads a share of the
-    slots, and the shares are merged by the denominators of their softmaxes. The number of used slots lives on
-    the device. The call can therefore be part of a CUDA graph."""
+    Few heads would leave the GPU idle, so several programs split each head's cache. Their results are merged
+    by the denominators of their softmaxes. The number of used slots lives on the device. The call can
+    therefore be part of a CUDA graph."""
     (B, _, H, D), (_, n_slots, H_kv, _) = q.shape, keys.shape
     assert keys.stride() == values.stride() and {x.stride(3) for x in (q, k, v, keys)} == {1}
     R, BLOCK_D = H // H_kv, block_size(D)
-    BLOCK_S = 64 if BLOCK_D * keys.element_size() <= 256 else 32       # two tiles of 16 KB, three in flight
+    BLOCK_S = 64 if BLOCK_D * keys.element_size() <= 256 else 32       # keys per tile
     n_splits = min(ceil_div(n_slots, BLOCK_S), ceil_div(4 * card(q.device)[1], B * H_kv), 128)
-    o, q_out = q.new_empty(2, B, 1, H, D)
-    part = o.new_empty(B, H, n_splits, D, dtype=torch.float32)
-    lse = o.new_empty(B, H, n_splits, dtype=torch.float32)
+    o, q_out = q.new_empty(q.shape), q.new_empty(q.shape)
+    part = q.new_empty(B, H_kv, n_splits, R, D, dtype=torch.float32)
+    lse = q.new_empty(B, H_kv, n_splits, R, dtype=torch.float32)
     early = _early(q.device)
     with torch.cuda.device_of(q):
         cache_kernel[(B, H + H_kv)](
@@ -439,8 +438,8 @@ def fused_linear(x, weight, bias=None, norm=(None, None), eps=0.0, gate=None, ac
     """act((norm(x) * sigmoid(gate)) weight^T + bias) + residual for a few tokens. x, gate (B,K_in) with any
     stride over B; weight (N,K_in), or (2N,K_in) where act is "swiglu" (else "gelu", "logsigmoid" or None);
     norm: gain (K_in,) of an RMSNorm and None, or gain and bias of a LayerNorm; residual (B,N). Returns (B,N)
-    in the dtype of residual, else of x. One launch reads the weights once: with so few tokens, reading is
-    what a layer costs."""
+    in the dtype of residual, else of x. One launch reads the weights once. With so few tokens, reading the
+    weights is the cost of a layer."""
     (B, K), N = x.shape, weight.shape[0] // (2 if act == "swiglu" else 1)
     assert x.stride(1) == 1 and weight.is_contiguous() and (residual is None or residual.is_contiguous())
     BLOCK_K, matrices = block_size(K), 2 if act == "swiglu" else 1
@@ -461,8 +460,8 @@ def _cos_sin(rope):
 
 @lru_cache
 def _early(device):
-    """Options of the kernels of one token: from Hopper on each is launched before the one before it has ended
-    (programmatic dependent launch)."""
+    """Options of the kernels of one token. On Hopper and later cards a kernel is launched before the previous
+    kernel has ended (programmatic dependent launch)."""
     if (device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (9, 0)
             and hasattr(tl.extra, "cuda") and hasattr(tl.extra.cuda, "gdc_wait")):
         return dict(EARLY=True, launch_pdl=True)
@@ -471,21 +470,21 @@ def _early(device):
 
 if triton:
     # ------------------------------------------------------------------ triton: one token
-    # A token costs what it takes to read the weights, the state and the cache once; what else there is to do
-    # must not take launches of its own. So a norm, a gate, RoPE or a sum is done by the kernel that reads the
-    # tensor next to it, and a layer is five launches (attention seven): Linear, state and three Linears.
+    # The cost of a token is to read the weights, the state and the cache once. All other work must share a
+    # launch. So the kernel that reads a tensor also does its norm, gate, RoPE or sum. A layer takes five
+    # launches: Linear, state and three Linears (attention: seven).
     @triton.jit
     def await_previous(EARLY: tl.constexpr):
-        """From here on the next kernel may be launched, while this one waits for the one before to end: what
-        stands above, of each, hides behind its predecessor. So nothing above may read what a kernel of the
-        step writes: only weights. EARLY: see _early."""
+        """Launch the next kernel, then wait until the previous kernel has ended. Code above this call
+        overlaps with the previous kernel, so the code may load weights only. A kernel without weights calls
+        await_previous first, to launch the next kernel early. EARLY: see _early."""
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
 
     @triton.jit
     def load_head(x_ptr, norm_ptr, cos_ptr, sin_ptr, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
-        """One head's q or k of one token (D,) in float32, its RMSNorm (norm_ptr: gain) and RoPE done."""
+        """One head's q or k of one token (D,) in float32, after RMSNorm (norm_ptr: gain) and RoPE."""
         d = tl.arange(0, BLOCK_D)
         HALF: tl.constexpr = D // 2
         x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -542,14 +541,14 @@ if triton:
         stride_vb, stride_vh, stride_cb, stride_cs, stride_ch, D: tl.constexpr, BLOCK_D: tl.constexpr,
         EARLY: tl.constexpr,
     ):
-        """One token of an attention layer: k and v into the cache, q made ready (times s_t, if given)."""
+        """One token of an attention layer: stores k and v in the cache, prepares q (times s_t, if given)."""
         await_previous(EARLY)
         b, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
         pos = tl.load(pos_ptr + b)
         if cos_ptr is not None:
             cos_ptr += b * (D // 2)
             sin_ptr += b * (D // 2)
-        if embd_ptr is not None:                                            # of a k: its group's first head's
+        if embd_ptr is not None:                                            # k: as its group's first head
             embd_ptr += (pos // chunk * H + tl.where(head < H, head, (head - H) * (H // H_kv))) * D
         if head < H:
             q_ptr += b * stride_qb + head * stride_qh
@@ -576,8 +575,8 @@ if triton:
         stride_xb, stride_zb, K: tl.constexpr, ACT: tl.constexpr, BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
     ):
-        """y = act(W (norm(x) * sigmoid(z)) + bias) + residual, a few whole rows of W (N,K) a program: they go
-        from memory to registers in one go, with nothing to wait for, and meet one token after the other. ACT
+        """y = act(W (norm(x) * sigmoid(z)) + bias) + residual, a few whole rows of W (N,K) per program. The
+        program loads its rows once, before await_previous, then multiplies one token after the other. ACT
         swiglu reads a second matrix N rows further down."""
         n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         at, inside = n.to(tl.int64)[:, None] * K + k[None, :], (n < N)[:, None] & (k < K)[None, :]
@@ -630,13 +629,13 @@ if triton:
         stride_kb, stride_ks, stride_kh, R: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr,
         BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
     ):
-        """The R queries of one K/V head against one share of its cache: their softmax over it, and the log of
-        its denominator."""
+        """The R queries of one K/V head attend to one share of the head's cache. Writes the output and
+        the log of the softmax denominator."""
         await_previous(EARLY)
         bg, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         b, g = bg // H_kv, bg % H_kv
         used = tl.minimum(tl.load(pos_ptr + b) + 1, n_slots)
-        share = tl.cdiv(tl.cdiv(used, BLOCK_S), n_splits) * BLOCK_S         # of a program, in whole blocks
+        share = tl.cdiv(tl.cdiv(used, BLOCK_S), n_splits) * BLOCK_S         # slots per program: whole blocks
         begin, end = split * share, tl.minimum((split + 1) * share, used)
         r, dim, s = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
         k_ptr += b * stride_kb + g * stride_kh
@@ -656,14 +655,14 @@ if triton:
             o = fade[:, None] * o + dot(p, v, DTYPE)
             top = higher
         at = (bg * n_splits + split) * R
-        o = tl.where((below > 0)[:, None], o / below[:, None], 0.0)         # a share may hold nothing
+        o = tl.where((below > 0)[:, None], o / below[:, None], 0.0)         # a share may be empty
         store_tile(part_ptr + at * D, r, D, dim, R, D, o)
         tl.store(lse_ptr + at + r, tl.where(below > 0, top + tl.log(below), float("-inf")), mask=r < R)
 
     @triton.jit
     def merge_kernel(part_ptr, lse_ptr, o_ptr, n_splits, R: tl.constexpr, D: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr):
-        """The shares of one query, each with its weight in the softmax over all."""
+        """Sums the shares of one query, each times its weight in the softmax over all keys."""
         await_previous(EARLY)
         bg, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
         n, dim = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
