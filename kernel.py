@@ -278,10 +278,10 @@ def _pick_backend(backend, q, v, dtype):
 # backward pass stores one state per chunk, and only where log_decay wants a gradient.
 #
 # One decay per head (SIDE "head"): each program makes e^P, e^F and A on its way.
-# One decay per channel: the registers cannot hold a state and also make A. A needs no state, so prepare_kernel
-# makes Q * e^P, K * e^F and A for all chunks at once. The scans are then matrix products. The decays lie along
-# the rows of S (SIDE "key") or the columns of S^T (SIDE "value"). finish_kernel adds to dq and dk the pairs
-# of tokens within a chunk. In code, past and future are P and F in the order of the scan.
+# One decay per channel: the registers cannot hold a state and also make A. A needs no state, so
+# prepare_kernel makes Q * e^P, K * e^F and A for all chunks at once. The scans are then matrix products. The
+# decays lie along the rows of S (SIDE "key") or the columns of S^T (SIDE "value"). finish_kernel adds to dq
+# and dk the pairs of tokens within a chunk. In code, past and future are P and F in the order of the scan.
 #
 # A long sequence with few heads would leave most of the card idle. So the chunks are divided into segments
 # that run at once. A first pass writes but does not read: it finds the state (local) and the sum of g (total)
@@ -354,10 +354,10 @@ if triton:
     # need e^F. One e^sum holds both.
     #
     # The shortcut: blocks of 2 LEAF tokens are not cut further. Decays are measured from the middle of the
-    # block, so one of the two factors of a pair may exceed 1. Here g is raised to at least -8.5 (bf16, LEAF 8)
-    # or -17 (float32, LEAF 4). The error, at most e^-8.5 = 2e-4 or e^-17 = 4e-8, is below the rounding of the
-    # dtype. A sum of LEAF such g is at least -68. Factors up to e^68 = 3e29 leave float32 room for inputs and
-    # gradients of 1e-8 to 1e8.
+    # block, so one of the two factors of a pair may exceed 1. Here g is raised to at least -8.5 (bf16, LEAF
+    # 8) or -17 (float32, LEAF 4). The error, at most e^-8.5 = 2e-4 or e^-17 = 4e-8, is below the rounding of
+    # the dtype. A sum of LEAF such g is at least -68. Factors up to e^68 = 3e29 leave float32 room for inputs
+    # and gradients of 1e-8 to 1e8.
     @triton.jit
     def level_factors(g, level: tl.constexpr, LEAF: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr):
         """One level of A: the factors (M,N) of q and of k, and the pairs of tokens (M,M). Level 0 has the
