@@ -186,7 +186,7 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     B, _, H, K = q.shape
     dtypes = [x.dtype for x in (q, k, v, log_decay, state) if x is not None]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    must = backend == "triton"              # the caller then gets Triton's errors, never the PyTorch form
+    must = backend == "triton"              # then Triton's compile errors are raised
     backend = _pick_backend(backend, q, v, dtype)
     state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
     if backend == "triton":
