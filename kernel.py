@@ -7,13 +7,14 @@ written into the state. Then the token's query reads the state (arXiv 2601.22156
     S_t = diag(e^(g_t)) S_{t-1} + k_t^T v_t         g_t = log_decay_t <= 0
     o_t = scale * q_t S_t
 
-The time of a scan grows with the length T, and its state does not grow. Attention needs time T^2 and keeps
-all keys and values. Read this file in its order:
+A scan of T tokens takes time proportional to T, and its state has a fixed size. Attention needs time T^2 and
+keeps all keys and values. Read this file in its order:
 
     scan_sequential    the definition, one token after another
     scan_torch         the same from chunks of matrix products, in plain PyTorch, derived below
     chunked_scan       the function that other files call: checks its arguments and picks a form
-    the Triton scan    the same chunks on a GPU, forward and backward; skip it on a first reading
+    the gradient       a comment: the gradient of a scan is three more scans
+    the Triton scan    the method ends, the kernels begin: the same chunks on a GPU. Skip on a first reading.
 
 Chunks. The definition makes T tiny products that wait for each other. Both fast forms cut the sequence into
 chunks of M tokens. Write G_ij = g_{j+1} + .. + g_i for the log of the decay from token j to token i. Unroll
@@ -23,41 +24,38 @@ the recurrence over the tokens 1 .. M of a chunk that starts with the state S_0:
     o_i  = scale * ( (q_i * e^(G_i0)) S_0  +  sum_{j <= i} A_ij v_j )
     A_ij = sum_c  q_ic k_jc e^(G_ij,c)                             c = 1 .. K, the key channels
 
-Write P_i = G_i0 for the past of token i in its chunk, and F_j = G_Mj for the future of token j. Let Q, K, V,
-O, P and F have one row per token, and let * multiply elementwise. (A decay with one number per row or channel
-multiplies the whole row or channel.) Then all but A is plain matrix products:
+P_i = G_i0 (the past) sums g from the first token of the chunk through i. F_j = G_Mj (the future) sums g after
+j. Let Q, K, V, O, P and F have one row per token, and let * multiply elementwise. P_M has one number per
+channel and scales the rows of S_0; per head, P_M is one number. The start state of each chunk needs the
+previous one. Everything else runs in parallel, and all but A is plain matrix products:
 
     O = scale * ( (Q * e^P) S_0 + A V )             S_M = e^(P_M) * S_0 + (K * e^F)^T V
 
-Only the start states of the chunks wait for each other. All other products run for all chunks at once.
-
-Textbooks write the decay in A as e^(P_i - P_j), because A is then one product, (Q * e^P)(K * e^-P)^T. But
-e^-P overflows, P_i - P_j loses digits, and -inf minus -inf is NaN. Here no sum is ever subtracted. Every
-exponent is a sum of numbers <= 0, so every factor lies in [0, 1]. Neither g = 0 (forget nothing) nor g = -inf
-(forget all) is a special case. (The Triton kernels take two shortcuts, in head_decay and level_factors, with
-errors below their rounding.) A is built in one of two ways:
+The usual form of A is one product, (Q * e^P)(K * e^-P)^T. But e^-P can overflow, P_i - P_j loses digits, and
+-inf minus -inf is NaN. In scan_torch every exponent is a sum of numbers <= 0, so every factor lies in [0, 1].
+Neither g = 0 (forget nothing) nor g = -inf (forget all) is a special case. The Triton kernels subtract sums
+in head_decay and level_factors, with errors below the rounding of the dtype. A is built in two ways:
 
   one decay per head      The decay does not depend on the channel: A = (Q K^T) * E with E_ij = e^(G_ij).
-                          Column j of G is the running sum over i of g, with the entries up to j set to 0.
+                          For column j of G, set g to 0 up to token j, then take the cumulative sum.
   one decay per channel   Divide and conquer. Cut a block of tokens into two halves. If token j is in the
                           left half and token i in the right half, the path from j to i crosses the cut:
                               G_ij  =  F_j (of the left half)  +  P_i (of the right half).
-                          This quarter of A is therefore one product, (Q * e^P)(K * e^F)^T. Each half is the
-                          same problem again, down to one token, where A_ii = q_i . k_i.
+                          The lower left quarter of A (right reads left) is therefore one product,
+                          (Q * e^P)(K * e^F)^T. Each half is the same problem, down to A_ii = q_i . k_i.
 
 Why S is float32. bf16 has 8 binary digits, so 256 + 1 gives 256. Let every token write a 1. The slowest head
 of eq. 19 decays by e^(-1/256) per token, and its state should grow to 256.5. A bf16 state stops near 128,
 after about 200 tokens: there the state should change by 1/2, and rounding drops the change. Without decay a
 bf16 state stops at 256, after 256 tokens. A float32 state stops at 2^24, after 16.8 million tokens.
 
-Why scale is K^-1/2. If the entries of q and k are random and of size 1, q . k sums K terms and has size
-K^1/2. The scale makes this size 1, and o gets the size of v. In the paper's recipe an RMSNorm follows. There
-the scale cancels in outputs and gradients, up to the epsilon of the norm. In the article's recipe no norm
-follows. There W_o, which the teacher trained on averages of v, would get inputs K^1/2 times too large.
+Why scale is K^-1/2. If the entries of q and k are random and of size 1, q . k has size K^1/2. With the scale
+each product has size 1, so o and its gradients do not grow with K. If an RMSNorm follows (the paper's
+recipe), the norm cancels the scale up to its epsilon; otherwise the scale sets the size of o.
 
 References: Lightning Attention (one constant decay per head; arXiv 2401.04658, 2405.17381), Gated Linear
-Attention (one decay per channel, in chunks; arXiv 2312.06635, section 4), HypeNet (arXiv 2601.22156, eq. 5,
-6, 18, 19). Tensors are time-major: (B,T,H,K) is batch, time, heads, key channels.
+Attention (one decay per channel, in chunks; arXiv 2312.06635, section 4). "head" is an attention head; for a
+decay, "head" means one number per head. (B,T,H,K) is batch, time, heads, key channels.
 """
 
 import warnings
@@ -95,22 +93,21 @@ def scan_sequential(q, k, v, log_decay, state, scale):
 
 
 def scan_torch(q, k, v, log_decay, state, scale):
-    """The scan in chunks. Autograd differentiates it. The last chunk may be shorter."""
+    """The scan in chunks of M tokens. A remainder is one shorter chunk. Autograd gives the gradients."""
     T = q.shape[1]
-    M = min(T, 32)                          # fastest on CPUs: larger costs more in A, smaller more in calls
+    M = min(T, 32)                          # fastest on CPUs: larger makes A dearer, smaller makes more calls
     whole = T - T % M
-    outputs = []
-    for start, end, length in ((0, whole, M), (whole, T, T % M)):
-        if start < end:
-            parts = [x[:, start:end] for x in (q, k, v)]
-            g = log_decay if log_decay.dim() == 1 else log_decay[:, start:end]
-            o, state = _scan_chunks(*parts, g, state, scale, length)
-            outputs.append(o)
-    return torch.cat(outputs, 1) if len(outputs) > 1 else o, state
+    if whole == T:
+        return _scan_chunks(q, k, v, log_decay, state, scale, M)
+    g, g_rest = (log_decay, log_decay) if log_decay.dim() == 1 else log_decay.tensor_split([whole], 1)
+    (q, q_rest), (k, k_rest), (v, v_rest) = (x.tensor_split([whole], 1) for x in (q, k, v))
+    o, state = _scan_chunks(q, k, v, g, state, scale, M)
+    o_rest, state = _scan_chunks(q_rest, k_rest, v_rest, g_rest, state, scale, T - whole)
+    return torch.cat((o, o_rest), 1), state
 
 
 def _scan_chunks(q, k, v, g, state, scale, M):
-    """The scan of N = T/M whole chunks. Only the loop over the start states is sequential."""
+    """The scan of N = T/M whole chunks. Only the loop that finds the start states is sequential."""
     def chunks(x):
         return x.unflatten(1, (-1, M)).transpose(2, 3).contiguous()         # (B,T,H,..) -> (B,N,H,M,..)
 
@@ -118,7 +115,7 @@ def _scan_chunks(q, k, v, g, state, scale, M):
     if g.dim() == 4:
         o, past, future = _by_channel(q, k, v, chunks(g))                   # past, future: (B,N,H,M,K)
         o = o * scale
-    else:                                   # a constant decay keeps the shape (H,M,1) and broadcasts
+    else:                                   # a constant decay has no axes B and N: it broadcasts over both
         g = g[:, None].expand(-1, M) if g.dim() == 1 else chunks(g)         # (H,M) or (B,N,H,M)
         o, past, future = _by_head(q, k, v, g[..., None], scale)            # (H,M,1) or (B,N,H,M,1)
     writes = (k * future.exp()).mT @ v                                      # (B,N,H,K,V)
@@ -133,23 +130,24 @@ def _scan_chunks(q, k, v, g, state, scale, M):
 
 
 def _by_head(q, k, v, g, scale):
-    """One decay per head, g (...,M,1): scale * A V, and the sums P and F."""
+    """One decay per head, g (...,M,1): scale * A V, P and F. The scale is part of E."""
     M = g.shape[-2]
     later = torch.ones(M, M, dtype=torch.bool, device=g.device).tril(-1)    # row l, column j: l > j
     G = torch.where(later, g, 0).cumsum(-2)                                 # (...,M,M)
     E = G.exp().tril() * scale
-    future = pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+    after = pad(g[..., 1:, :], (0, 0, 0, 1))                                # row j: g of token j + 1, or 0
+    future = after.flip(-2).cumsum(-2).flip(-2)
     return ((q @ k.mT) * E) @ v, g.cumsum(-2), future
 
 
 def _by_channel(q, k, v, g):
-    """One decay per channel, g (...,M,K): A V, and the sums P and F, from the results of the two halves."""
+    """One decay per channel, g (...,M,K): A V (not scaled), P and F, from the results of two halves."""
     M = g.shape[-2]
     if M == 1:
         return (q * k).sum(-1, keepdim=True) * v, g, torch.zeros_like(g)
-    if M % 2:                               # one more token with k = 0 and g = 0 changes nothing before it
+    if M % 2:                               # add a token that writes and decays nothing, drop its result
         padded = (pad(x, (0, 0, 0, 1)) for x in (q, k, v, g))
-        return (x[..., :M, :] for x in _by_channel(*padded))
+        return tuple(x[..., :M, :] for x in _by_channel(*padded))
     q, k, v, g = (x.unflatten(-2, (2, -1)) for x in (q, k, v, g))           # (...,2,M/2,K or V)
     halves = _by_channel(q, k, v, g)
     (o_l, o_r), (past_l, past_r), (future_l, future_r) = (x.unbind(-3) for x in halves)
@@ -170,27 +168,30 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
 
     q, k       (B,T,H,K), T >= 1, any strides
     v          (B,T,H,V)
-    log_decay  natural logarithm of the decay, in [-inf, 0] (not checked): (H,) constant, (B,T,H) one number
-               per head, or (B,T,H,K) one number per channel
+    log_decay  natural logarithm of the decay, from -inf (forget all) to 0 (forget nothing): (H,) constant,
+               (B,T,H) one number per head, or (B,T,H,K) one number per channel. The range is not checked.
     state      (B,H,K,V), S before the first token. None is zeros. The scan never writes into this tensor.
+    scale      any number but 0, because the backward pass of the Triton scan divides by scale
     backend    "sequential", "torch" or "triton". None picks the definition for one token, the Triton scan on
                a GPU, and else the PyTorch form.
     Returns    o (B,T,H,V) in v's dtype, but in float32 if v is float16; and S after the last token
                (B,H,K,V) in float32, but in float64 if any input is float64
 
-    The scan computes in the dtype of S, and autocast has no influence. There is one exception: if v is bf16,
-    the Triton scan multiplies in bf16 and sums in float32. All inputs and both results are differentiable. A
-    log_decay of -inf gets the gradient 0. Passing the state on splits a sequence anywhere.
+    The scan computes in the dtype of S, and autocast is off. Exception: if v is bf16, the Triton scan rounds
+    q and k to bf16, multiplies in bf16 and sums in float32. All inputs and both results are differentiable.
+    A log_decay of -inf gets the gradient 0. To split a sequence, pass the returned state to the next call.
     Raises ValueError for shapes, dtypes or a backend that do not fit.
     """
     _check(q, k, v, log_decay, state, scale)
     B, _, H, K = q.shape
     dtypes = [x.dtype for x in (q, k, v, log_decay, state) if x is not None]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    must = backend == "triton"
+    must = backend == "triton"              # then Triton's compile errors are raised
     backend = _pick_backend(backend, q, v, dtype)
     state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
     if backend == "triton":
+        if v.dtype == torch.float16 and not q.dtype == k.dtype == torch.float16:
+            v = v.float()                   # q and k take the dtype of v, and could overflow in float16
         with torch.cuda.device_of(q):
             return _TritonScan.apply(q.to(v.dtype), k.to(v.dtype), v, log_decay, state, float(scale), must)
     scan = scan_sequential if backend == "sequential" else scan_torch
@@ -198,7 +199,7 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
 
 
 def _run(scan, tensors, scale, dtype):
-    """scan_sequential or scan_torch of q, k, v, log_decay, state, computed in dtype even under autocast."""
+    """Runs scan_sequential or scan_torch on q, k, v, log_decay, state in dtype, even under autocast."""
     with torch.autocast(tensors[0].device.type, enabled=False):
         o, state = scan(*(x.to(dtype) for x in tensors), scale)
     return o.to(output_dtype(tensors[2])), state
@@ -210,7 +211,7 @@ def output_dtype(v):
 
 
 def _check(q, k, v, log_decay, state, scale):
-    """Raises a ValueError of one line where the arguments do not fit together."""
+    """Raises a ValueError of one line if the arguments do not fit together."""
     if q.dim() != 4 or q.shape[1] < 1 or not q.is_floating_point():
         raise ValueError(f"q: given {tuple(q.shape)} {q.dtype}, allowed floating-point (B,T,H,K), T >= 1")
     B, T, H, K = q.shape
@@ -226,7 +227,7 @@ def _check(q, k, v, log_decay, state, scale):
 
 
 def _pick_backend(backend, q, v, dtype):
-    """The backend that runs. Raises a ValueError of one line where the given one cannot."""
+    """Returns the backend that runs. Raises a ValueError of one line if the given one cannot run."""
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend: given {backend!r}, allowed None, {', '.join(map(repr, BACKENDS))}")
     problem, widest = None, max(q.shape[-1], v.shape[-1])
@@ -243,20 +244,21 @@ def _pick_backend(backend, q, v, dtype):
     if backend is None:
         fastest = "triton" if q.is_cuda and not problem else "torch"
         backend = "sequential" if q.shape[1] == 1 else fastest
-    empty = 0 in q.shape or 0 in v.shape    # Triton cannot launch 0 programs
-    return "torch" if backend == "triton" and empty else backend
+    if backend == "triton" and (0 in q.shape or 0 in v.shape):
+        return "torch"                      # Triton cannot launch 0 programs
+    return backend
 
 
-# ---- the Triton scan: one kernel, four scans ---------------------------------------------------------------
+# ---- the gradient: three more scans ------------------------------------------------------------------------
 #
-# The gradient of a scan is three more scans. Leave out `scale`, and write dS_t for the gradient of the loss
-# by S_t, through o_t and all later tokens. The two lines of the recurrence give
+# Ignore `scale`. Let dS_t be the gradient of the loss with respect to S_t, via o_t and all later tokens. The
+# two lines of the recurrence give
 #
 #     dS_t = q_t^T do_t + e^(g_{t+1}) * dS_{t+1}
 #     dq_t = do_t S_t^T            dk_t = v_t dS_t^T            dv_t = k_t dS_t
 #
-# dS is a state too: it takes in q and do from the last token to the first. In every scan one vector writes
-# the value of a second into a state, and a third vector reads the state:
+# dS is a state too: running backwards, each token writes do under q. In every scan one vector (write) writes
+# the value of a second (value) into a state, and a third vector (read) reads the state:
 #
 #     scan   read   write   value   state    order            because (sums over j <= i, or over i >= j)
 #     o      q      k       v       S        first to last    o_i  = sum_j ((q_i * e^G_ij) . k_j) v_j
@@ -265,17 +267,21 @@ def _pick_backend(backend, q, v, dtype):
 #     dk     v      do      q       dS^T     last to first    dk_j = sum_i (v_j . do_i) (q_i * e^G_ij)
 #
 # From last to first, P and F change places and A is transposed. The scan for dv ends with the gradient of the
-# start state. Every scan multiplies its result by `scale`, so dS is kept divided by scale.
+# start state. The kernel scales every result once, so it stores dS / scale. Hence scale must not be 0. The
+# gradient of log_decay is derived before head_gate_gradient.
+
+
+# ---- the Triton scan: one kernel, four scans ---------------------------------------------------------------
 #
 # One program of scan_kernel has BLOCK_V columns of one head's state in registers and walks over the chunks.
 # A chunk has BLOCK_T tokens, the M of the derivation. The forward pass keeps nothing but its inputs. The
 # backward pass stores one state per chunk, and only where log_decay wants a gradient.
 #
 # One decay per head (SIDE "head"): each program makes e^P, e^F and A on its way.
-# One decay per channel: making A takes longer than the scan. A program with a state has too few registers
-# left for A, but only the state is sequential. So prepare_kernel makes Q * e^P, K * e^F and A for all chunks
-# at once. The scans are then plain matrix products. The decays lie along the rows of S (SIDE "key") or along
-# the columns of S^T (SIDE "value"). finish_kernel adds to dq and dk the pairs of tokens within a chunk.
+# One decay per channel: the registers cannot hold a state and also make A. A needs no state, so
+# prepare_kernel makes Q * e^P, K * e^F and A for all chunks at once. The scans are then matrix products. The
+# decays lie along the rows of S (SIDE "key") or the columns of S^T (SIDE "value"). finish_kernel adds to dq
+# and dk the pairs of tokens within a chunk. In code, past and future are P and F in the order of the scan.
 #
 # A long sequence with few heads would leave most of the card idle. So the chunks are divided into segments
 # that run at once. A first pass writes but does not read: it finds the state (local) and the sum of g (total)
@@ -347,11 +353,11 @@ if triton:
     # A for one decay per channel. On a level of divide and conquer, right halves need e^P and left halves
     # need e^F. One e^sum holds both.
     #
-    # The shortcut: blocks of 2 LEAF tokens are not cut further. Every token gets e^sum from the middle of the
-    # block to the token, or the inverse, as in textbooks. Here g is raised to at least -8.5 (bf16, LEAF 8) or
-    # -17 (float32, LEAF 4). The error, at most e^-8.5 = 2e-4 or e^-17 = 4e-8, is below the rounding of the
-    # dtype. A sum of LEAF such g is at least -68. Factors up to e^68 = 3e29 leave float32 room for inputs and
-    # gradients of 1e-8 to 1e8.
+    # The shortcut: blocks of 2 LEAF tokens are not cut further. Decays are measured from the middle of the
+    # block, so one of the two factors of a pair may exceed 1. Here g is raised to at least -8.5 (bf16, LEAF
+    # 8) or -17 (float32, LEAF 4). The error, at most e^-8.5 = 2e-4 or e^-17 = 4e-8, is below the rounding of
+    # the dtype. A sum of LEAF such g is at least -68. Factors up to e^68 = 3e29 leave float32 room for inputs
+    # and gradients of 1e-8 to 1e8.
     @triton.jit
     def level_factors(g, level: tl.constexpr, LEAF: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr):
         """One level of A: the factors (M,N) of q and of k, and the pairs of tokens (M,M). Level 0 has the
@@ -420,7 +426,7 @@ if triton:
     #
     # The sum starts anew in every chunk, so its rounding errors do not grow with T. finish_kernel computes
     # the sum for one decay per channel. One decay per head can afford a sum without differences, which lose
-    # digits: the sum of all terms that g_t decays on their way through the chunk.
+    # digits. Sum every path that crosses token t, from a token or S_0 to a token or S_M:
     #
     #     dg_t  =  sum_{j < t <= i} X_ij  +  sum_{i >= t} Y_i  +  sum_{j < t} Z_j  +  W
     #     X_ij  =  e^(G_ij) (q_i . k_j) (do_i . v_j)      from k_j to q_i
@@ -431,7 +437,7 @@ if triton:
     # The scan for dq knows S_0 and stores it in marks_ptr. The scan for dk knows dS_M and computes dg.
     @triton.jit
     def head_gate_gradient(q, k, do, S_0, W, dA, dk_from_S, past, tokens, scale, DTYPE: tl.constexpr):
-        """dg (M,) of one chunk, one decay per head. S_0 is transposed, W (N,) not yet summed over channels,
+        """dg (M,) of one chunk, one decay per head. S_0 is transposed, W not yet summed over its columns,
         dA[j,i] = scale * e^(G_ij) (v_j . do_i), dk_from_S = scale * e^(F_j) v_j dS_M^T."""
         s, t = tokens[None, :], tokens[:, None]
         X = tl.trans(dA) * dot(q, tl.trans(k), DTYPE)
@@ -635,8 +641,8 @@ _not_compiled = set()                       # the kinds of scan that Triton has 
 
 
 def _triton_or_torch(in_triton, in_torch, must, tensors, *args):
-    """Runs in_triton. The one place that falls back: if Triton cannot compile a kind of scan, in_torch runs,
-    and Triton is not tried again. If the caller named Triton (must), Triton's error is raised."""
+    """Runs in_triton. If Triton cannot compile this kind of scan, runs in_torch, this time and later. If the
+    caller named Triton (must), raises Triton's error instead."""
     q, _, v, log_decay, _ = tensors
     kind = v.device, v.dtype, log_decay.dim(), q.shape[-1], v.shape[-1]
     if must or kind not in _not_compiled:
@@ -664,7 +670,7 @@ def _torch_backward(tensors, scale, do, dfinal, dg_wanted):
 
 class Gates(NamedTuple):
     """The decays as one scan needs them."""
-    side: str                               # "head", "key" or "value": see the head of the Triton scan
+    side: str                               # "head", "key" or "value": see the comment above load_tile
     g: torch.Tensor                         # "head": per token, (B,T,H,1). Else the sum per chunk, (B,N,H,K)
     A: torch.Tensor = None                  # "key": (B,H,N,M,M)
 
@@ -672,8 +678,7 @@ class Gates(NamedTuple):
 def _triton_forward(tensors, scale):
     q, k, v, log_decay, state = tensors
     read, write, gates = _prepare(q, k, _per_token(log_decay, q))
-    start = state, *_segments(write, v, gates)
-    return _scan((read, write, v), gates, start, scale, output_dtype(v))
+    return _scan((read, write, v), gates, (state, *_segments(write, v, gates)), scale, output_dtype(v))
 
 
 def _triton_backward(tensors, scale, do, dfinal, dg_wanted):
