@@ -41,6 +41,7 @@ import itertools
 import math
 import os
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls other busy programs
@@ -58,7 +59,7 @@ from support.common import Parser, command_line, default_device, number, write_j
 from support.recall import has_room, plant, recall, training_rows  # noqa: E402
 from support.run import (  # noqa: E402
     Probe, Run, bf16, by_slices, change_plans, check_disk, cpu_hours, loss_by_slices, new_folder, options_of,
-    peak_gb, print_plan, read_set)
+    peak_gb, print_plan, read_set, refuse, teacher_argv)
 from support.text import Corpus  # noqa: E402
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
 
@@ -75,8 +76,8 @@ ROWS = (  # flag, the paper's value, the article's value, allowed values, help
      "positions. score: eq. 8. guarded: eq. 8, but differences in loss below the noise count as noise. even. "
      "ends: the first and the last quarter. Or one letter per layer, such as LLALLLAL"),
     ("decay", "constant", "channel", tuple(DECAYS),
-     "what linear layers forget. constant: eq. 19. none: nothing. head, channel: a learned gate for each head "
-     "or key channel"),
+     "what linear layers forget. constant: eq. 19. none: nothing. head, channel: a learned gate for each "
+     "head or key channel"),
     ("state", "full", "half", ("full", "half"), "width of a key in linear layers: the teacher's, or half"),
     ("pe", "hype", "chunk", ("hype", "chunk", "rope"),
      "positions. hype: RoPE in linear layers, none in attention. chunk: the article's. rope: RoPE in both"),
@@ -150,7 +151,7 @@ PLANS = {
         finetune=Plan(tokens=1e9, length=16384, batch=128, lr=1e-5, lr_end=1e-5, recall=0),
         group=Plan(tokens=2.3e9, length=1024, batch=2048, lr=1e-5, lr_end=1e-5, recall=0)),   # the article's
 }
-SIZES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # bytes of weights in a folder -> its plan
+SIZES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # a folder: the plan follows its bytes of weights
 
 TINY = dict(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, max_len=256)
 MINI = dict(layers="A" * 8, n_embd=192, n_head=6, n_kv_head=2, head_dim=32, max_len=512)
@@ -240,9 +241,9 @@ def attention_twin(attn, config):
 
 @torch.no_grad()
 def low_rank_keys(attn, x, rank):
-    """Projections of half width for the article's smaller state, whose products q . k come closest to the
-    teacher's. For a head, q . k = [x, 1] A_q^T A_k [x, 1]^T with A = [diag(gain / rms) W, bias]. The best
-    approximation of A_q^T A_k of this rank is U_r Sigma_r V_r^T, and each side takes the root of Sigma_r.
+    """The q and k of width `rank` whose product best fits the teacher's before RoPE (SVD, Frobenius norm).
+    For a head, q . k = [x, 1] A_q^T A_k [x, 1]^T with A = [diag(gain / rms) W, bias]. The best
+    approximation of A_q^T A_k of this rank is U_r Sigma_r V_r^T, and q and k each get sqrt(Sigma_r).
     1 / rms belongs to QK-norm and differs from token to token: its mean over one batch x (B,T,C) stands in.
     Returns the rows of q and of k, (H*rank, C+1) each, the bias in the last column."""
     c = attn.config
@@ -383,7 +384,7 @@ def objective(student, teacher, kl, alpha):
 def train(run, stage, plan, corpus, module, groups, loss_fn):
     """The one training loop (paper appendix B). groups are lists of the module's parameters: they train, and
     each list is clipped to a gradient norm of 1 by itself. loss_fn(idx, targets) yields terms of the loss,
-    one by one; their sum is the loss. `run` keeps the log and the checkpoints: a stage that was stopped goes on."""
+    one by one; their sum is the loss. `run` keeps the log and the checkpoints: a stopped stage goes on."""
     params = only_train(module, groups)
     matrices = [p for p in params if p.dim() > 1]
     vectors = [p for p in params if p.dim() < 2]
@@ -423,14 +424,13 @@ def only_train(module, groups):
 def backward(loss_fn, rows, at_once):
     """Add up gradients of rows (batch, length + 1) over micro-batches of at_once rows; returns the mean loss.
     Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone."""
+    def forward(terms):
+        with bf16():                                               # the forward pass alone
+            return next(terms, None)
     total = 0.0
     for part in rows.split(at_once):
         terms = loss_fn(part[:, :-1], part[:, 1:])
-        while True:
-            with bf16():                                           # the forward pass alone
-                term = next(terms, None)
-            if term is None:
-                break
+        for term in iter(partial(forward, terms), None):
             term = term * (len(part) / len(rows))
             term.backward()
             total = total + term.detach()
@@ -455,13 +455,14 @@ def convert_staged(run, teacher, corpus, plans, args):
     # From here attention has no positions (HyPE). With RoPE the score of two tokens depends on their
     # distance, and at a distance that training never had the score is arbitrary. Without positions the
     # score depends on the two tokens alone, near or far. The order of tokens comes from the linear layers,
-    # which keep RoPE.
+    # which keep RoPE. GPT-2's learned positions leave the whole residual stream here.
     distil = objective(student, teacher, args.kl, args.alpha)
     train(run, "distil", plans["distil"], corpus, student, everything, distil)
 
     # Stage 3 has long sequences, because attention must learn to find one key among thousands: stage 2 never
     # shows it so many. Stage 3 has no teacher: a small one cannot read such texts, a large one would cost
-    # too much. The text itself is the target.
+    # too much. The text itself is the target. So a student reads further than its teacher: attention ignores
+    # distance, linear states saturate by decay, and training showed it texts 4 to 32 times as long.
     finetune = objective(student, None, args.kl, alpha=1.0)
     train(run, "finetune", plans["finetune"], corpus, student, everything, finetune)
     return student
@@ -486,8 +487,9 @@ def select(run, teacher, twins, config, corpus, args):
     if args.layers not in SCORED:
         return choose_layers(args.layers, n_layer, keep=args.keep)
     scores, minus_loss = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, args))
-    layers = choose_layers(args.layers, n_layer, scores, -minus_loss, keep=args.keep)
-    print_scores(scores, layers, -minus_loss)
+    teacher_loss = -minus_loss
+    layers = choose_layers(args.layers, n_layer, scores, teacher_loss, keep=args.keep)
+    print_scores(scores, layers, teacher_loss)
     return layers
 
 
@@ -497,13 +499,14 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=
     even      every so many layers
     ends      the first and the last quarter (the article's get_hybrid_config)
     score     the highest  score_i = (max R - R_i) / (max C - C_i + 1e-6)  (paper eq. 8, 9). R is recall, C is
-              minus the loss, both with layer i linear: a layer stays if making it linear loses much recall, little C
+              minus the loss, both with layer i linear. A layer stays if its linear form loses much recall
+              but little C
     guarded   the same, with the denominator floored at C's standard error. A layer stays first if its
               linear form costs over `limit` nats
     swap      the highest  score_i = (R_i if it stays - R_i if it is linear) + (the same of C)
 
     Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
-    layer looks a fixed number of tokens back: it needs RoPE, so it should be linear, even if it helps recall."""
+    layer looks a fixed number of tokens back: it needs RoPE, so linear suits it, even if it helps recall."""
     k = keep or max(1, n_layer // 4)
     if set(how) <= set("AL"):
         return how
@@ -536,7 +539,8 @@ def swap_scores(teacher, twins, config, corpus, args):
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
     C_kept (for "swap") are measured with layer i as attention: without positions (--pe hype), else the
     teacher's. A new output gate is left out. All other layers are the teacher's. Returns a list of
-    dicts, one per layer, and minus the held-out loss of the teacher itself."""
+    dicts, one per layer, and minus the held-out loss of the teacher itself. The report draws its held-out text
+    with the same default seed."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 
@@ -718,9 +722,9 @@ def choose_logit_base(run, student, corpus, plans, args):
 
 
 def fit_logit_base(student, corpus, length, seed, varied=0.0):
-    """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, the sum that
-    choose_layers "swap" takes as well. Scaling grows from None (s_t = 1) on, until a base costs 0.02 more
-    than the best."""
+    """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, both in
+    nats a token, weighted 1:1 by choice as in choose_layers "swap". The cost should fall, then rise. So the search
+    ends once a base costs 0.02 more than the best; the bases left scale more."""
     batches = corpus.held_out_batches(length, 8, seed)
     costs = {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
@@ -745,8 +749,8 @@ def fit_length(plans, length):
 
 # ---- the report --------------------------------------------------------------------------------------------
 
-# Field of report.json -> (the task asked for, its title in the table). The second task is for models that were
-# trained to find more than pass keys.
+# Field of report.json -> (the task asked for, its title in the table). The second task is for
+# models that were trained to find more than pass keys.
 ASKED = {"passkey": ("S1", "pass key found"), "multikey": ("multi-key", "one of four found")}
 
 
@@ -766,11 +770,7 @@ def shares(model, corpus, lengths, args):
 
 def evaluate(teacher, student, corpus, args):
     """The numbers of the report. Recall is asked for at 1 to 16 times the length of distillation, and of the
-    student at 64 times.
-
-    Why a student reads further than its teacher: no part of it meets anything new in a long text. Its
-    attention ignores distance. Its linear layers forget, so the state after 60,000 tokens looks like the
-    state after 1,000. Only the number of keys grows, and s_t makes up for that."""
+    student at 64 times. Past its training length the number of keys grows, and s_t corrects for it."""
     lengths = [n * args.length for n in (1, 2, 4, 16, 64)]
     teachers = shares(teacher, corpus, lengths[:4], args)
     students = shares(student, corpus, lengths, args)
@@ -958,13 +958,6 @@ def teacher_path(name):
     return shipped if os.path.isdir(shipped) else os.path.join("out", f"{name}-teacher")
 
 
-def refuse(rows):
-    """ValueError with the message of the first of rows (wrong, message) that is wrong."""
-    for wrong, message in rows:
-        if wrong:
-            raise ValueError(message)
-
-
 def check_options(args, plans):
     """ValueError for options that do not go together."""
     layers = args.layers
@@ -1025,7 +1018,7 @@ def check_layers(how, n_layer, keep):
              f"--layers {how}: give {', '.join(SCORED)}, even, ends, or a letter A or L for each layer"),
             (letters and len(how) != n_layer,
              f"--layers {how} names {len(how)} layers; the teacher has {n_layer}"),
-            (keep and keep >= n_layer, f"--keep {keep} leaves no linear layer: the model has {n_layer} layers")])
+            (keep and keep >= n_layer, f"--keep {keep} leaves no linear layer: there are {n_layer} layers")])
 
 
 def check_stage_length(stage, plan, limit, args):
@@ -1068,19 +1061,11 @@ def load_teacher(plans, args):
 
 def make_teacher(args):
     """Pretrain a teacher that is not there yet, or go on with it, and keep it for later runs."""
-    argv = ["--device", args.device]
-    if os.path.exists(os.path.join(args.path, "run.json")):
-        argv += ["--resume", args.path]
-        if args.dry_run:
-            print(f"--teacher {args.teacher} is half trained: --resume {args.path} goes on with it, as does "
-                  "this run")
-            return
-    else:
-        argv += ["--pretrain", "--teacher", args.teacher, "--out", args.path, "--seed", str(args.seed)]
-        argv += ["--dry-run"] * args.dry_run + ["--plain"] * args.plain
-        argv += ["--data", *args.data] if args.data else []
-        plan = [item for item in args.plan if item.startswith("pretrain.")]
-        argv += ["--plan", *plan] if plan else []
+    argv = teacher_argv(args)
+    if "--resume" in argv and args.dry_run:
+        print(f"--teacher {args.teacher} is half trained: --resume {args.path} goes on with it, as does "
+              "this run")
+        return
     print(f"--teacher {args.teacher} is trained first, once, in {args.path}; its conversion follows\n",
           flush=True)
     run_main(argv)
@@ -1156,6 +1141,7 @@ def run_main(argv):
         longest = max(min(longest, known + 1), min(16 * args.length, config.limit()))   # student's, teacher's
         if not args.resume:
             check_disk(folder, disk_gb(teacher, plans, args))
+    # the text of the run
     corpus = Corpus(args.tokenizer, args.data, args.seed, max(plan.length for plan in plans.values()))
     corpus.windows(np.random.default_rng(0), 1, longest)           # too little text is an error now
     found = {}
