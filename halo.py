@@ -539,8 +539,8 @@ def swap_scores(teacher, twins, config, corpus, args):
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
     C_kept (for "swap") are measured with layer i as attention: without positions (--pe hype), else the
     teacher's. A new output gate is left out. All other layers are the teacher's. Returns a list of
-    dicts, one per layer, and minus the held-out loss of the teacher itself. The report draws its held-out text
-    with the same default seed."""
+    dicts, one per layer, and minus the held-out loss of the teacher itself. The report draws its held-out
+    text with the same default seed."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 
