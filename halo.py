@@ -723,8 +723,8 @@ def choose_logit_base(run, student, corpus, plans, args):
 
 def fit_logit_base(student, corpus, length, seed, varied=0.0):
     """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, both in
-    nats a token, weighted 1:1 by choice as in choose_layers "swap". The cost should fall, then rise. So the search
-    ends once a base costs 0.02 more than the best; the bases left scale more."""
+    nats a token. Their weights are equal by choice, as in choose_layers "swap". The cost should fall, then
+    rise. So the search ends once a base costs 0.02 more than the best; the bases left scale more."""
     batches = corpus.held_out_batches(length, 8, seed)
     costs = {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
