@@ -2184,7 +2184,7 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--teacher {}/empty": "tokenizer", "--plan distil.lr_end=-1": "lr_end",
     "--pretrain --teacher tiny --alpha 0.5": "--alpha", "--pretrain --teacher tiny --kl reverse": "--kl",
     "--pretrain --teacher tiny --training progressive --layers even --groups 2": "--groups",
-    "--pretrain --teacher tiny --layers even --keep 20": "--keep 20",
+    "--pretrain --teacher tiny --layers even --keep 20 --device cpu": "--keep 20",
 }
 
 
