@@ -6,7 +6,8 @@
     python halo.py --teacher small             convert a teacher of 14M parameters, on one GPU
     python halo.py --pretrain --out teacher    train the tiny teacher anew, on one GPU
 
-The paper's recipe (arXiv 2601.22156, section 4) is a row of stages. One loop, `train`, serves them all.
+The paper's recipe (arXiv 2601.22156, section 4) has six stages. align, distil and finetune share the loop
+`train`.
 
     stage     what trains              what it reads                    what it learns, or what comes out
     transfer  nothing                  one batch of text                a linear twin of each attention layer
@@ -16,8 +17,8 @@ The paper's recipe (arXiv 2601.22156, section 4) is a row of stages. One loop, `
     finetune  the whole hybrid         longer text                      the next token, without a teacher
     fit       nothing                  held-out text, longer still      the base a of s_t (eq. 11)
 
-The article's recipe is progressive. It converts the middle layers in groups. Only the newest group and the
-chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
+The article's recipe is progressive. It converts the linear layers group by group. Only the newest group and
+the chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 
 Map of the file:
     read first      recipes and plans, transfer, losses, the training loop, the paper's stages
@@ -25,21 +26,22 @@ Map of the file:
     skip at first   measuring, whole runs, the command line
 
 Deviations from the paper, and what each buys:
-    transfer  Least squares rescale W_o of a twin. The twin starts closer to its attention layer.
-    align     The error of a layer is divided by the mean square of its target. Clipping treats layers alike.
-    select    `swap` compares the two futures of a layer, see choose_layers. `--layers score` is eq. 8.
+    transfer  Least squares scales each column of W_o, so the twin starts near its attention layer.
+    align     A layer's error is divided by its target's mean square. Else clipping slows large outputs.
+    select    `swap` compares a linear layer with attention without positions. `--layers score` is eq. 8.
     select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
-    all       Some rows of text hide something to recall. Small teachers learn to recall too slowly without.
+    all       Some rows of text hide something to recall. Plain text teaches small models recall too slowly.
 
-Every random choice is a function of (seed, stage, step). On one CPU a run repeats exactly, and a stopped run
-goes on as if it had never stopped. The folder of a run holds log.jsonl (one line per step), one checkpoint
-per stage, report.json, and the student: config.json, model.safetensors, tokenizer.json.
+Batches depend on (seed, stage, step), initial weights on the seed. On one CPU a run repeats exactly,
+and a stopped run goes on as if it had never stopped. The folder of a run holds log.jsonl (one line per step),
+one checkpoint per stage, report.json, and the student: config.json, model.safetensors, tokenizer.json.
 """
 import argparse
 import itertools
 import math
 import os
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls other busy programs
@@ -57,7 +59,7 @@ from support.common import Parser, command_line, default_device, number, write_j
 from support.recall import has_room, plant, recall, training_rows  # noqa: E402
 from support.run import (  # noqa: E402
     Probe, Run, bf16, by_slices, change_plans, check_disk, cpu_hours, loss_by_slices, new_folder, options_of,
-    peak_gb, print_plan, read_set)
+    peak_gb, print_plan, read_set, refuse, teacher_argv)
 from support.text import Corpus  # noqa: E402
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
 from support.writer import teacher_text  # noqa: E402
@@ -72,11 +74,11 @@ SCORED = ("swap", "guarded", "score")               # ways to choose layers that
 ROWS = (  # flag, the paper's value, the article's value, allowed values, help
     ("layers", "swap", "ends", str,
      "the layers that stay attention. swap: those that lose more as linear layers than as attention without "
-     "positions. score: eq. 8. guarded: eq. 8 with its denominator floored at the noise. even. ends: the "
-     "first and the last quarter. Or one letter per layer, such as LLALLLAL"),
+     "positions. score: eq. 8. guarded: eq. 8, but differences in loss below the noise count as noise. even. "
+     "ends: the first and the last quarter. Or one letter per layer, such as LLALLLAL"),
     ("decay", "constant", "channel", tuple(DECAYS),
-     "what linear layers forget. constant: eq. 19. none: nothing. head, channel: as a gate for each head or "
-     "key channel says"),
+     "what linear layers forget. constant: eq. 19. none: nothing. head, channel: a learned gate for each "
+     "head or key channel"),
     ("state", "full", "half", ("full", "half"), "width of a key in linear layers: the teacher's, or half"),
     ("pe", "hype", "chunk", ("hype", "chunk", "rope"),
      "positions. hype: RoPE in linear layers, none in attention. chunk: the article's. rope: RoPE in both"),
@@ -86,7 +88,7 @@ ROWS = (  # flag, the paper's value, the article's value, allowed values, help
     ("kl", "forward", "reverse", ("forward", "reverse"),
      "forward: KL(teacher, student). reverse: KL(student, teacher)"),
     ("alpha", 0.0, 0.5, number(float, 0, 1), "share of cross-entropy in the loss, 0 to 1"),
-    ("window", 0, 2048, number(int, 0), "attention reaches this many tokens back; 0: all"),
+    ("window", 0, 2048, number(int, 0), "attention sees the last N tokens, its own included; 0: all"),
     ("logit_base", "fit", "none", str, "a of s_t (eq. 11): fit, none, or a number above 1"),
 )
 RECIPES = {"paper": {row[0]: row[1] for row in ROWS}, "article": {row[0]: row[2] for row in ROWS}}
@@ -94,16 +96,15 @@ RECIPES = {"paper": {row[0]: row[1] for row in ROWS}, "article": {row[0]: row[2]
 
 @dataclass
 class Plan:
-    """What one stage costs. The learning rate warms up, then falls from lr to lr_end as a cosine."""
+    """Data and learning rate of one stage. The rate is a warm-up times a cosine from lr to lr_end."""
     tokens: float                    # in all
     length: int                      # tokens of a sequence
     batch: int                       # sequences of a step
     lr: float
     lr_end: float
-    recall: float = 0.5              # share of sequences that hide something and ask for it: selection and
-    #                                  report measure recall, and text alone teaches it too slowly
+    recall: float = 0.5              # share of sequences with a hidden key; plain text teaches recall slowly
     warmup: int = 50                 # steps, at most a tenth of all
-    varied: float = 0.0              # of these sequences, the share that hides other things than a pass key
+    varied: float = 0.0              # share of those sequences that use other tasks
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
 
     @property
@@ -123,7 +124,7 @@ class Plan:
 
 # Each plan fits a budget. tiny: 5 minutes on a laptop CPU. mini, for ablations: 1 minute on a GPU. small: 2
 # minutes on a GPU. Sequences of stage 3 are 4 times (tiny) or 32 times as long as those of stage 2: see
-# convert_staged. Teachers of mini and small read the standard library ten times or more: weights decay.
+# convert_staged. mini and small repeat their text over ten times: their teachers train with weight decay.
 PLANS = {
     "tiny": dict(
         pretrain=Plan(tokens=200e6, length=256, batch=256, lr=3e-3, lr_end=1e-4, recall=0.3, warmup=200),
@@ -151,7 +152,7 @@ PLANS = {
         finetune=Plan(tokens=1e9, length=16384, batch=128, lr=1e-5, lr_end=1e-5, recall=0),
         group=Plan(tokens=2.3e9, length=1024, batch=2048, lr=1e-5, lr_end=1e-5, recall=0)),   # the article's
 }
-SIZES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # bytes of weights in a folder -> its plan
+SIZES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # a folder: the plan follows its bytes of weights
 
 TINY = dict(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, max_len=256)
 MINI = dict(layers="A" * 8, n_embd=192, n_head=6, n_kv_head=2, head_dim=32, max_len=512)
@@ -170,7 +171,6 @@ TEACHERS = {                                     # what --pretrain can train; th
 def student_config(teacher, layers, args):
     """The config of a student with these layers; args: the options of a recipe."""
     extras = args.extras == "on"
-    half = args.state == "half"
     chunk = min(2048, teacher.max_len // 4) if args.pe == "chunk" else None
     config = dict(
         layers=layers,
@@ -180,20 +180,22 @@ def student_config(teacher, layers, args):
         attn_gate=extras,
         window=args.window or None,
         decay=args.decay,
-        key_dim=teacher.head_dim // 2 if half else teacher.head_dim,
+        key_dim=teacher.head_dim // 2 if args.state == "half" else teacher.head_dim,
         linear_rope=args.pe != "chunk",
-        linear_qk_norm=extras and not half,      # the gain of QK-norm is inside the keys of half width
         linear_norm=extras,
         linear_gate=extras,
         linear_kv_head=teacher.n_head)
-    return replace(teacher, **config | args.changes)
+    config |= args.changes
+    narrow = config["key_dim"] < teacher.head_dim
+    config.setdefault("linear_qk_norm", extras and not narrow)     # low_rank_keys has applied QK-norm's gain
+    return replace(teacher, **config)
 
 
 @torch.no_grad()
 def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
     """A linear layer out of an attention layer: the same weights, KV heads cloned (paper eq. 13), gates
     neutral. transfer False: a random layer. The twin reads one batch x (B,T,C) of the layer's inputs, and
-    each column of its W_o is scaled by least squares: what W_o reads starts close to what it read before."""
+    least squares scales each input channel of its W_o to match attention's."""
     t = attn.config
     twin = LinearAttention(config).to(x.device)
     if twin.forget is not None:                  # a new gate keeps the same share of the state at every token
@@ -214,8 +216,8 @@ def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
     if config.linear_qk_norm and t.qk_norm and config.key_dim == config.head_dim:
         twin.q_norm.load_state_dict(attn.q_norm.state_dict())
         twin.k_norm.load_state_dict(attn.k_norm.state_dict())
-    target = attn.mix(x, where).float()                            # (B,T,H*D): what W_o reads in attention
-    o = twin.mix(x, where).float()                                 # (B,T,H*D): and in the twin
+    target = attn.mix(x, where).float()                            # (B,T,H*D): attention's input to W_o
+    o = twin.mix(x, where).float()                                 # (B,T,H*D): the twin's
     scale = (target * o).sum((0, 1)) / (o * o).sum((0, 1)).clamp(min=1e-12)   # least |target - scale * o|^2
     twin.out.weight *= scale
     return twin
@@ -240,9 +242,9 @@ def attention_twin(attn, config):
 
 @torch.no_grad()
 def low_rank_keys(attn, x, rank):
-    """Projections of half width for the article's smaller state, whose products q . k come closest to the
-    teacher's. For a head, q . k = [x, 1] A_q^T A_k [x, 1]^T with A = [diag(gain / rms) W, bias]. The best
-    approximation of A_q^T A_k of this rank is U_r Sigma_r V_r^T, and each side takes the root of Sigma_r.
+    """The q and k of width `rank` whose product best fits the teacher's before RoPE (SVD, Frobenius norm).
+    For a head, q . k = [x, 1] A_q^T A_k [x, 1]^T with A = [diag(gain / rms) W, bias]. The best
+    approximation of A_q^T A_k of this rank is U_r Sigma_r V_r^T, and q and k each get sqrt(Sigma_r).
     1 / rms belongs to QK-norm and differs from token to token: its mean over one batch x (B,T,C) stands in.
     Returns the rows of q and of k, (H*rank, C+1) each, the bias in the last column."""
     c = attn.config
@@ -273,12 +275,12 @@ def with_bias(linear):
 
 
 def clone_heads(rows, n_head, times):
-    """Rows of n_head heads, each head so many times in a row."""
+    """Repeat each of n_head heads `times` times."""
     return rows.unflatten(0, (n_head, -1)).repeat_interleave(times, 0).flatten(0, 1)
 
 
 def fill(linear, rows):
-    """Set the first rows of a Linear, the bias in the last column. The other rows, those of a gate, are 0."""
+    """Copy rows into a Linear; their last column is the bias. Its remaining rows, a gate's, become 0."""
     n = len(rows)
     linear.weight[:n] = rows[:, :-1]
     linear.weight[n:] = 0
@@ -290,8 +292,8 @@ def fill(linear, rows):
 @torch.no_grad()
 def teacher_layers(teacher, config, idx):
     """Run a teacher on idx (B,T). Yield for every layer what its twin needs: the attention layer, its input x
-    (B,T,C) after the norm, where the tokens stand, and its output y (B,T,C). Positions are the teacher's for
-    attention, and those of the student's config for linear twins."""
+    (B,T,C) after the norm, where the tokens stand, and its output y (B,T,C). Attention uses the
+    teacher's positions; twins use RoPE as config says."""
     both = replace(config, attn_position=True, chunk=None, n_chunks=0)
     where = locate(both, torch.arange(idx.size(1), device=idx.device)[None])
     h = teacher.embed(idx, where)
@@ -335,7 +337,8 @@ def assemble(source, config, mixers):
 
 def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
     """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
-    "reverse": KL(student, teacher), the article's. Logits are made in slices of about slice_elements."""
+    "reverse": KL(student, teacher), the article's. Full logits would not fit
+    memory, so the head runs on slices of tokens, of about slice_elements logits."""
     xs = student.hidden(idx, offset=offset).flatten(0, 1)                         # (N,C)
     with torch.no_grad():
         xt = teacher.hidden(idx).flatten(0, 1) if alpha < 1 else xs.detach()
@@ -364,8 +367,8 @@ def token_losses(logits_s, logits_t, targets, kl, alpha):
 
 def objective(student, teacher, kl, alpha):
     """The loss function of a stage, for `train`. Chunk HyPE gives each sequence a random start position, so
-    that every chunk embedding is trained. The start is a hash of the row's ids: a CUDA graph cannot call a
-    random number generator of the host."""
+    that every chunk embedding is trained. CUDA graphs cannot call the host's
+    random generator, so a hash of the ids picks the start."""
     def loss_fn(idx, targets):
         c = student.config
         offset = None
@@ -381,8 +384,8 @@ def objective(student, teacher, kl, alpha):
 
 def train(run, stage, plan, corpus, module, groups, loss_fn):
     """The one training loop (paper appendix B). groups are lists of the module's parameters: they train, and
-    each list is clipped to a gradient norm of 1 by itself. loss_fn(idx, targets) yields the terms of the mean
-    loss of some rows. `run` keeps the log and the checkpoints: a stage that was stopped goes on."""
+    each list is clipped to a gradient norm of 1 by itself. loss_fn(idx, targets) yields terms of the loss,
+    one by one; their sum is the loss. `run` keeps the log and the checkpoints: a stopped stage goes on."""
     params = only_train(module, groups)
     matrices = [p for p in params if p.dim() > 1]
     vectors = [p for p in params if p.dim() < 2]
@@ -420,16 +423,15 @@ def only_train(module, groups):
 
 
 def backward(loss_fn, rows, at_once):
-    """Add up the gradients of the mean loss of rows (batch, length + 1), so many at once; returns the loss.
+    """Add up gradients of rows (batch, length + 1) over micro-batches of at_once rows; returns the mean loss.
     Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone."""
+    def forward(terms):
+        with bf16():                                               # the forward pass alone
+            return next(terms, None)
     total = 0.0
     for part in rows.split(at_once):
         terms = loss_fn(part[:, :-1], part[:, 1:])
-        while True:
-            with bf16():                                           # the forward pass alone
-                term = next(terms, None)
-            if term is None:
-                break
+        for term in iter(partial(forward, terms), None):
             term = term * (len(part) / len(rows))
             term.backward()
             total = total + term.detach()
@@ -454,13 +456,14 @@ def convert_staged(run, teacher, corpus, plans, args):
     # From here attention has no positions (HyPE). With RoPE the score of two tokens depends on their
     # distance, and at a distance that training never had the score is arbitrary. Without positions the
     # score depends on the two tokens alone, near or far. The order of tokens comes from the linear layers,
-    # which keep RoPE.
+    # which keep RoPE. GPT-2's learned positions leave the whole residual stream here.
     distil = objective(student, teacher, args.kl, args.alpha)
     train(run, "distil", plans["distil"], corpus, student, everything, distil)
 
     # Stage 3 has long sequences, because attention must learn to find one key among thousands: stage 2 never
-    # shows it so many. Stage 3 has no teacher, because past the length that it was trained at the teacher
-    # predicts badly. The text itself is the target.
+    # shows it so many. Stage 3 has no teacher: a small one cannot read such texts, a large one would cost
+    # too much. The text itself is the target. So a student reads further than its teacher: attention ignores
+    # distance, linear states saturate by decay, and training showed it texts 4 to 32 times as long.
     finetune = objective(student, None, args.kl, alpha=1.0)
     train(run, "finetune", plans["finetune"], corpus, student, everything, finetune)
     return student
@@ -468,8 +471,8 @@ def convert_staged(run, teacher, corpus, plans, args):
 
 def align(run, teacher, config, corpus, plan, args):
     """Stage 1 (paper eq. 7): every linear twin learns its attention layer's output, each alone, on the hidden
-    states of the teacher. The loss is a sum over layers of MSE / mean square of the target: a layer whose
-    output is 0 would score 1. Each layer is a term, whose graph is gone before the teacher runs the next."""
+    states of the teacher. The loss is a sum over layers of MSE / mean square of the target: a twin
+    that outputs 0 has loss 1. Each layer is a term, whose graph is gone before the teacher runs the next."""
     twins, squares = make_twins(teacher, config, corpus, plan, args)
 
     def loss_fn(idx, targets):
@@ -485,8 +488,9 @@ def select(run, teacher, twins, config, corpus, args):
     if args.layers not in SCORED:
         return choose_layers(args.layers, n_layer, keep=args.keep)
     scores, minus_loss = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, args))
-    layers = choose_layers(args.layers, n_layer, scores, -minus_loss, keep=args.keep)
-    print_scores(scores, layers, -minus_loss)
+    teacher_loss = -minus_loss
+    layers = choose_layers(args.layers, n_layer, scores, teacher_loss, keep=args.keep)
+    print_scores(scores, layers, teacher_loss)
     return layers
 
 
@@ -496,13 +500,14 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=
     even      every so many layers
     ends      the first and the last quarter (the article's get_hybrid_config)
     score     the highest  score_i = (max R - R_i) / (max C - C_i + 1e-6)  (paper eq. 8, 9). R is recall, C is
-              minus the loss, both with layer i linear: a layer stays if it costs much recall and little C
-    guarded   the same, with the denominator floored at C's standard error. Layers come first if linear they
-              cost more than `limit` nats
+              minus the loss, both with layer i linear. A layer stays if its linear form loses much recall
+              but little C
+    guarded   the same, with the denominator floored at C's standard error. A layer stays first if its
+              linear form costs over `limit` nats
     swap      the highest  score_i = (R_i if it stays - R_i if it is linear) + (the same of C)
 
     Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
-    layer looks a fixed number of tokens back: it needs RoPE, so linear suits it, however it serves recall."""
+    layer looks a fixed number of tokens back: it needs RoPE, so linear suits it, even if it helps recall."""
     k = keep or max(1, n_layer // 4)
     if set(how) <= set("AL"):
         return how
@@ -532,9 +537,11 @@ def add_scores(how, scores, teacher_loss, limit):
 
 def swap_scores(teacher, twins, config, corpus, args):
     """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
-    an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear, R_kept and
-    C_kept (for "swap") with layer i as it would stay, all other layers being the teacher's. Returns a list of
-    dicts, one per layer, and minus the held-out loss of the teacher itself."""
+    an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
+    C_kept (for "swap") are measured with layer i as attention: without positions (--pe hype), else the
+    teacher's. A new output gate is left out. All other layers are the teacher's. Returns a list of
+    dicts, one per layer, and minus the held-out loss of the teacher itself. The report draws its held-out
+    text with the same default seed."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 
@@ -543,10 +550,11 @@ def swap_scores(teacher, twins, config, corpus, args):
         loss = losses(model, batches)
         return {f"R{kind}": logp.mean().item(), f"R{kind}_se": logp.std().item() / len(logp) ** 0.5,
                 f"C{kind}": -loss.mean().item(), f"C{kind}_se": loss.std().item() / len(loss) ** 0.5}
+    unchanged = both(teacher, "_kept") if args.layers == "swap" and args.pe != "hype" else {}
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
-        scores.append(both(with_linear(teacher, config, i, twin)))
-        if args.layers == "swap":
-            scores[i] |= both(with_kept(teacher, i) if args.pe == "hype" else teacher, "_kept")
+        scores.append(both(with_linear(teacher, config, i, twin)) | unchanged)
+        if args.layers == "swap" and args.pe == "hype":
+            scores[i] |= both(with_kept(teacher, i), "_kept")
     return scores, -losses(teacher, batches).mean().item()
 
 
@@ -571,8 +579,8 @@ def with_kept(teacher, i):
 
 
 class WithoutPositions(Block):
-    """A teacher's block whose attention knows no positions. RoPE is left out. Learned positions are part of
-    the stream, so attention reads the stream less wpe. What earlier layers made of wpe stays."""
+    """A teacher's block whose attention knows no positions. RoPE is left out. Learned positions sit in the
+    residual stream, so wpe is subtracted before attention. What earlier layers made of wpe stays."""
 
     def __init__(self, config, wpe):
         super().__init__(config, "A")
@@ -603,7 +611,7 @@ def print_scores(scores, layers, teacher_loss):
             row += f"{s[f'R{kind}']:9.3f} +- {s[f'R{kind}_se']:6.3f}"
         for kind in kinds:
             row += f"{-s[f'C{kind}']:9.4f} +- {s[f'C{kind}_se']:6.4f}"
-        print(f"{row}{s['score']:10.3f}" + "  (swap costs over 1 nat)" * s["must"])
+        print(f"{row}{s['score']:10.3f}" + "  (must stay: linear costs over 1 nat)" * s["must"])
     print(f"teacher's held-out loss {teacher_loss:.4f}; layers: {layers}\n")
 
 
@@ -690,16 +698,16 @@ def compare(teacher, student, batches):
 # ---- the logit base ----------------------------------------------------------------------------------------
 #
 # Why s_t is a logarithm (paper eq. 11). Say the score of the right key exceeds all others by m. Among t keys
-# its softmax weight is e^m / (e^m + t), which falls as t grows. Let s_t = log(t + a) / log(a) multiply the
-# query. If m is log(a), the weight becomes (t + a) / (2t + a), at least a half at any t. So a is the number
-# of keys that the right key outweighs by itself. s_t starts at 1 and reaches 2 at t = a^2 - a: the larger a,
+# its softmax weight is e^m / (e^m + t), which goes to 0. Let s_t = log(t + a) / log(a) multiply the query.
+# With m = log(a), the weight is (t + a) / (2t + a), at least a half at any t. Without s_t the right key keeps
+# half the weight up to t = a keys. s_t starts at 1 and reaches 2 at t = a^2 - a: the larger a,
 # the gentler the scaling.
 #
 # Why training has no s_t: the weights learn scores that are sharp enough for the length they train at. So a
 # can be chosen afterwards, on texts that are much longer than any training sequence.
 #
 # Why several bases are tried: which is best depends on m, that is on how sharp this student's scores are. Too
-# large a base leaves attention flat. Too small a base makes it see one key alone, which costs language.
+# large a base leaves attention flat. Too small a base makes attention one-hot, which raises the loss.
 
 
 def choose_logit_base(run, student, corpus, plans, args):
@@ -715,14 +723,14 @@ def choose_logit_base(run, student, corpus, plans, args):
 
 
 def fit_logit_base(student, corpus, length, seed, varied=0.0):
-    """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, the sum that
-    choose_layers "swap" takes as well. Scaling grows from None (s_t = 1) on, until a base costs 0.02 more
-    than the best."""
+    """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, both in
+    nats a token. Their weights are equal by choice, as in choose_layers "swap". The cost should fall, then
+    rise. So the search ends once a base costs 0.02 more than the best; the bases left scale more."""
     batches = corpus.held_out_batches(length, 8, seed)
     costs = {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
-        logp = recall(student, corpus, length, 10, seed + 1, varied=varied)[0]  # not the keys of the report
+        logp = recall(student, corpus, length, 10, seed + 1, varied=varied)[0]  # other keys than the report's
         costs[str(a)] = (losses(student, batches).mean() - logp.mean()).item()
         if costs[str(a)] > min(costs.values()) + 0.02:
             break
@@ -742,8 +750,8 @@ def fit_length(plans, length):
 
 # ---- the report --------------------------------------------------------------------------------------------
 
-# Fields of report.json: the task asked for, and its row in the table. The second task is for models that were
-# trained to find more than pass keys.
+# Field of report.json -> (the task asked for, its title in the table). The second task is for
+# models that were trained to find more than pass keys.
 ASKED = {"passkey": ("S1", "pass key found"), "multikey": ("multi-key", "one of four found")}
 
 
@@ -763,11 +771,7 @@ def shares(model, corpus, lengths, args):
 
 def evaluate(teacher, student, corpus, args):
     """The numbers of the report. Recall is asked for at 1 to 16 times the length of distillation, and of the
-    student at 64 times.
-
-    Why a student reads further than its teacher: no part of it meets anything new in a long text. Its
-    attention ignores distance. Its linear layers forget, so the state after 60,000 tokens looks like the
-    state after 1,000. Only the number of keys grows, and s_t makes up for that."""
+    student at 64 times. Past its training length the number of keys grows, and s_t corrects for it."""
     lengths = [n * args.length for n in (1, 2, 4, 16, 64)]
     teachers = shares(teacher, corpus, lengths[:4], args)
     students = shares(student, corpus, lengths, args)
@@ -829,12 +833,17 @@ def pretrain(run, corpus, plans, args):
         config = student_config(config, choose_layers(args.layers, len(config.layers), keep=args.keep), args)
     torch.manual_seed(args.seed)
     model = HypeNet(config).to(args.device)
+    for block in model.blocks:
+        if getattr(block.mixer, "forget", None) is not None:
+            nn.init.constant_(block.mixer.forget.bias, DECAYS[config.decay].bias(args.retention))
     train(run, "pretrain", plans["pretrain"], corpus, model, [list(model.parameters())],
           objective(model, None, args.kl, alpha=1.0))
     model.eval()
     if args.hybrid and args.logit_base == "fit":
         length = min(16 * T, config.limit())
         config.logit_base = cheapest(fit_logit_base(model, corpus, length, args.seed, args.varied))
+    elif args.hybrid and args.logit_base != "none":
+        config.logit_base = float(args.logit_base)
     args.tokenizer.save(run.folder)
     model.save_pretrained(run.folder, torch.bfloat16)     # last: a folder with this file is whole
     loss = losses(model, corpus.held_out_batches(T, args.eval_windows)).mean().item()
@@ -867,7 +876,8 @@ def get_args(argv):
     add("--resume", metavar="RUN",
         help="go on with the run in this folder, by its own options; --device and --plain can be given too")
     add("--data", **many, metavar="PATH[:WEIGHT]",
-        help="text to train on: stdlib (source of Python's standard library, the default), fineweb (fetched "
+        help="text to train on: stdlib (source of Python's standard library, the default), teacher (text that the "
+             "teacher writes itself), fineweb (fetched "
              "as needed, the default of teachers of the hub), .txt, .jsonl (field text), .gz of either, .bin "
              "(llm.c's shards of GPT-2 tokens; val in the name: held out), or folders of these. Weights are "
              "shares of sequences: web/:0.7 code/:0.1 books/:0.2")
@@ -950,13 +960,6 @@ def teacher_path(name):
     return shipped if os.path.isdir(shipped) else os.path.join("out", f"{name}-teacher")
 
 
-def refuse(rows):
-    """ValueError with the message of the first of rows (wrong, message) that is wrong."""
-    for wrong, message in rows:
-        if wrong:
-            raise ValueError(message)
-
-
 def check_options(args, plans):
     """ValueError for options that do not go together."""
     layers = args.layers
@@ -976,11 +979,11 @@ def check_options(args, plans):
         rows.append((flag in args.given and not possible, f"{flag} goes with {wants}"))
     for p in plans.values():
         positive = min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0
-        others = 0 <= p.recall <= 1 and 0 <= p.varied <= 1 and p.weight_decay >= 0
+        others = 0 <= p.recall <= 1 and 0 <= p.varied <= 1 and min(p.weight_decay, p.lr_end) >= 0
         finite = all(map(math.isfinite, vars(p).values()))
         rows += [(not (positive and others and finite),
                   "--plan: tokens, length, batch, lr and warmup must be positive, recall and varied between "
-                  "0 and 1, weight_decay at least 0"),
+                  "0 and 1, lr_end and weight_decay at least 0"),
                  (p.varied and not p.recall,
                   "--plan: varied is a share of the sequences of recall, which are 0")]
     if args.pretrain:
@@ -991,6 +994,8 @@ def check_options(args, plans):
                  ((args.set or args.keep) and not args.hybrid,
                   "--pretrain --set and --keep go with --layers: a hybrid"),
                  (args.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")]
+        rows += [(flag in args.given, f"{flag} goes with a teacher, not with --pretrain")
+                 for flag in ("--alpha", "--kl", "--groups")]
     else:
         rows += [(not staged and scored,
                   f"--training progressive with --layers {layers}: no stage 1 to score by; use ends or even"),
@@ -1009,12 +1014,13 @@ def check_hours(args, size, weight, tokens):
                      "this CPU; --teacher tiny takes minutes, --device cpu tries it all the same")
 
 
-def check_layers(how, n_layer):
+def check_layers(how, n_layer, keep):
     letters = bool(how) and set(how) <= set("AL")
     refuse([(not letters and how not in (*SCORED, "even", "ends"),
              f"--layers {how}: give {', '.join(SCORED)}, even, ends, or a letter A or L for each layer"),
             (letters and len(how) != n_layer,
-             f"--layers {how} names {len(how)} layers; the teacher has {n_layer}")])
+             f"--layers {how} names {len(how)} layers; the teacher has {n_layer}"),
+            (keep and keep >= n_layer, f"--keep {keep} leaves no linear layer: there are {n_layer} layers")])
 
 
 def check_stage_length(stage, plan, limit, args):
@@ -1031,19 +1037,16 @@ def check_stage_length(stage, plan, limit, args):
 
 def load_teacher(plans, args):
     """The teacher. What is wrong is found here, before stage 1. Sets args.tokenizer, and args.length: all is
-    measured at this length and its multiples. The length is that of the stages that distil, for a RoPE
-    teacher may know far more positions than are worth asking about."""
+    measured at the distillation length and its multiples. A RoPE teacher's maximum is too long to test."""
     args.tokenizer = Tokenizer.load(args.path)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     teacher = pretrained.load(args.path, dtype, args.device).requires_grad_(False)
     check_tokenizer(args.tokenizer, teacher.config)
     config = teacher.config
     n_layer = len(config.layers)
-    check_layers(args.layers, n_layer)
+    check_layers(args.layers, n_layer, args.keep)
     student = student_config(config, "L" * n_layer, args)
     refuse([("L" in config.layers, f"--teacher {args.teacher} is a hybrid, {config.layers}: not a teacher"),
-            (args.keep and args.keep >= n_layer,
-             f"--keep {args.keep} leaves nothing to convert: the teacher has {n_layer} layers"),
             (args.layers not in SCORED and "L" not in choose_layers(args.layers, n_layer, keep=args.keep),
              f"--layers {args.layers} leaves nothing to convert"),
             (student.key_dim > config.head_dim or student.linear_kv_head % config.n_kv_head,
@@ -1060,19 +1063,11 @@ def load_teacher(plans, args):
 
 def make_teacher(args):
     """Pretrain a teacher that is not there yet, or go on with it, and keep it for later runs."""
-    argv = ["--device", args.device]
-    if os.path.exists(os.path.join(args.path, "run.json")):
-        argv += ["--resume", args.path]
-        if args.dry_run:
-            print(f"--teacher {args.teacher} is half trained: --resume {args.path} goes on with it, as does "
-                  "this run")
-            return
-    else:
-        argv += ["--pretrain", "--teacher", args.teacher, "--out", args.path, "--seed", str(args.seed)]
-        argv += ["--dry-run"] * args.dry_run + ["--plain"] * args.plain
-        argv += ["--data", *args.data] if args.data else []
-        plan = [item for item in args.plan if item.startswith("pretrain.")]
-        argv += ["--plan", *plan] if plan else []
+    argv = teacher_argv(args)
+    if "--resume" in argv and args.dry_run:
+        print(f"--teacher {args.teacher} is half trained: --resume {args.path} goes on with it, as does "
+              "this run")
+        return
     print(f"--teacher {args.teacher} is trained first, once, in {args.path}; its conversion follows\n",
           flush=True)
     run_main(argv)
@@ -1107,7 +1102,7 @@ def probe(teacher, corpus, plans, args):
 
 
 def disk_gb(teacher, plans, args):
-    """GB that a run writes: a checkpoint with its optimizer state and the next one beside it, the student
+    """GB that a run writes: two checkpoints (the old one stays until the new one is written), the student
     and, in a progressive run, a model for each group."""
     n_groups = 0
     if "group" in plans:
@@ -1136,7 +1131,7 @@ def run_main(argv):
         args.length = plans["pretrain"].length
         check_stage_length("pretrain", plans["pretrain"], math.inf, args)
         if args.hybrid:
-            check_layers(args.layers, len(config.layers))
+            check_layers(args.layers, len(config.layers), args.keep)
         longest = args.length * (64 if args.hybrid else 1) + 1
     else:
         teacher = load_teacher(plans, args)
@@ -1144,6 +1139,8 @@ def run_main(argv):
         longest = 64 * args.length
         if args.logit_base == "fit":
             longest = max(longest, fit_length(plans, args.length) + 1)
+        known = student_config(config, "L" * len(config.layers), args).limit()
+        longest = max(min(longest, known + 1), min(16 * args.length, config.limit()))   # student's, teacher's
         if not args.resume:
             check_disk(folder, disk_gb(teacher, plans, args))
     n_tokens = max(20 * longest, sum(plan.total for plan in plans.values()))

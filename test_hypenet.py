@@ -755,6 +755,15 @@ def test_linear_twin_starts_close():
     assert rmse(twin.out.weight, attn.out.weight * factor) < 1e-4
 
 
+@pytest.mark.parametrize("recipe, changes, norm", [
+    ("paper", {}, True), ("paper", dict(key_dim=4), False), ("article", {}, False),
+    ("paper", dict(key_dim=4, linear_qk_norm=True), True)])
+def test_narrow_keys_have_no_norm(recipe, changes, norm):
+    """low_rank_keys applies QK-norm's gain: narrow keys get no second norm, unless --set asks for it."""
+    config = halo.student_config(tiny(layers="A").config, "L", options(recipe, changes=changes))
+    assert config.linear_qk_norm == norm
+
+
 def write_documents(path, texts):
     path.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
 
@@ -1190,9 +1199,14 @@ def test_pretrain(home, tmp_path, monkeypatch):
     assert rates == pytest.approx([cosine[0] / 2, *cosine[1:]])             # warm-up: a tenth of the steps
     assert HypeNet.from_pretrained(tmp_path / "teacher").config == small
     convert(home, tmp_path / "student", "--layers", "ends", steps=1, teacher=tmp_path / "teacher")
-    halo.main([*argv, "--out", str(tmp_path / "hybrid"), "--layers", "LLAL"])
-    config = HypeNet.from_pretrained(tmp_path / "hybrid").config
+    halo.main([*argv, "--out", str(tmp_path / "hybrid"), "--layers", "LLAL", "--decay", "channel",
+               "--retention", "0.9", "--logit-base", "500"])
+    hybrid = HypeNet.from_pretrained(tmp_path / "hybrid")
+    config = hybrid.config
     assert (config.layers, config.attn_position, config.linear_gate) == ("LLAL", False, True)
+    assert config.logit_base == 500
+    kept = torch.sigmoid(hybrid.blocks[0].mixer.forget.bias.float())
+    assert (kept - 0.9).abs().max() < 0.05                                  # the start, 25 steps ago
     monkeypatch.setitem(halo.TEACHERS, "tiny-gpt2", dataclasses.replace(small, **FAMILIES["gpt2"]))
     halo.main([*argv, "--out", str(tmp_path / "gpt2"), "--teacher", "tiny-gpt2"])
     halo.main(["--out", str(tmp_path / "decayed"), *argv, "pretrain.weight_decay=20"])

@@ -435,6 +435,28 @@ def recorded(work, rows, plain=False):
     return replay
 
 
+# ---- options -----------------------------------------------------------------------------------------------
+
+
+def refuse(rows):
+    """ValueError with the message of the first of rows (wrong, message) that is wrong."""
+    for wrong, message in rows:
+        if wrong:
+            raise ValueError(message)
+
+
+def teacher_argv(args):
+    """The command line that trains the teacher of a run, or goes on with it."""
+    argv = ["--device", args.device]
+    if os.path.exists(os.path.join(args.path, "run.json")):
+        return [*argv, "--resume", args.path]
+    argv += ["--pretrain", "--teacher", args.teacher, "--out", args.path, "--seed", str(args.seed)]
+    argv += ["--dry-run"] * args.dry_run + ["--plain"] * args.plain
+    argv += ["--data", *args.data] if args.data else []
+    plan = [item for item in args.plan if item.startswith("pretrain.")]
+    return argv + (["--plan", *plan] if plan else [])
+
+
 # ---- what a run will cost ----------------------------------------------------------------------------------
 
 

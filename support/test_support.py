@@ -2341,7 +2341,10 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--teacher small": "hours", "--keep 3 --layers ends": "--keep", "--keep 4": "--keep 4",
     "--retention 0.5": "--decay", "--max-ctx 900": "--pe", "--alpha 1 --kl reverse": "--alpha",
     "--pretrain --teacher tiny --keep 2": "--keep", "--pretrain --teacher tiny --transfer off": "--transfer",
-    "--teacher {}/empty": "tokenizer",
+    "--teacher {}/empty": "tokenizer", "--plan distil.lr_end=-1": "lr_end",
+    "--pretrain --teacher tiny --alpha 0.5": "--alpha", "--pretrain --teacher tiny --kl reverse": "--kl",
+    "--pretrain --teacher tiny --training progressive --layers even --groups 2": "--groups",
+    "--pretrain --teacher tiny --layers even --keep 20 --device cpu": "--keep 20",
 }
 
 
