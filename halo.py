@@ -876,11 +876,11 @@ def get_args(argv):
     add("--resume", metavar="RUN",
         help="go on with the run in this folder, by its own options; --device and --plain can be given too")
     add("--data", **many, metavar="PATH[:WEIGHT]",
-        help="text to train on: stdlib (source of Python's standard library, the default), teacher (text that the "
-             "teacher writes itself), fineweb (fetched "
-             "as needed, the default of teachers of the hub), .txt, .jsonl (field text), .gz of either, .bin "
-             "(llm.c's shards of GPT-2 tokens; val in the name: held out), or folders of these. Weights are "
-             "shares of sequences: web/:0.7 code/:0.1 books/:0.2")
+        help="text to train on. stdlib: source of Python's standard library, the default. teacher: text that "
+             "the teacher writes, the default of smollm2 and .gguf files. fineweb: fetched as needed, the "
+             "default of other real teachers. Or files and folders of .txt, .jsonl, .parquet (field text), "
+             ".gz of the first two, .bin (llm.c's shards of GPT-2 tokens; val in the name: held out). Weights "
+             "are shares of sequences: web/:0.7 books/:0.3")
     add("--device", help=f"cuda, mps or cpu; default here: {default_device()}")
     add("--micro", type=number(int, 1), metavar="N", help="sequences that go through the models at once, at "
         "most; default: as many as fit, up to 131,072 tokens")
@@ -934,7 +934,9 @@ def settle(args):
     else:
         fitting = [name for name, least in SIZES.items() if weight >= least]
         size = fitting[-1] if os.path.isdir(args.path) else "real"
-    args.data = args.data or (["fineweb"] if size == "real" else None)
+    local = args.teacher == "smollm2" or args.teacher.endswith(".gguf")       # for whoever lacks the hub
+    if size == "real" and not args.data:
+        args.data = ["teacher" if local else "fineweb"]
     args.fused = size != "tiny" and args.device.startswith("cuda") and not args.plain
     names = [field.name for field in fields(HypeNetConfig)]
     known = [name for name in names[names.index("attn_position"):] if name != "logit_base"]
