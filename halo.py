@@ -879,7 +879,7 @@ def get_args(argv):
         help="text to train on. stdlib: source of Python's standard library, the default. teacher: text that "
              "the teacher writes, the default of smollm2 and .gguf files. fineweb: fetched as needed, the "
              "default of other real teachers. Or files and folders: .txt, .jsonl, .parquet (field text), .gz "
-             "of the first two, .bin (llm.c's shards of GPT-2 tokens; val in the name: held out). Weights are "
+             "of the first two, .bin (llm.c's shards of GPT-2 tokens; val in the name: held out). Weights: "
              "shares of sequences: web/:0.7 books/:0.3")
     add("--device", help=f"cuda, mps or cpu; default here: {default_device()}")
     add("--micro", type=number(int, 1), metavar="N", help="sequences that go through the models at once, at "

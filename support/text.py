@@ -398,11 +398,12 @@ def load_text(files, tokenizer):
     found = survey(files)
 
     def write(file):
-        index = np.zeros(len(found.is_held_out), INDEX)
-        index["n_ids"] = encode_all(files, tokenizer, found.n_chars, file)
-        index["is_held_out"] = found.is_held_out
+        n_ids = encode_all(files, tokenizer, found.n_chars, file)
         if state_of(files)[0] != state:
             raise ValueError("--data: a file changed while it was read; start again")
+        index = np.zeros(len(n_ids), INDEX)
+        index["n_ids"] = n_ids
+        index["is_held_out"] = found.is_held_out
         return index
     if found.n_chars < SMALL:
         file = io.BytesIO()
