@@ -1715,9 +1715,9 @@ def test_ids_are_drawn_from_the_teachers_distribution():
     """A teacher that ends with probability 1/50, and else writes a twice as often as b: no document is lost,
     however long. Ids that the tokenizer lacks are never drawn."""
     model = tiny(dtype=torch.float32, layers="A", vocab_size=300, max_len=512).to(DEVICE)
-    p = torch.zeros(300)
-    p[[0, 97, 98, 280]] = torch.tensor([0.02, 0.98 * 2 / 3, 0.98 / 3, 1.0])
-    model.head = lambda x: p.log().to(x.device).expand(*x.shape[:2], 300)
+    p = torch.zeros(300, device=DEVICE)
+    p[[0, 97, 98, 280]] = torch.tensor([0.02, 0.98 * 2 / 3, 0.98 / 3, 1.0], device=DEVICE)
+    model.head = lambda x: p.log().expand(*x.shape[:2], 300)
     found = list(writer.teacher_documents(model, Tokenizer.bytes(), 60_000, seed=1, rows=32))
     ids, sizes = np.concatenate(found), np.array([len(ids) for ids in found])
     assert set(ids) == {0, 97, 98} and (ids == 0).sum() == len(found)
