@@ -869,8 +869,9 @@ def get_args(argv):
     many = dict(nargs="+", action="extend")
     add("--teacher", default="tiny",
         help="tiny: shipped, 1M parameters. mini, small (3.5M, 14M), tiny-gpt2, small-gpt2: trained first, "
-             "once, on a GPU. gpt2, gpt2-xl, Qwen/Qwen3-1.7B or another repository of the hub: by the "
-             "paper's plan, on a GPU. A folder of a GPT-2, Qwen3, Llama 3 or of --pretrain: by its size")
+             "once, on a GPU. smollm2 (from pip), gpt2, gpt2-xl, Qwen/Qwen3-1.7B, another repository of the "
+             "hub, or a .gguf file: by the paper's plan, on a GPU. A folder of a GPT-2, Llama or Qwen, or of "
+             "--pretrain: by its size")
     add("--recipe", default="paper", choices=RECIPES, help="whose values the rows below take; default: paper")
     add("--out", help="folder of the run; default: out/TEACHER-RECIPE, then -2, -3, ...")
     add("--resume", metavar="RUN",
