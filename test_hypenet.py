@@ -1,4 +1,4 @@
-"""Laws of kernel.py, hypenet.py, halo.py and sample.py. Every test compares values: with a definition
+"""Laws of kernel.py, hypenet.py and halo.py. Every test compares values: with a definition
 written out, with another way to compute the same, or with what was there before. No network and no GPU
 needed: the Triton kernels run on a GPU where there is one, else in Triton's interpreter. Models are random
 and tiny, runs of halo.py a few steps long."""
