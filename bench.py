@@ -57,6 +57,7 @@ from kernel import chunked_scan  # noqa: E402
 from support import fast, pretrained  # noqa: E402
 from support.common import (  # noqa: E402
     Parser, command_line, default_device, filled, number, read_json, write_json)
+from support.options import get_args as halo_args  # noqa: E402
 from support.recall import TASKS, answers, has_room, recall  # noqa: E402
 from support.run import (  # noqa: E402
     Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb)
@@ -99,7 +100,8 @@ SIZES = {
 
 def recipe(name, **changes):
     """The options of halo.py under a recipe."""
-    return argparse.Namespace(**{**vars(halo.get_args([])), **halo.RECIPES[name], "changes": {}, **changes})
+    args = vars(halo_args(halo, [])) | halo.RECIPES[name] | dict(changes={}) | changes
+    return argparse.Namespace(**args)
 
 
 def config_of(size, kind):

@@ -22,8 +22,8 @@ the chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 
 Map of the file:
     read first      recipes and plans, transfer, losses, the training loop, the paper's stages
-    read second     the article's conversion, the logit base, the report
-    skip at first   measuring, whole runs, the command line
+    read second     the logit base, the article's conversion, a conversion from start to end
+    elsewhere       what is measured: support/report.py. The command line: support/options.py
 
 Deviations from the paper, and what each buys:
     transfer  Least squares scales each column of W_o, so the twin starts near its attention layer.
@@ -36,13 +36,11 @@ Batches depend on (seed, stage, step), initial weights on the seed. On one CPU a
 and a stopped run goes on as if it had never stopped. The folder of a run holds log.jsonl (one line per step),
 one checkpoint per stage, report.json, and the student: config.json, model.safetensors, tokenizer.json.
 """
-import argparse
-import itertools
 import math
 import os
-from dataclasses import dataclass, fields, replace
+import sys
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls other busy programs
 
@@ -52,17 +50,13 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from hypenet import (  # noqa: E402
-    DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention, locate)
-from support import fast, pretrained  # noqa: E402
-from support.common import Parser, command_line, default_device, number, write_json  # noqa: E402
-from support.recall import has_room, plant, recall, training_rows  # noqa: E402
-from support.run import (  # noqa: E402
-    Probe, Run, bf16, by_slices, change_plans, check_disk, cpu_hours, loss_by_slices, new_folder, options_of,
-    peak_gb, print_plan, read_set, refuse, teacher_argv)
-from support.text import Corpus  # noqa: E402
-from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
-from support.writer import teacher_text  # noqa: E402
+from hypenet import DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention  # noqa: E402
+from hypenet import locate  # noqa: E402
+from support import options  # noqa: E402
+from support.common import number  # noqa: E402
+from support.recall import recall, training_rows  # noqa: E402
+from support.report import losses, print_scores, save_usable  # noqa: E402
+from support.run import bf16, loss_by_slices  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -490,7 +484,7 @@ def select(run, teacher, twins, config, corpus, args):
     scores, minus_loss = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, args))
     teacher_loss = -minus_loss
     layers = choose_layers(args.layers, n_layer, scores, teacher_loss, keep=args.keep)
-    print_scores(scores, layers, teacher_loss)
+    print_scores(scores, rank(args.layers, scores, teacher_loss), layers, teacher_loss)
     return layers
 
 
@@ -516,23 +510,24 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=
     elif how == "ends":
         stay = [*range(n_layer // 4), *range(n_layer * 3 // 4, n_layer)]
     else:
-        add_scores(how, scores, teacher_loss, limit)
-        order = sorted(range(n_layer), key=lambda i: (scores[i]["must"], scores[i]["score"]), reverse=True)
-        stay = order[:k]
+        ranks = rank(how, scores, teacher_loss, limit)
+        stay = sorted(range(n_layer), key=ranks.__getitem__, reverse=True)[:k]
     return "".join("A" if i in stay else "L" for i in range(n_layer))
 
 
-def add_scores(how, scores, teacher_loss, limit):
-    """Give each layer its score, and whether it must stay attention; see choose_layers."""
+def rank(how, scores, teacher_loss, limit=1.0):
+    """(whether it must stay attention, its score) for each layer; see choose_layers."""
     best_R = max(s["R"] for s in scores)
     best = max(scores, key=lambda s: s["C"])
     floor = best["C_se"] if how == "guarded" else 0.0
+    ranks = []
     for s in scores:
         if how == "swap":
-            s["score"] = s["R_kept"] - s["R"] + s["C_kept"] - s["C"]
+            score = s["R_kept"] - s["R"] + s["C_kept"] - s["C"]
         else:
-            s["score"] = (best_R - s["R"]) / (max(best["C"] - s["C"], floor) + 1e-6)   # paper eq. 8
-        s["must"] = how == "guarded" and -s["C"] - teacher_loss > limit
+            score = (best_R - s["R"]) / (max(best["C"] - s["C"], floor) + 1e-6)        # paper eq. 8
+        ranks.append((how == "guarded" and -s["C"] - teacher_loss > limit, score))
+    return ranks
 
 
 def swap_scores(teacher, twins, config, corpus, args):
@@ -600,21 +595,6 @@ def share_weights(model, teacher):
     return model.requires_grad_(False)
 
 
-def print_scores(scores, layers, teacher_loss):
-    kinds = {"": "if linear", "_kept": "if kept"} if "R_kept" in scores[0] else {"": "if linear"}
-    width = 19 * len(kinds)
-    print(f"\n{'':5s}{'recall (log p)':>{width}s}{'held-out loss':>{width}s}")
-    print("layer" + 2 * "".join(f"{name:>19s}" for name in kinds.values()) + f"{'score':>10s}")
-    for i, s in enumerate(scores):
-        row = f"{i:3d} {layers[i]}"
-        for kind in kinds:
-            row += f"{s[f'R{kind}']:9.3f} +- {s[f'R{kind}_se']:6.3f}"
-        for kind in kinds:
-            row += f"{-s[f'C{kind}']:9.4f} +- {s[f'C{kind}_se']:6.4f}"
-        print(f"{row}{s['score']:10.3f}" + "  (must stay: linear costs over 1 nat)" * s["must"])
-    print(f"teacher's held-out loss {teacher_loss:.4f}; layers: {layers}\n")
-
-
 # ---- the article's progressive conversion ------------------------------------------------------------------
 
 
@@ -642,57 +622,10 @@ def convert_progressive(run, teacher, corpus, plans, args):
     return student
 
 
-def save_usable(run, stage, title, student, corpus, args):
-    """Save the model after a group, for use; returns its held-out loss."""
-    student.save_pretrained(run.path(stage))
-    corpus.tokenizer.save(run.path(stage))
-    loss = losses(student, corpus.held_out_batches(args.length, args.eval_windows)).mean().item()
-    print(f"{title} | held-out loss {loss:.4f} | usable: {run.path(stage)}")
-    return loss
-
-
 def groups_of(layers, n_groups=0):
     """The linear layers in the groups in which they are converted; by default at most 6 in each."""
     linear = [i for i, kind in enumerate(layers) if kind == "L"]
     return np.array_split(linear, min(len(linear), n_groups or max(2, math.ceil(len(linear) / 6))))
-
-
-# ---- measuring ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure(models, batches):
-    """Means over the tokens of each sequence, (sequences, 1 or 4): the loss of each model in nats. Of two
-    models, teacher and student, also KL(teacher, student) and how often their likeliest next token agrees."""
-    def one(targets, *xs):
-        logs = [model.head(x).float().log_softmax(-1) for model, x in zip(models, xs)]
-        out = [-log.gather(-1, targets[:, None])[:, 0] for log in logs]
-        if len(logs) > 1:
-            t, s = logs
-            out.append(F.kl_div(s, t, reduction="none", log_target=True).sum(-1))
-            out.append((t.argmax(-1) == s.argmax(-1)).float())
-        return torch.stack(out, 1)                                  # (n, 1 or 4)
-    device = models[0].wte.weight.device
-    means = []
-    for idx, targets in batches:
-        idx, targets = idx.to(device), targets.to(device)
-        with bf16():
-            xs = [model.hidden(idx).flatten(0, 1) for model in models]
-            scores = torch.cat(by_slices(one, models[0].config.vocab_size, targets.flatten(), *xs))
-        means.append(scores.unflatten(0, idx.shape).mean(1).cpu())
-    return torch.cat(means)
-
-
-def losses(model, batches):
-    """Mean loss of each sequence, in nats per token."""
-    return measure([model], batches)[:, 0]
-
-
-def compare(teacher, student, batches):
-    """Held-out loss of both, KL(teacher, student) in nats per token, and how often their likeliest next token
-    agrees."""
-    t, s, kl, same = measure([teacher, student], batches).mean(0).tolist()
-    return dict(val_loss=dict(teacher=t, student=s), kl=kl, top1_agreement=same)
 
 
 # ---- the logit base ----------------------------------------------------------------------------------------
@@ -745,90 +678,24 @@ def cheapest(costs):
 
 def fit_length(plans, length):
     """The length at which the base is fitted: well past every training sequence."""
-    return 16 * length if "group" in plans else max(length, 4 * plans["finetune"].length)
+    return max(length, 4 * plans["finetune"].length) if "finetune" in plans else 16 * length
 
 
-# ---- the report --------------------------------------------------------------------------------------------
-
-# Field of report.json -> (the task asked for, its title in the table). The second task is for
-# models that were trained to find more than pass keys.
-ASKED = {"passkey": ("S1", "pass key found"), "multikey": ("multi-key", "one of four found")}
-
-
-def shares(model, corpus, lengths, args):
-    """The share of answers that a model finds: {field of ASKED: {length: share}}. The share is None past the
-    last position that the model knows, and where the text has no room for the task."""
-    asked = list(ASKED)[:2 if args.varied else 1]
-    found = {field: dict.fromkeys(map(str, lengths)) for field in asked}
-    for field, n in tqdm([*itertools.product(asked, lengths)], desc="recall   ", dynamic_ncols=True):
-        task, _ = ASKED[field]
-        if n <= model.config.limit() and has_room(task, n, corpus):
-            slow = args.device == "cpu" and n > 16 * args.length    # minutes
-            trials = max(1, args.trials // 4) if slow else args.trials
-            found[field][str(n)] = recall(model, corpus, n, trials, task=task)[1].mean().item()
-    return found
-
-
-def evaluate(teacher, student, corpus, args):
-    """The numbers of the report. Recall is asked for at 1 to 16 times the length of distillation, and of the
-    student at 64 times. Past its training length the number of keys grows, and s_t corrects for it."""
-    lengths = [n * args.length for n in (1, 2, 4, 16, 64)]
-    teachers = shares(teacher, corpus, lengths[:4], args)
-    students = shares(student, corpus, lengths, args)
-    numbers = compare(teacher, student, corpus.held_out_batches(args.length, args.eval_windows))
-    for field in students:
-        numbers[field] = dict(teacher=teachers[field], student=students[field])
-    return numbers
-
-
-def percent(share):
-    return "-" if share is None else f"{share:.0%}"
-
-
-def print_report(r):
-    width = max(10, len(f"{r['params']['student']:,}") + 1)
-
-    def row(title, teacher, student):
-        print(f"{title:34s}{teacher:>{width}s}{student:>{width}s}")
-    n_layer = len(r["layers"])
-    row("", "teacher", "student")
-    row("layers", "A" * n_layer if n_layer + 2 <= width else "all A", f"  {r['layers']}")
-    row("parameters", *(f"{r['params'][model]:,}" for model in ("teacher", "student")))
-    row("held-out loss, nats a token", *(f"{r['val_loss'][model]:.4f}" for model in ("teacher", "student")))
-    row("KL to the teacher, nats a token", "", f"{r['kl']:.4f}")
-    row("same likeliest next token", "", f"{r['top1_agreement']:.1%}")
-    for field, (_, title) in ASKED.items():
-        for n, share in r[field]["student"].items() if field in r else ():
-            row(f"{title} in {int(n):,} tokens", percent(r[field]["teacher"].get(n)), percent(share))
-    peak = f", peak memory {r['peak_gb']:.1f} GB" if r["peak_gb"] else ""
-    scaling = f"logit base {r['logit_base']:g}" if r["logit_base"] else "no logit scaling"
-    print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, {scaling}\n")
-
-
-# ---- whole runs --------------------------------------------------------------------------------------------
+# ---- from start to end -------------------------------------------------------------------------------------
 
 
 def convert(run, teacher, corpus, plans, args):
-    """Distil a teacher into a student; returns the student and its report."""
+    """Distil a teacher into a student; returns the student."""
     torch.manual_seed(args.seed)                 # chunk embeddings and other new weights
     how = convert_progressive if "group" in plans else convert_staged
     student = how(run, teacher, corpus, plans, args).eval()
     student.config.logit_base = choose_logit_base(run, student, corpus, plans, args)
-    report = run.once("report", lambda: dict(
-        recipe=args.recipe, teacher=args.teacher, tokens=run.tokens, device=args.device, text=corpus.facts,
-        layers=student.config.layers, logit_base=student.config.logit_base,
-        params=dict(teacher=teacher.n_params(), student=student.n_params()),
-        **evaluate(teacher, student, corpus, args), seconds=run.seconds(), peak_gb=peak_gb(args.device)))
-    student.save_pretrained(run.folder)
-    args.tokenizer.save(run.folder)
-    write_json(run.path("report.json"), report)
-    return student, report
+    return student
 
 
 def pretrain(run, corpus, plans, args):
     """Train a teacher, or with --layers a hybrid, from random weights; returns the model."""
-    T = args.length
-    config = replace(TEACHERS[args.teacher], max_len=T)
+    config = replace(TEACHERS[args.teacher], max_len=args.length)
     if args.hybrid:
         config = student_config(config, choose_layers(args.layers, len(config.layers), keep=args.keep), args)
     torch.manual_seed(args.seed)
@@ -839,120 +706,9 @@ def pretrain(run, corpus, plans, args):
     train(run, "pretrain", plans["pretrain"], corpus, model, [list(model.parameters())],
           objective(model, None, args.kl, alpha=1.0))
     model.eval()
-    if args.hybrid and args.logit_base == "fit":
-        length = min(16 * T, config.limit())
-        config.logit_base = cheapest(fit_logit_base(model, corpus, length, args.seed, args.varied))
-    elif args.hybrid and args.logit_base != "none":
-        config.logit_base = float(args.logit_base)
-    args.tokenizer.save(run.folder)
-    model.save_pretrained(run.folder, torch.bfloat16)     # last: a folder with this file is whole
-    loss = losses(model, corpus.held_out_batches(T, args.eval_windows)).mean().item()
-    found = shares(model, corpus, (T, 16 * T, 64 * T)[:3 if args.hybrid else 1], args)
-    write_json(run.path("report.json"), dict(
-        teacher=args.teacher, tokens=run.tokens, device=args.device, text=corpus.facts, layers=config.layers,
-        params=model.n_params(), val_loss=loss, **found, seconds=run.seconds()))
-    print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, "
-          f"{run.seconds() / 60:.1f} minutes")
-    for field, by_length in found.items():
-        for n, share in by_length.items():
-            print(f"{ASKED[field][1]} in {int(n):,} tokens {percent(share)}")
-    print(f"python {'sample.py --model' if args.hybrid else 'halo.py --teacher'} {run.folder}")
+    if args.hybrid:
+        config.logit_base = choose_logit_base(run, model, corpus, plans, args)
     return model
-
-
-# ---- command line ------------------------------------------------------------------------------------------
-
-
-def get_args(argv):
-    p = Parser(prog="halo.py", description=__doc__.split("\n\n")[0], epilog="eq. N: of arXiv 2601.22156")
-    add = p.add_argument
-    many = dict(nargs="+", action="extend")
-    add("--teacher", default="tiny",
-        help="tiny: shipped, 1M parameters. mini, small (3.5M, 14M), tiny-gpt2, small-gpt2: trained first, "
-             "once, on a GPU. smollm2 (from pip), gpt2, gpt2-xl, Qwen/Qwen3-1.7B, another repository of the "
-             "hub, or a .gguf file: by the paper's plan, on a GPU. A folder of a GPT-2, Llama or Qwen, or of "
-             "--pretrain: by its size")
-    add("--recipe", default="paper", choices=RECIPES, help="whose values the rows below take; default: paper")
-    add("--out", help="folder of the run; default: out/TEACHER-RECIPE, then -2, -3, ...")
-    add("--resume", metavar="RUN",
-        help="go on with the run in this folder, by its own options; --device and --plain can be given too")
-    add("--data", **many, metavar="PATH[:WEIGHT]",
-        help="text to train on. stdlib: source of Python's standard library, the default. teacher: text that "
-             "the teacher writes, the default of smollm2 and .gguf files. fineweb: fetched as needed, the "
-             "default of other real teachers. Or files and folders: .txt, .jsonl, .parquet (field text), .gz "
-             "of the first two, .bin (llm.c's shards of GPT-2 tokens; val in the name: held out). Weights: "
-             "shares of sequences: web/:0.7 books/:0.3")
-    add("--device", help=f"cuda, mps or cpu; default here: {default_device()}")
-    add("--micro", type=number(int, 1), metavar="N", help="sequences that go through the models at once, at "
-        "most; default: as many as fit, up to 131,072 tokens")
-    add("--plain", action="store_true", help="on a GPU, neither compile operations nor record steps")
-    add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and time, then end")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all random choices")
-    add("--budget", type=number(float, 1e-6), default=1.0, metavar="X", help="multiply all tokens by X")
-    add("--plan", **many, default=[], metavar="STAGE.FIELD=X",
-        help="change entries of the plan, such as distil.tokens=4e6 or align.lr=1e-3")
-    add("--pretrain", action="store_true",
-        help=f"train a teacher ({', '.join(TEACHERS)}) from random weights; with --layers a hybrid")
-    add = p.add_argument_group("rows of the recipe").add_argument
-    for name, paper, article, allowed, text in ROWS:
-        check = dict(choices=allowed) if isinstance(allowed, tuple) else dict(type=allowed, metavar="X")
-        add("--" + name.replace("_", "-"), **check, help=f"{text} (paper: {paper}; article: {article})")
-    add = p.add_argument_group("finer choices").add_argument
-    add("--keep", type=number(int, 1), metavar="N",
-        help="how many layers stay attention, with --layers swap, guarded, score, even; default: a quarter")
-    add("--groups", type=number(int, 0), default=0, metavar="N",
-        help="groups of linear layers in a progressive run; default: one per 6 layers, at least 2")
-    add("--transfer", choices=("on", "off"), default="on",
-        help="linear layers start from the weights of attention layers (on) or random (off)")
-    add("--retention", type=number(float, 0.001, 0.999), default=0.7, metavar="X",
-        help="share of the state that a new forget gate keeps at each token; default: 0.7")
-    add("--max-ctx", type=number(int, 1), default=65536 + 1024, metavar="N",
-        help="positions that a chunk HyPE model knows, for context and answer together")
-    add("--trials", type=number(int, 1), default=20, metavar="N",
-        help="questions asked at each length; at 64 times the length on a CPU a quarter; default: 20")
-    add("--eval-windows", type=number(int, 2), default=256, metavar="N",
-        help="held-out sequences that losses are measured on; default: 256")
-    add("--set", **many, default=[], metavar="FIELD=X",
-        help="set fields of the student's HypeNetConfig, such as linear_rope=false")
-    args = p.parse_args(argv)
-    args.given = sorted({a.split("=")[0] for a in argv if a.startswith("--")})
-    return args
-
-
-def settle(args):
-    """Fill in what the options leave open. Returns the plans of the stages to come; ValueError for options
-    that do not go together."""
-    args.hybrid = args.layers is not None         # whether --pretrain trains a hybrid
-    free = args.device or args.dry_run or args.resume              # a CPU will do
-    args.device = default_device(args.device)
-    for name, value in RECIPES[args.recipe].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.path = teacher_path(args.teacher)
-    weight = sum(file.stat().st_size for file in Path(args.path).glob("*.safetensors"))
-    if args.teacher in TEACHERS:
-        size = args.teacher.split("-")[0]
-    else:
-        fitting = [name for name, least in SIZES.items() if weight >= least]
-        size = fitting[-1] if os.path.isdir(args.path) else "real"
-    local = args.teacher == "smollm2" or args.teacher.endswith(".gguf")       # for whoever lacks the hub
-    if size == "real" and not args.data:
-        args.data = ["teacher" if local else "fineweb"]
-    args.fused = size != "tiny" and args.device.startswith("cuda") and not args.plain
-    names = [field.name for field in fields(HypeNetConfig)]
-    known = [name for name in names[names.index("attn_position"):] if name != "logit_base"]
-    args.changes = read_set(args.set, known)                       # fields of a student alone
-    plans = {stage: replace(plan, tokens=plan.tokens * args.budget) for stage, plan in PLANS[size].items()}
-    change_plans(plans, args.plan)
-    check_options(args, plans)
-    made = args.teacher in TEACHERS and (args.pretrain or not weight)      # the teacher is trained here
-    stages = ["align", "distil", "finetune"] if args.training == "staged" else ["group"]
-    stages = ["pretrain"] if args.pretrain else stages
-    if args.device == "cpu" and not free and (made or size in ("small", "real")):
-        now = ["pretrain"] * (made and not args.pretrain) + stages
-        check_hours(args, size, weight, sum(plans[stage].total for stage in now))
-    args.varied = plans["distil" if "distil" in stages else stages[0]].varied
-    return {stage: plans[stage] for stage in stages}
 
 
 def teacher_path(name):
@@ -963,234 +719,8 @@ def teacher_path(name):
     return shipped if os.path.isdir(shipped) else os.path.join("out", f"{name}-teacher")
 
 
-def check_options(args, plans):
-    """ValueError for options that do not go together."""
-    layers = args.layers
-    scored = layers in SCORED
-    staged = args.training == "staged"
-    try:
-        possible = args.logit_base in ("fit", "none") or 1 < float(args.logit_base) < math.inf
-    except ValueError:
-        possible = False
-    rows = [(not possible, f"--logit-base {args.logit_base}: give fit, none or a number above 1")]
-    for flag, possible, wants in (
-            ("--groups", not staged, "--training progressive"),
-            ("--retention", DECAYS[args.decay].width(1) > 0, "a --decay by gates, such as head or channel"),
-            ("--max-ctx", args.pe == "chunk", "--pe chunk"),
-            ("--kl", args.alpha < 1, "--alpha below 1"),
-            ("--keep", scored or layers == "even", f"--layers {', '.join(SCORED)} or even")):
-        rows.append((flag in args.given and not possible, f"{flag} goes with {wants}"))
-    for p in plans.values():
-        positive = min(p.tokens, p.length, p.batch, p.lr, p.warmup) > 0
-        others = 0 <= p.recall <= 1 and 0 <= p.varied <= 1 and min(p.weight_decay, p.lr_end) >= 0
-        finite = all(map(math.isfinite, vars(p).values()))
-        rows += [(not (positive and others and finite),
-                  "--plan: tokens, length, batch, lr and warmup must be positive, recall and varied between "
-                  "0 and 1, lr_end and weight_decay at least 0"),
-                 (p.varied and not p.recall,
-                  "--plan: varied is a share of the sequences of recall, which are 0")]
-    if args.pretrain:
-        rows += [(args.teacher not in TEACHERS,
-                  f"--pretrain --teacher {args.teacher}: known sizes are {', '.join(TEACHERS)}"),
-                 (args.hybrid and scored,
-                  f"--pretrain with --layers {layers}: no teacher to score; use ends, even or letters"),
-                 ((args.set or args.keep) and not args.hybrid,
-                  "--pretrain --set and --keep go with --layers: a hybrid"),
-                 (args.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")]
-        rows += [(flag in args.given, f"{flag} goes with a teacher, not with --pretrain")
-                 for flag in ("--alpha", "--kl", "--groups")]
-    else:
-        rows += [(not staged and scored,
-                  f"--training progressive with --layers {layers}: no stage 1 to score by; use ends or even"),
-                 (not staged and args.pe == "hype",
-                  "--training progressive with --pe hype: its attention does not train; use chunk or rope")]
-    refuse(rows)
-
-
-def check_hours(args, size, weight, tokens):
-    """Refuse what takes hours on a CPU that nobody asked for."""
-    refuse([(size == "real", f"--teacher {args.teacher} is no folder of a small model, and wants a GPU; "
-             "--teacher tiny runs on a CPU, --device cpu tries it all the same")])
-    with torch.device("meta"):
-        params = weight / 2 or HypeNet(TEACHERS[args.teacher]).n_params()
-    raise ValueError(f"--teacher {args.teacher} wants a GPU: about {cpu_hours(params, tokens):,.1f} hours on "
-                     "this CPU; --teacher tiny takes minutes, --device cpu tries it all the same")
-
-
-def check_layers(how, n_layer, keep):
-    letters = bool(how) and set(how) <= set("AL")
-    refuse([(not letters and how not in (*SCORED, "even", "ends"),
-             f"--layers {how}: give {', '.join(SCORED)}, even, ends, or a letter A or L for each layer"),
-            (letters and len(how) != n_layer,
-             f"--layers {how} names {len(how)} layers; the teacher has {n_layer}"),
-            (keep and keep >= n_layer, f"--keep {keep} leaves no linear layer: there are {n_layer} layers")])
-
-
-def check_stage_length(stage, plan, limit, args):
-    """ValueError if a stage's sequences are longer than its models know, or too short for a pass key."""
-    chunks = f" (--max-ctx {args.max_ctx})" if args.pe == "chunk" else ""
-    refuse([(plan.length > limit,
-             f"--plan {stage}.length={plan.length}: the model knows {limit} positions{chunks}")])
-    if plan.recall:
-        try:
-            plant(args.tokenizer, np.zeros(plan.length, np.int64), np.random.default_rng(0))
-        except ValueError as e:
-            raise ValueError(f"--plan {stage}.length: {e}, or {stage}.recall=0") from None
-
-
-def load_teacher(plans, args):
-    """The teacher. What is wrong is found here, before stage 1. Sets args.tokenizer, and args.length: all is
-    measured at the distillation length and its multiples. A RoPE teacher's maximum is too long to test."""
-    args.tokenizer = Tokenizer.load(args.path)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    teacher = pretrained.load(args.path, dtype, args.device).requires_grad_(False)
-    check_tokenizer(args.tokenizer, teacher.config)
-    config = teacher.config
-    n_layer = len(config.layers)
-    check_layers(args.layers, n_layer, args.keep)
-    student = student_config(config, "L" * n_layer, args)
-    refuse([("L" in config.layers, f"--teacher {args.teacher} is a hybrid, {config.layers}: not a teacher"),
-            (args.layers not in SCORED and "L" not in choose_layers(args.layers, n_layer, keep=args.keep),
-             f"--layers {args.layers} leaves nothing to convert"),
-            (student.key_dim > config.head_dim or student.linear_kv_head % config.n_kv_head,
-             f"--set: key_dim is at most the teacher's head_dim, {config.head_dim}, and linear_kv_head a "
-             f"multiple of its n_kv_head, {config.n_kv_head}")])
-    both = min(config.limit(), student.limit())
-    for stage, plan in plans.items():
-        limit = dict(align=config.limit(), finetune=student.limit()).get(stage, both)
-        check_stage_length(stage, plan, limit, args)
-    args.length = min(config.max_len, plans["group" if "group" in plans else "distil"].length)
-    plant(args.tokenizer, np.zeros(args.length, np.int64), np.random.default_rng(0))
-    return teacher
-
-
-def make_teacher(args):
-    """Pretrain a teacher that is not there yet, or go on with it, and keep it for later runs."""
-    argv = teacher_argv(args)
-    if "--resume" in argv and args.dry_run:
-        print(f"--teacher {args.teacher} is half trained: --resume {args.path} goes on with it, as does "
-              "this run")
-        return
-    print(f"--teacher {args.teacher} is trained first, once, in {args.path}; its conversion follows\n",
-          flush=True)
-    run_main(argv)
-    print()
-
-
-def resumed(args, argv):
-    """The options of a run that was stopped. Only the device can change, and --plain be added."""
-    free = "--resume", "--device", "--plain"
-    given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in free]
-    refuse([(given, f"--resume takes its options from the run; leave out {' '.join(given)}")])
-    options = vars(get_args([])) | options_of(args.resume)
-    options["resume"] = args.resume
-    options["device"] = args.device or options["device"]
-    options["plain"] = args.plain or options["plain"]
-    return argparse.Namespace(**options)
-
-
-def probe(teacher, corpus, plans, args):
-    """What the stages cost on this device, see Probe.found; ValueError if they do not fit."""
-    layers = "even" if args.layers in SCORED else args.layers      # nothing is selected, so any will do
-    args = argparse.Namespace(**vars(args) | dict(layers=layers))
-    run = Probe(vars(args), args.tokenizer.n_vocab)
-    how = convert_progressive if "group" in plans else convert_staged
-    try:
-        how(run, teacher, corpus, plans, args)
-    except torch.OutOfMemoryError:
-        way_out = "more --groups" if "group" in plans else "--recipe article, which trains groups of layers,"
-        raise ValueError(f"weights, gradients and optimizer state exceed the memory of {args.device}; give "
-                         f"{way_out} or a smaller --teacher") from None
-    return run.found
-
-
-def disk_gb(teacher, plans, args):
-    """GB that a run writes: two checkpoints (the old one stays until the new one is written), the student
-    and, in a progressive run, a model for each group."""
-    n_groups = 0
-    if "group" in plans:
-        layers = choose_layers(args.layers, len(teacher.config.layers), keep=args.keep)
-        n_groups = len(groups_of(layers, args.groups))
-    return (28 / max(1, n_groups) + 4 * (1 + n_groups)) * teacher.n_params() / 1e9
-
-
-def run_main(argv):
-    args = get_args(argv)
-    if args.resume:
-        args = resumed(args, argv)
-    options = dict(vars(args))
-    plans = settle(args)
-    if not args.pretrain and args.teacher in TEACHERS and not list(Path(args.path).glob("*.safetensors")):
-        make_teacher(args)
-        if args.dry_run:
-            return
-    fast.fuse((globals(), "token_losses"), backend="inductor" if args.fused else None)
-    name = os.path.basename(os.path.normpath(args.teacher))
-    folder = args.resume or new_folder(args.out, os.path.join("out", f"{name}-{args.recipe}"))
-    if args.pretrain:
-        teacher = None
-        config = TEACHERS[args.teacher]
-        args.tokenizer = Tokenizer.bytes()
-        args.length = plans["pretrain"].length
-        check_stage_length("pretrain", plans["pretrain"], math.inf, args)
-        if args.hybrid:
-            check_layers(args.layers, len(config.layers), args.keep)
-        longest = args.length * (64 if args.hybrid else 1) + 1
-    else:
-        teacher = load_teacher(plans, args)
-        config = teacher.config
-        longest = 64 * args.length
-        if args.logit_base == "fit":
-            longest = max(longest, fit_length(plans, args.length) + 1)
-        known = student_config(config, "L" * len(config.layers), args).limit()
-        longest = max(min(longest, known + 1), min(16 * args.length, config.limit()))   # student's, teacher's
-        if not args.resume:
-            check_disk(folder, disk_gb(teacher, plans, args))
-    n_tokens = max(20 * longest, sum(plan.total for plan in plans.values()))
-
-    def write(share):                                              # for --data teacher
-        return teacher_text(teacher, args.path, args.tokenizer, share * n_tokens, args.seed, args.dry_run)
-    cell = max(plan.length for plan in plans.values())
-    corpus = Corpus(args.tokenizer, args.data, args.seed, cell, write=teacher and write)
-    corpus.windows(np.random.default_rng(0), 1, longest)           # too little text is an error now
-    found = {}
-    if args.device.startswith("cuda") and not args.resume and not args.pretrain:
-        found = probe(teacher, corpus, plans, args)
-        torch.cuda.reset_peak_memory_stats(args.device)
-    print(f"teacher {args.teacher}: {len(config.layers)} layers, trained at {config.max_len} tokens | "
-          f"recipe {args.recipe} | device {args.device} | run {folder}")
-    print_plan(corpus, plans, found)
-    if not args.dry_run:
-        execute(folder, options, teacher, corpus, plans, args)
-
-
-def execute(folder, options, teacher, corpus, plans, args):
-    """The run itself: pretraining, or a conversion and its report."""
-    run = Run(folder, options)
-    stages = {stage: vars(plan) for stage, plan in plans.items()}
-    try:
-        refuse([(run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"],
-                 f"--resume {args.resume}: the text has changed since it began; start a new run"),
-                (run.once("plans", lambda: stages) != stages,
-                 f"--resume {args.resume}: its stages are not this version's; start a new run")])
-        if args.pretrain:
-            pretrain(run, corpus, plans, args)
-        else:
-            print_report(convert(run, teacher, corpus, plans, args)[1])
-            print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, "
-                  f"log.jsonl\n\npython sample.py --model {run.folder} --ctx 65536")
-    finally:
-        run.close()
-
-
 def main(argv=None):
-    def run(argv):
-        try:
-            run_main(argv)
-        except torch.OutOfMemoryError:                             # outside of training, see within_memory
-            raise ValueError("the device ran out of memory: take a smaller --teacher or another --device"
-                             ) from None
-    command_line("halo.py", run, argv)
+    options.main(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

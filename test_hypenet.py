@@ -32,7 +32,9 @@ import halo  # noqa: E402
 import hypenet  # noqa: E402
 import kernel  # noqa: E402
 import support.fast as fast  # noqa: E402
+import support.options as cli  # noqa: E402,F401
 import support.recall as recall  # noqa: E402,F401
+import support.report as reports  # noqa: E402,F401
 import support.run as run  # noqa: E402,F401
 import support.text as text  # noqa: E402,F401
 from hypenet import FAMILIES, HypeNet, HypeNetConfig  # noqa: E402
@@ -696,7 +698,7 @@ def test_state_size():
 def options(recipe="paper", **changes):
     """The options of a recipe, as halo.py hands them on."""
     rows = dict(halo.RECIPES[recipe], max_ctx=512, changes={}, device="cpu")
-    return argparse.Namespace(**vars(halo.get_args([])) | rows | changes)
+    return argparse.Namespace(**vars(cli.get_args(halo, [])) | rows | changes)
 
 
 @pytest.mark.parametrize("family", [BIASES, GPT2], ids=["rope", "gpt2"])
@@ -802,7 +804,7 @@ def test_compare_is_its_formula():
     model, other, prompts = tiny(dtype=torch.float32), tiny(1, torch.float32), some_ids(6, T)
     idx, targets = prompts[:, :-1], prompts[:, 1:]
     batches = [(idx[:2], targets[:2]), (idx[2:], targets[2:])]
-    same, pair = (halo.compare(model, m, batches) for m in (model, other))
+    same, pair = (reports.compare(model, m, batches) for m in (model, other))
     assert same["kl"] == pytest.approx(0, abs=1e-6) and same["top1_agreement"] == 1
     assert pair["kl"] == pytest.approx(halo.distil_loss(other, model, idx, targets, "forward", 0).item())
     assert pair["val_loss"]["student"] == pytest.approx(other(idx, targets)[1].item(), rel=1e-5)
@@ -819,36 +821,36 @@ def test_what_is_found_is_reported(monkeypatch, capsys):
     def recall(model, corpus, length, trials, task):
         asked.append((length, trials, task))
         return None, torch.ones(trials) / (4 if task == "S1" else 2)
-    monkeypatch.setattr(halo, "recall", recall)
+    monkeypatch.setattr(reports, "recall", recall)
     monkeypatch.setattr(model.config, "limit", lambda: 4000, raising=False)
     for device, varied in itertools.product(("cpu", "cuda"), (0.0, 0.3)):
         asked.clear()
         o = types.SimpleNamespace(device=device, varied=varied, trials=20, length=96)
-        shares = halo.shares(model, corpus, [96, 2048, 9999], o)
+        shares = reports.shares(model, corpus, [96, 2048, 9999], o)
         assert shares.pop("passkey") == {"96": 0.25, "2048": 0.25, "9999": None}
         assert shares == ({"multikey": {"96": None, "2048": 0.5, "9999": None}} if varied else {})
         assert asked[:2] == [(96, 20, "S1"), (2048, 5 if device == "cpu" else 20, "S1")]
     report = dict(layers="LA", params=dict(teacher=1, student=2), val_loss=dict(teacher=1.0, student=2.0),
                   kl=0.1, top1_agreement=0.5, tokens=10, seconds=60, peak_gb=None, logit_base=None,
                   passkey=dict(teacher={"64": 1.0}, student={"64": 0.5, "128": 0.25}))
-    halo.print_report(report)
+    reports.print_report(report)
     plain = capsys.readouterr().out
-    halo.print_report(report | dict(multikey=dict(teacher={"64": None}, student={"64": 0.75})))
+    reports.print_report(report | dict(multikey=dict(teacher={"64": None}, student={"64": 0.75})))
     table = capsys.readouterr().out
-    assert re.search(r"pass key found in 128 tokens +- +25%", plain) and "four" not in plain
-    assert re.search(r"one of four found in 64 tokens +- +75%", table)
+    assert re.search(r"pass key found in 128 tokens +- +25%", plain) and "of 4" not in plain
+    assert re.search(r"1 of 4 keys found in 64 tokens +- +75%", table)
 
 
 def test_tables_are_at_most_100_columns_wide(capsys):
     """The tables of selection and report fit a terminal of 100 columns, at the size of a real model."""
     numbers = {f"{name}{kind}{se}": -12.3456 for name in "RC" for kind in ("", "_kept") for se in ("", "_se")}
     layers = "LA" * 24
-    halo.print_scores([dict(numbers, score=-123.456, must=False)] * 48, layers, 12.3456)
+    reports.print_scores([numbers] * 48, [(False, -123.456)] * 48, layers, 12.3456)
     report = dict(layers=layers, params=dict(teacher=14 * 10 ** 9, student=14 * 10 ** 9), kl=0.1,
                   val_loss=dict(teacher=12.3456, student=12.3456), top1_agreement=0.5, tokens=10 ** 9,
                   seconds=1e5, peak_gb=139.5, logit_base=500.0,
                   passkey=dict(teacher={}, student={"262144": 1.0}))
-    halo.print_report(report)
+    reports.print_report(report)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 60 and max(map(len, lines)) <= 100
 
@@ -975,7 +977,10 @@ def data_of(home):
 
 def convert(home, out, *argv, steps=8, teacher="teacher"):
     """Run halo.py, so many steps a stage, each of two sequences of 96 tokens. Returns its report."""
-    plan = [f"{stage}.{key}={x}" for stage in ("align", "distil", "finetune", "group")
+    flags = dict(zip(argv, argv[1:]))
+    training = flags.get("--training") or halo.RECIPES[flags.get("--recipe", "paper")]["training"]
+    stages = ["group"] if training == "progressive" else ["align", "distil", "finetune"]
+    plan = [f"{stage}.{key}={x}" for stage in stages
             for key, x in dict(length=96, batch=2, tokens=192 * steps).items()]
     halo.main(["--teacher", str(home / teacher), "--data", *data_of(home), "--out", str(out),
                "--device", "cpu", "--plan", *plan, "--trials", "5", "--eval-windows", "4",
@@ -990,8 +995,8 @@ def log_of(out):
 
 def held_out_loss(home, out):
     """The held-out loss of the model in a folder, measured anew."""
-    batches = halo.Corpus(Tokenizer.load(out), data_of(home)).held_out_batches(96, 4)
-    return pytest.approx(halo.losses(HypeNet.from_pretrained(out), batches).mean().item(), rel=1e-6)
+    batches = text.Corpus(Tokenizer.load(out), data_of(home)).held_out_batches(96, 4)
+    return pytest.approx(reports.losses(HypeNet.from_pretrained(out), batches).mean().item(), rel=1e-6)
 
 
 @pytest.fixture(scope="session")
@@ -1069,12 +1074,12 @@ def test_report(recipe, runs, home):
     ("article", None, 0, 0), ("article", "group1", 4, 0), ("article", "group2", 1, 0)])
 def test_a_run_repeats(recipe, stage, step, crash, runs, home, tmp_path, monkeypatch, capsys):
     """One seed gives one run, bit for bit, even if SIGTERM or a crash stops it and --resume goes on."""
-    def log(run, plain=halo.Run.log, **record):
-        plain(run, **record)
+    def log(a_run, plain=run.Run.log, **record):
+        plain(a_run, **record)
         if (record["stage"], record["step"]) == (stage, step):
             if crash:
                 raise SystemExit(1)
-            assert signal.getsignal(signal.SIGTERM) == run.on_signal        # else these tests would end here
+            assert signal.getsignal(signal.SIGTERM) == a_run.on_signal      # else these tests would end here
             signal.raise_signal(signal.SIGTERM)
     out, ref = tmp_path / "run", runs[recipe][0]
     if stage is None:
@@ -1083,7 +1088,7 @@ def test_a_run_repeats(recipe, stage, step, crash, runs, home, tmp_path, monkeyp
         assert log_of(tmp_path / "other")[0]["loss"] != log_of(ref)[0]["loss"]
     else:
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-            patch.setattr(halo.Run, "log", log)
+            patch.setattr(run.Run, "log", log)
             convert(home, out, "--recipe", recipe)
         assert crash or stop.value.code == 130 and f"--resume {out}" in capsys.readouterr().err
         assert not (out / "report.json").exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -1127,7 +1132,8 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
     def recall(model, corpus, length, *rest, plain=halo.recall, **kind):  # short texts, for speed
         return plain(model, corpus, length if "--max-ctx" in row else min(length, 192), *rest, **kind)
     monkeypatch.setattr(halo, "distil_loss", distil_loss)
-    monkeypatch.setattr(halo, "recall", recall)
+    for module in (halo, reports):
+        monkeypatch.setattr(module, "recall", recall)
     teacher, flags = (flags[1], []) if flags[0] == "--teacher" else ("teacher", flags)
     report = convert(home, out, "--recipe", recipe, "--layers", "ends", *flags, steps=2, teacher=teacher)
     config, flag = vars(HypeNet.from_pretrained(out).config), dict(zip(flags[::2], flags[1::2]))
@@ -1153,11 +1159,12 @@ def test_layers_and_base_are_chosen_by_what_training_hides(home, tmp_path, monke
     def recall(model, corpus, length, trials, seed=0, task="S1", varied=0.0, plain=halo.recall):
         shares.setdefault((seed, task), set()).add(varied)
         return plain(model, corpus, min(length, 400), trials, seed, task, varied=varied)
-    monkeypatch.setattr(halo, "recall", recall)
+    for module in (halo, reports):
+        monkeypatch.setattr(module, "recall", recall)
     report = convert(home, tmp_path / "run", "--logit-base", "fit", "--plan", "distil.varied=0.4", steps=2)
     assert shares == {(0, "S1"): {0.4, 0.0}, (1, "S1"): {0.4}, (0, "multi-key"): {0.0}}
     assert report["multikey"]["student"].keys() == report["passkey"]["student"].keys()
-    assert "one of four found in 1,536 tokens" in capsys.readouterr().out
+    assert "1 of 4 keys found in 1,536 tokens" in capsys.readouterr().out
     file = tmp_path / "run" / "run.json"
     run = json.loads(file.read_text())
     run["done"]["plans"]["finetune"]["tokens"] *= 2
@@ -1222,7 +1229,7 @@ def test_pretrain(home, tmp_path, monkeypatch):
 def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
     """A base costs the held-out loss plus the loss of answers, and the report asks for other answers. No base
     is tried after one that costs 0.02 more than the best."""
-    model, corpus, seeds = tiny(dtype=torch.float32), halo.Corpus(Tokenizer.bytes()), set()
+    model, corpus, seeds = tiny(dtype=torch.float32), text.Corpus(Tokenizer.bytes()), set()
 
     def found(student, corpus, length, trials, seed, varied):
         seeds.add((seed, varied))
@@ -1255,11 +1262,11 @@ def test_teacher_is_made_once(home, tmp_path, monkeypatch, capsys):
     shutil.rmtree("out")
     made = []
     with monkeypatch.context() as patch:
-        patch.setattr(halo, "run_main", made.append)
+        patch.setattr(cli, "run_main", lambda _, argv: made.append(argv))
         for plain in (True, False):
-            o = halo.get_args([*argv, *["--plain"] * plain])
-            halo.settle(o)
-            halo.make_teacher(o)
+            o = cli.get_args(halo, [*argv, *["--plain"] * plain])
+            cli.settle(halo, o)
+            cli.make_teacher(halo, o)
     assert ["--plain" in nested for nested in made] == [True, False]
     halo.main([*argv, "--keep", "2", "--transfer", "off"])
     assert "trained first" in capsys.readouterr().out

@@ -12,19 +12,16 @@ A Probe has the interface of a Run. Its stages take a few steps on random ids, a
 
 A plan has steps, total (tokens), length, batch, lr, lr_end and rate(step). rows_of(corpus, stage, plan) is a
 function step -> ids (batch, length + 1). corpus.advance(plan) is called when a stage has ended.
-Read Run and Stage first. Memory, recordings and estimates come after them.
+Read Run and Stage first. Memory and recordings come after them.
 """
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -433,105 +430,3 @@ def recorded(work, rows, plain=False):
         graph.replay()
         return result
     return replay
-
-
-# ---- options -----------------------------------------------------------------------------------------------
-
-
-def refuse(rows):
-    """ValueError with the message of the first of rows (wrong, message) that is wrong."""
-    for wrong, message in rows:
-        if wrong:
-            raise ValueError(message)
-
-
-def teacher_argv(args):
-    """The command line that trains the teacher of a run, or goes on with it."""
-    argv = ["--device", args.device]
-    if os.path.exists(os.path.join(args.path, "run.json")):
-        return [*argv, "--resume", args.path]
-    argv += ["--pretrain", "--teacher", args.teacher, "--out", args.path, "--seed", str(args.seed)]
-    argv += ["--dry-run"] * args.dry_run + ["--plain"] * args.plain
-    argv += ["--data", *args.data] if args.data else []
-    plan = [item for item in args.plan if item.startswith("pretrain.")]
-    return argv + (["--plan", *plan] if plan else [])
-
-
-# ---- what a run will cost ----------------------------------------------------------------------------------
-
-
-def check_disk(folder, gigabytes):
-    """ValueError if the disk of a folder, which need not exist yet, has less room."""
-    parent = next(p for p in (Path(folder).absolute() / "x").parents if p.exists())
-    free = shutil.disk_usage(parent).free / 1e9
-    if gigabytes > free:
-        raise ValueError(f"checkpoints and student need {gigabytes:.0f} GB of disk, {parent} has {free:.0f}; "
-                         "let --out name a folder on a larger one")
-
-
-def cpu_hours(params, tokens):
-    """A guess at the hours that training takes on this CPU: 8 operations per parameter and token, at half the
-    rate of a large matrix product."""
-    a, b = torch.randn(2, 1024, 1024)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - began)
-    rate = 2 * 1024 ** 3 / min(seconds)
-    return 8 * params * tokens / (rate / 2) / 3600
-
-
-def change_plans(plans, items):
-    """Change entries of plans, in place, by items STAGE.FIELD=X."""
-    for item in items:
-        key, _, value = item.partition("=")
-        stage, _, field = key.partition(".")
-        types = {f.name: f.type for f in fields(next(iter(plans.values())))}
-        if stage not in plans or field not in types:
-            raise ValueError(f"--plan {item}: STAGE is one of {', '.join(plans)}; FIELD one of "
-                             + ", ".join(types))
-        try:
-            plans[stage] = replace(plans[stage], **{field: types[field](float(value))})
-        except (ValueError, OverflowError):
-            raise ValueError(f"--plan {item}: {value!r} is no number") from None
-
-
-def read_set(items, known):
-    """The items FIELD=X of --set as a dict; X is JSON, or else a string."""
-    changes = {}
-    for item in items:
-        key, _, value = item.partition("=")
-        if key not in known:
-            raise ValueError(f"--set {item}: fields are {', '.join(known)}")
-        try:
-            changes[key] = json.loads(value)
-        except ValueError:
-            changes[key] = value
-    return changes
-
-
-def print_plan(corpus, plans, found):
-    """The text of a run, and a row for each stage: with the findings of a Probe also memory, speed, time."""
-    total = sum(plan.total for plan in plans.values())
-    for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
-        n = sum(source.sizes)
-        read = share * total
-        rounds = f" ({read / n:.1f} rounds, each in a new order)" if read > n else ""
-        print(f"text {' '.join(paths)}: {n:,} tokens to train on, of which this run reads {read:,.0f}{rounds}"
-              f"; {len(source.held_out):,} held out")
-    seconds = sum(plan.total / found[name][1] for name, plan in plans.items()) if found else 0
-    unit, in_unit = ("hours", 3600) if seconds >= 3600 else ("minutes", 60)
-    header = f"{'stage':9s}{'tokens':>14s}{'steps':>8s}{'length':>7s}{'batch':>7s}  learning rate"
-    print(header + f"{'at once':>9s}{'peak GB':>9s}{'tok/s':>11s}{unit:>9s}" * bool(found))
-    for name, plan in plans.items():
-        row = f"{name:9s}{plan.total:14,}{plan.steps:8,}{plan.length:7,}{plan.batch:7,}"
-        row += f"  {f'{plan.lr:.0e}->{plan.lr_end:.0e}':13s}"
-        if found:
-            at_once, speed, peak = found[name]
-            row += f"{at_once:9,}{peak:9.1f}{speed:11,.0f}{plan.total / speed / in_unit:9.2f}"
-        print(row.rstrip())
-    if found:
-        print(f"{seconds / in_unit:.1f} {unit} in all, without measuring. at once: sequences of a batch that "
-              "go through\ntogether; the others follow, with the same result")
-    print(flush=True)

@@ -38,6 +38,7 @@ import kernel  # noqa: E402
 import sample  # noqa: E402
 import support.common as common  # noqa: E402
 import support.fast as fast  # noqa: E402
+import support.options as cli  # noqa: E402,F401
 import support.pretrained as pretrained  # noqa: E402
 import support.recall as recall  # noqa: E402
 import support.run as run  # noqa: E402,F401
@@ -2064,13 +2065,13 @@ def test_has_room():
 
 def test_a_log_cut_off_is_read(tmp_path):
     """The last line of a log may be half a line: it is dropped with those that will be written again."""
-    run = halo.Run(str(tmp_path), {})
-    run.close()
+    a_run = run.Run(str(tmp_path), {})
+    a_run.close()
     for step in (1, 2, 3):
-        run.log(stage="align", step=step)
+        a_run.log(stage="align", step=step)
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"stage": "al')
-    run.trim_log("align", 2)
+    a_run.trim_log("align", 2)
     assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")] == [1, 2]
 
 
@@ -2086,7 +2087,8 @@ def test_plain_and_device_can_change_on_resume(runs):
     """A stopped run goes on with its own options. Only the device can change, and --plain be added."""
     first = ["--resume", str(runs["paper"][0])]
     for more in [], ["--plain"], ["--device", "cuda", "--plain"]:
-        args, own = halo.resumed(halo.get_args(first + more), first + more), halo.get_args(more)
+        args = cli.resumed(halo, cli.get_args(halo, first + more), first + more)
+        own = cli.get_args(halo, more)
         assert (args.plain, args.device) == (own.plain, own.device or "cpu") and args.trials == 5 and args.out
 
 
@@ -2187,7 +2189,7 @@ def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
             again = record(work, rows, no_graph) if GPU else work(rows)
             places = [(p, p.grad) for p in module.parameters() if p.grad is not None]
             def replay(rows):
-                if isinstance(a_run, halo.Run):                             # a probe replays its own
+                if isinstance(a_run, run.Run):                             # a probe replays its own
                     replays[stage] = replays.get(stage, 0) + 1
                 if GPU:
                     return again(rows)
@@ -2244,7 +2246,7 @@ def test_plan_says_how_long(speed, rows, total, capsys):
     corpus = types.SimpleNamespace(paths=[["text"]], shares=[1.0], sources=[
         types.SimpleNamespace(sizes=[100], held_out=range(7))])
     plans = dict(align=halo.Plan(6e6, 100, 10, 1e-3, 1e-4), distil=halo.Plan(1e6, 100, 10, 1e-3, 1e-4))
-    halo.print_plan(corpus, plans, {stage: (10, speed, 1.5) for stage in plans})
+    cli.print_plan(corpus, plans, {stage: (10, speed, 1.5) for stage in plans})
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines()[1:])) <= 100
     assert total in out and all(re.search(rf"^{stage} .* {x}$", out, re.M) for stage, x in zip(plans, rows))
@@ -2259,24 +2261,25 @@ def test_what_cannot_fit_is_refused(monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("out of memory")
     monkeypatch.setattr(halo, "make_twins", full)
     with one_line("--recipe article"):
-        halo.probe(teacher, None, dict(align=None), options(tokenizer=tokenizer))
+        cli.probe(halo, teacher, None, dict(align=None), options(tokenizer=tokenizer))
     with one_line("--groups"):
-        halo.probe(teacher, None, dict(group=a_plan(640, 64, 5)), options("article", tokenizer=tokenizer))
+        article = options("article", tokenizer=tokenizer)
+        cli.probe(halo, teacher, None, dict(group=a_plan(640, 64, 5)), article)
     for plans, args in ((dict(align=None), options()), (dict(group=None), options("article"))):
-        gigabytes = halo.disk_gb(teacher, plans, args)
-        run.check_disk(tmp_path / "run", gigabytes)
+        gigabytes = cli.disk_bytes(halo, teacher, plans, args)
+        cli.check_disk(tmp_path / "run", gigabytes)
         with monkeypatch.context() as patch, one_line("--out", str(tmp_path)):
             patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
-            run.check_disk(tmp_path / "a" / "run", gigabytes)
+            cli.check_disk(tmp_path / "a" / "run", gigabytes)
 
 
 def test_plans_of_real_teachers(monkeypatch, tmp_path):
     """A teacher of the hub, or a folder of much weight, gets the paper's plan and fineweb, any other
     that of tiny and the standard library; the article's plan is 2.3B tokens, 2M a step."""
-    monkeypatch.setattr(halo, "default_device", lambda name=None: "cuda")
+    monkeypatch.setattr(cli, "default_device", lambda name=None: "cuda")
     def plans(*argv):
-        args = halo.get_args(list(argv))
-        return halo.settle(args), args.data
+        args = cli.get_args(halo, list(argv))
+        return cli.settle(halo, args), args.data
     real, data = plans("--teacher", "gpt2-xl")
     assert data == ["fineweb"] and [(p.steps, p.length, p.batch) for p in real.values()] == [
         (19531, 512, 32), (20345, 512, 96), (477, 16384, 128)]
@@ -2294,7 +2297,7 @@ def test_probe_measures_every_stage(monkeypatch, tmp_path):
     write_documents(tmp_path / "text.jsonl", some_documents(words=400))
     teacher, tokenizer = tiny(dtype=torch.float32, vocab_size=256, layers="AAAA"), Tokenizer.bytes()
     before = {name: w.clone() for name, w in teacher.state_dict().items()}
-    corpus, steps = halo.Corpus(tokenizer, [str(tmp_path)], cell=64), []
+    corpus, steps = text.Corpus(tokenizer, [str(tmp_path)], cell=64), []
 
     def step(optimizer, plain=torch.optim.AdamW.step):
         weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -2305,7 +2308,7 @@ def test_probe_measures_every_stage(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     for recipe, stages in dict(paper=["align", "distil", "finetune"], article=["group"]).items():
         args = options(recipe, tokenizer=tokenizer)
-        found = halo.probe(teacher, corpus, {stage: a_plan(640, 64, 5) for stage in stages}, args)
+        found = cli.probe(halo, teacher, corpus, {stage: a_plan(640, 64, 5) for stage in stages}, args)
         assert list(found) == stages and all(m == 5 and speed > 0 for m, speed, _ in found.values())
         assert not corpus.taken.any()
     assert len(steps) == 3 * 3 + 3 * 2                                      # stages, and groups
@@ -2329,9 +2332,12 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--window -1": "window", "--retention 1": "retention", "--trials 0": "trials", "--budget 0": "budget",
     "--logit-base 1": "logit-base", "--logit-base long": "logit-base", "--logit-base inf": "logit-base",
     "--budget nan": "budget", "--budget inf": "budget", "--plan distil.token=1": "lr_end",
-    "--plan a=1": "distil", "--plan align.recall=0 align.varied=0.5": "varied",
-    "--plan align.tokens=many": "number", "--plan align.tokens=-1": "--plan",
-    "--plan align.lr=nan": "--plan", "--plan align.length=40": "align", "--set gate=true": "gate",
+    "--plan a=1": "distil", "--plan align.recall=0 align.varied=0.5": "varied=0.5",
+    "--plan align.tokens=many": "number", "--plan align.tokens=-1": "align.tokens=-1",
+    "--plan align.batch=2.5": "align.batch=2.5", "--plan group.lr=1e-3": "finetune",
+    "--plan align.lr=nan": "align.lr=nan", "--plan pretrain.lr=1": "pretrain.lr=1",
+    "--teacher": "teacher", "--out=": "empty", "--resume=": "empty",
+    "--plan align.length=40": "align", "--set gate=true": "gate",
     "--set window=0": "window", "--set n_embd=64": "n_embd", "--set linear_kv_head=3": "linear_kv_head",
     "--device tpu": "no such device", "--device mps": "mps", "--data {}/no.txt": "no.txt",
     "--data {}/teacher": ".jsonl", "--data {}/bad.jsonl": "bad.jsonl", "--data {}/short.txt": "--data",
@@ -2359,8 +2365,8 @@ def test_bad_input_is_one_line(given, runs, home, tmp_path, monkeypatch, capsys)
     (home / "plain.txt.gz").write_text("not compressed\n")
     (home / "cut.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(3000))[:1500])
     monkeypatch.setattr(halo, "train", lambda *_: pytest.fail("training began"))
-    device = halo.default_device
-    monkeypatch.setattr(halo, "default_device", lambda name=None: device(name or "cpu"))
+    device = cli.default_device
+    monkeypatch.setattr(cli, "default_device", lambda name=None: device(name or "cpu"))
     argv = given.replace("{}", str(home)).split()
     if "--resume" not in given:                                             # else it takes no other flags
         argv = ["--teacher", str(home / "teacher"), "--out", str(tmp_path / "run"), *argv]
@@ -2772,7 +2778,7 @@ class HaloProcesses:
         self.calls, self.seen, self.error = [], set(), None
 
     def __call__(self, argv, env, **_):
-        args = halo.get_args(argv[2:])
+        args = cli.get_args(halo, argv[2:])
         self.calls.append(argv)
         self.seen.add((env["CUDA_VISIBLE_DEVICES"], args.trials))
         if self.error:

@@ -1,0 +1,485 @@
+"""The command line of halo.py: from flags to a run. Every function gets the module halo itself as its first
+argument, because halo.py stands above this file: its tables are the flags, its functions do the work.
+
+    get_args    flags -> args. A row of the recipe is a flag
+    settle      args -> the plan of each stage to come. What does not go together is refused here
+    load_teacher, open_text, probe    what the run works with, checked before the run begins
+    run_main    all of it, in this order; then the run
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hypenet import DECAYS, HypeNetConfig
+from support import fast, pretrained
+from support.common import Parser, command_line, default_device, filled, number
+from support.recall import plant
+from support.report import finish, finish_pretrained
+from support.run import Probe, Run, new_folder, options_of
+from support.text import Corpus
+from support.tokens import Tokenizer, check_tokenizer
+from support.writer import teacher_text
+
+# ---- flags -------------------------------------------------------------------------------------------------
+
+
+def get_args(halo, argv):
+    """The options of a command line. args.given: the flags that were written out."""
+    p = Parser(prog="halo.py", description=halo.__doc__.split("\n\n")[0], epilog="eq. N: of arXiv 2601.22156")
+    add = p.add_argument
+    many = dict(nargs="+", action="extend")
+    add("--teacher", type=filled, default="tiny",
+        help="tiny: shipped, 1M parameters. mini, small (3.5M, 14M), tiny-gpt2, small-gpt2: trained first, "
+             "once, on a GPU. smollm2 (from pip), gpt2, gpt2-xl, Qwen/Qwen3-1.7B, another repository of the "
+             "hub, or a .gguf file: by the paper's plan, on a GPU. A folder of a GPT-2, Llama or Qwen, or of "
+             "--pretrain: by its size")
+    add("--recipe", default="paper", choices=halo.RECIPES,
+        help="whose values the rows below take; default: paper")
+    add("--out", type=filled, help="folder of the run; default: out/TEACHER-RECIPE, then -2, -3, ...")
+    add("--resume", type=filled, metavar="RUN",
+        help="go on with the run in this folder, by its own options; --device and --plain can be given too")
+    add("--data", **many, type=filled, metavar="PATH[:WEIGHT]",
+        help="text to train on. stdlib: source of Python's standard library, the default. teacher: text that "
+             "the teacher writes, the default of smollm2 and .gguf files. fineweb: fetched as needed, the "
+             "default of other real teachers. Or files and folders: .txt, .jsonl, .parquet (field text), .gz "
+             "of the first two, .bin (llm.c's shards of GPT-2 tokens; val in the name: held out). Weights: "
+             "shares of sequences: web/:0.7 books/:0.3")
+    add("--device", type=filled, help=f"cuda, mps or cpu; default here: {default_device()}")
+    add("--micro", type=number(int, 1), metavar="N", help="sequences that go through the models at once, at "
+        "most; default: as many as fit, up to 131,072 tokens")
+    add("--plain", action="store_true", help="on a GPU, neither compile operations nor record steps")
+    add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and time, then end")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all random choices")
+    add("--budget", type=number(float, 1e-6), default=1.0, metavar="X", help="multiply all tokens by X")
+    add("--plan", **many, default=[], metavar="STAGE.FIELD=X",
+        help="change entries of the plan, such as distil.tokens=4e6 or align.lr=1e-3")
+    add("--pretrain", action="store_true",
+        help=f"train a teacher ({', '.join(halo.TEACHERS)}) from random weights; with --layers a hybrid")
+    add = p.add_argument_group("rows of the recipe").add_argument
+    for name, paper, article, allowed, text in halo.ROWS:
+        check = dict(choices=allowed) if isinstance(allowed, tuple) else dict(type=allowed, metavar="X")
+        add("--" + name.replace("_", "-"), **check, help=f"{text} (paper: {paper}; article: {article})")
+    add = p.add_argument_group("finer choices").add_argument
+    add("--keep", type=number(int, 1), metavar="N",
+        help="how many layers stay attention, with --layers swap, guarded, score, even; default: a quarter")
+    add("--groups", type=number(int, 0), default=0, metavar="N",
+        help="groups of linear layers in a progressive run; default: one per 6 layers, at least 2")
+    add("--transfer", choices=("on", "off"), default="on",
+        help="linear layers start from the weights of attention layers (on) or random (off)")
+    add("--retention", type=number(float, 0.001, 0.999), default=0.7, metavar="X",
+        help="share of the state that a new forget gate keeps at each token; default: 0.7")
+    add("--max-ctx", type=number(int, 1), default=65536 + 1024, metavar="N",
+        help="positions that a chunk HyPE model knows, for context and answer together")
+    add("--trials", type=number(int, 1), default=20, metavar="N",
+        help="questions asked at each length; at 64 times the length on a CPU a quarter; default: 20")
+    add("--eval-windows", type=number(int, 2), default=256, metavar="N",
+        help="held-out sequences that losses are measured on; default: 256")
+    add("--set", **many, default=[], metavar="FIELD=X",
+        help="set fields of the student's HypeNetConfig, such as linear_rope=false")
+    args = p.parse_args(argv)
+    args.given = sorted({a.split("=")[0] for a in argv if a.startswith("--")})
+    return args
+
+
+def resumed(halo, args, argv):
+    """The options of a run that was stopped. Only the device can change, and --plain be added."""
+    free = "--resume", "--device", "--plain"
+    given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in free]
+    refuse([(given, f"--resume takes its options from the run; leave out {' '.join(given)}")])
+    options = vars(get_args(halo, [])) | options_of(args.resume)
+    options["resume"] = args.resume
+    options["device"] = args.device or options["device"]
+    options["plain"] = args.plain or options["plain"]
+    return argparse.Namespace(**options)
+
+
+def refuse(rows):
+    """ValueError with the message of the first of rows (wrong, message) that is wrong."""
+    for wrong, message in rows:
+        if wrong:
+            raise ValueError(message)
+
+
+# ---- flags -> plans ----------------------------------------------------------------------------------------
+
+
+def settle(halo, args):
+    """Fill in what the options leave open. Returns the plans of the stages to come; ValueError for options
+    that do not go together."""
+    args.hybrid = args.layers is not None         # whether --pretrain trains a hybrid
+    free = args.device or args.dry_run or args.resume              # a CPU will do
+    args.device = default_device(args.device)
+    for name, value in halo.RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.path = halo.teacher_path(args.teacher)
+    size, weight = plan_of(halo, args)
+    local = args.teacher == "smollm2" or args.teacher.endswith(".gguf")       # for whoever lacks the hub
+    if size == "real" and not args.data:
+        args.data = ["teacher" if local else "fineweb"]
+    args.fused = size != "tiny" and args.device.startswith("cuda") and not args.plain
+    args.changes = read_set(args.set)
+    check_options(halo, args)
+    args.teacher_first = args.teacher in halo.TEACHERS and not weight and not args.pretrain
+    stages = ["align", "distil", "finetune"] if args.training == "staged" else ["group"]
+    stages = ["pretrain"] if args.pretrain else stages
+    plans = {stage: halo.PLANS[size][stage] for stage in ["pretrain"] * args.teacher_first + stages}
+    plans = {stage: replace(plan, tokens=plan.tokens * args.budget) for stage, plan in plans.items()}
+    change_plans(plans, args.plan)
+    if args.device == "cpu" and not free and ("pretrain" in plans or size in ("small", "real")):
+        check_hours(halo, args, size, weight, sum(plan.total for plan in plans.values()))
+    args.varied = plans["distil" if "distil" in stages else stages[0]].varied
+    return {stage: plans[stage] for stage in stages}
+
+
+def plan_of(halo, args):
+    """The name of the row of PLANS for a teacher, and the bytes of its weights: 0 if there are none yet."""
+    weight = sum(file.stat().st_size for file in Path(args.path).glob("*.safetensors"))
+    if args.teacher in halo.TEACHERS:
+        return args.teacher.split("-")[0], weight
+    if not os.path.isdir(args.path):
+        return "real", weight
+    return [name for name, least in halo.SIZES.items() if weight >= least][-1], weight
+
+
+def whole(text):
+    """A whole number, which may be written 4e6."""
+    value = float(text)
+    if value != int(value):
+        raise ValueError
+    return int(value)
+
+
+PLAN_FIELDS = {                                   # of halo.Plan: the numbers that --plan takes
+    "tokens": number(float, 1), "length": number(whole, 1), "batch": number(whole, 1),
+    "lr": number(float, 1e-30), "lr_end": number(float, 0), "recall": number(float, 0, 1),
+    "warmup": number(whole, 1), "varied": number(float, 0, 1), "weight_decay": number(float, 0),
+}
+
+
+def change_plans(plans, items):
+    """Change entries of plans, in place, by items STAGE.FIELD=X."""
+    for item in items:
+        key, _, value = item.partition("=")
+        stage, _, field = key.partition(".")
+        refuse([(stage not in plans, f"--plan {item}: the stages of this run are {', '.join(plans)}"),
+                (field not in PLAN_FIELDS, f"--plan {item}: the fields are {', '.join(PLAN_FIELDS)}")])
+        try:
+            plans[stage] = replace(plans[stage], **{field: PLAN_FIELDS[field](value)})
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"--plan {item}: {error}") from None
+    for stage, plan in plans.items():
+        refuse([(plan.varied and not plan.recall,
+                 f"--plan {stage}.varied={plan.varied}: a share of the sequences of recall, which are 0")])
+
+
+def read_set(items):
+    """The items FIELD=X of --set as a dict; X is JSON, or else a string. FIELD: a field of students alone."""
+    names = [field.name for field in fields(HypeNetConfig)]
+    known = [name for name in names[names.index("attn_position"):] if name != "logit_base"]
+    changes = {}
+    for item in items:
+        key, _, value = item.partition("=")
+        if key not in known:
+            raise ValueError(f"--set {item}: fields are {', '.join(known)}")
+        try:
+            changes[key] = json.loads(value)
+        except ValueError:
+            changes[key] = value
+    return changes
+
+
+def check_options(halo, args):
+    """ValueError for options that do not go together."""
+    layers = args.layers
+    scored = layers in halo.SCORED
+    staged = args.training == "staged"
+    try:
+        possible = args.logit_base in ("fit", "none") or 1 < float(args.logit_base) < math.inf
+    except ValueError:
+        possible = False
+    rows = [(not possible, f"--logit-base {args.logit_base}: give fit, none or a number above 1")]
+    for flag, possible, wants in (
+            ("--groups", not staged, "--training progressive"),
+            ("--retention", DECAYS[args.decay].width(1) > 0, "a --decay by gates, such as head or channel"),
+            ("--max-ctx", args.pe == "chunk", "--pe chunk"),
+            ("--kl", args.alpha < 1, "--alpha below 1"),
+            ("--keep", scored or layers == "even", f"--layers {', '.join(halo.SCORED)} or even")):
+        rows.append((flag in args.given and not possible, f"{flag} goes with {wants}"))
+    if args.pretrain:
+        rows += [(args.teacher not in halo.TEACHERS,
+                  f"--pretrain --teacher {args.teacher}: known sizes are {', '.join(halo.TEACHERS)}"),
+                 (args.hybrid and scored,
+                  f"--pretrain with --layers {layers}: no teacher to score; use ends, even or letters"),
+                 ((args.set or args.keep) and not args.hybrid,
+                  "--pretrain --set and --keep go with --layers: a hybrid"),
+                 (args.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")]
+        rows += [(flag in args.given, f"{flag} goes with a teacher, not with --pretrain")
+                 for flag in ("--alpha", "--kl", "--groups")]
+    else:
+        rows += [(not staged and scored,
+                  f"--training progressive with --layers {layers}: no stage 1 to score by; use ends or even"),
+                 (not staged and args.pe == "hype",
+                  "--training progressive with --pe hype: its attention does not train; use chunk or rope")]
+    refuse(rows)
+
+
+def check_hours(halo, args, size, weight, tokens):
+    """Refuse what takes hours on a CPU that nobody asked for."""
+    refuse([(size == "real", f"--teacher {args.teacher} is no folder of a small model, and wants a GPU; "
+             "--teacher tiny runs on a CPU, --device cpu tries it all the same")])
+    with torch.device("meta"):
+        params = weight / 2 or halo.HypeNet(halo.TEACHERS[args.teacher]).n_params()
+    raise ValueError(f"--teacher {args.teacher} wants a GPU: about {cpu_hours(params, tokens):,.1f} hours on "
+                     "this CPU; --teacher tiny takes minutes, --device cpu tries it all the same")
+
+
+def check_layers(halo, how, n_layer, keep):
+    letters = bool(how) and set(how) <= set("AL")
+    refuse([(not letters and how not in (*halo.SCORED, "even", "ends"),
+             f"--layers {how}: give {', '.join(halo.SCORED)}, even, ends, or a letter A or L for each layer"),
+            (letters and len(how) != n_layer,
+             f"--layers {how} names {len(how)} layers; the teacher has {n_layer}"),
+            (keep and keep >= n_layer, f"--keep {keep} leaves no linear layer: there are {n_layer} layers")])
+
+
+def check_stage_length(stage, plan, limit, args):
+    """ValueError if a stage's sequences are longer than its models know, or too short for a pass key."""
+    chunks = f" (--max-ctx {args.max_ctx})" if args.pe == "chunk" else ""
+    refuse([(plan.length > limit,
+             f"--plan {stage}.length={plan.length}: the model knows {limit} positions{chunks}")])
+    if plan.recall:
+        try:
+            plant(args.tokenizer, np.zeros(plan.length, np.int64), np.random.default_rng(0))
+        except ValueError as e:
+            raise ValueError(f"--plan {stage}.length: {e}, or {stage}.recall=0") from None
+
+
+# ---- teacher and text --------------------------------------------------------------------------------------
+
+
+def make_teacher(halo, args):
+    """Pretrain a teacher that is not there yet, or go on with it, and keep it for later runs."""
+    begun = os.path.exists(os.path.join(args.path, "run.json"))
+    if begun and args.dry_run:
+        print(f"--teacher {args.teacher} is half trained: --resume {args.path} goes on with it, as does "
+              "this run")
+        return
+    print(f"--teacher {args.teacher} is trained first, once, in {args.path}; its conversion follows\n",
+          flush=True)
+    argv = ["--device", args.device]
+    if begun:
+        argv += ["--resume", args.path]
+    else:
+        argv += ["--pretrain", "--teacher", args.teacher, "--out", args.path, "--seed", str(args.seed)]
+        argv += ["--dry-run"] * args.dry_run + ["--plain"] * args.plain
+        argv += ["--data", *args.data] if args.data else []
+        plan = [item for item in args.plan if item.startswith("pretrain.")]
+        argv += ["--plan", *plan] if plan else []
+    run_main(halo, argv)
+    print()
+
+
+def load_teacher(halo, plans, args):
+    """The teacher. What is wrong is found here, before stage 1. Sets args.tokenizer, and args.length: all is
+    measured at the distillation length and its multiples. A RoPE teacher's maximum is too long to test."""
+    args.tokenizer = Tokenizer.load(args.path)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    teacher = pretrained.load(args.path, dtype, args.device).requires_grad_(False)
+    check_tokenizer(args.tokenizer, teacher.config)
+    config = teacher.config
+    n_layer = len(config.layers)
+    check_layers(halo, args.layers, n_layer, args.keep)
+    student = halo.student_config(config, "L" * n_layer, args)
+    choose = partial(halo.choose_layers, args.layers, n_layer, keep=args.keep)
+    refuse([("L" in config.layers, f"--teacher {args.teacher} is a hybrid, {config.layers}: not a teacher"),
+            (args.layers not in halo.SCORED and "L" not in choose(),
+             f"--layers {args.layers} leaves nothing to convert"),
+            (student.key_dim > config.head_dim or student.linear_kv_head % config.n_kv_head,
+             f"--set: key_dim is at most the teacher's head_dim, {config.head_dim}, and linear_kv_head a "
+             f"multiple of its n_kv_head, {config.n_kv_head}")])
+    both = min(config.limit(), student.limit())
+    for stage, plan in plans.items():
+        limit = dict(align=config.limit(), finetune=student.limit()).get(stage, both)
+        check_stage_length(stage, plan, limit, args)
+    args.length = min(config.max_len, plans["group" if "group" in plans else "distil"].length)
+    plant(args.tokenizer, np.zeros(args.length, np.int64), np.random.default_rng(0))
+    return teacher
+
+
+def config_to_pretrain(halo, plans, args):
+    """The config of a teacher that is to be trained. Sets args.tokenizer and args.length, as load_teacher."""
+    config = halo.TEACHERS[args.teacher]
+    args.tokenizer = Tokenizer.bytes()
+    args.length = plans["pretrain"].length
+    check_stage_length("pretrain", plans["pretrain"], math.inf, args)
+    if args.hybrid:
+        check_layers(halo, args.layers, len(config.layers), args.keep)
+    return config
+
+
+def longest_text(halo, config, plans, args):
+    """The longest text that the run will read at once: of its measurements, not of its training."""
+    if args.pretrain:
+        return args.length * (64 if args.hybrid else 1) + 1
+    longest = 64 * args.length
+    if args.logit_base == "fit":
+        longest = max(longest, halo.fit_length(plans, args.length) + 1)
+    students = halo.student_config(config, "L" * len(config.layers), args).limit()
+    return max(min(longest, students + 1), min(16 * args.length, config.limit()))     # the teacher reads less
+
+
+def open_text(plans, longest, teacher, args):
+    """The Corpus of a run. Too little text is an error here, before stage 1."""
+    n_tokens = max(20 * longest, sum(plan.total for plan in plans.values()))
+
+    def write(share):                                              # for --data teacher
+        return teacher_text(teacher, args.path, args.tokenizer, share * n_tokens, args.seed, args.dry_run)
+    cell = max(plan.length for plan in plans.values())
+    corpus = Corpus(args.tokenizer, args.data, args.seed, cell, write=teacher and write)
+    corpus.windows(np.random.default_rng(0), 1, longest)
+    return corpus
+
+
+# ---- what a run will cost ----------------------------------------------------------------------------------
+
+
+def probe(halo, teacher, corpus, plans, args):
+    """What the stages cost on this device, see Probe.found; ValueError if they do not fit."""
+    layers = "even" if args.layers in halo.SCORED else args.layers      # nothing is selected, so any will do
+    args = argparse.Namespace(**vars(args) | dict(layers=layers))
+    run = Probe(vars(args), args.tokenizer.n_vocab)
+    how = halo.convert_progressive if "group" in plans else halo.convert_staged
+    try:
+        how(run, teacher, corpus, plans, args)
+    except torch.OutOfMemoryError:
+        way_out = "more --groups" if "group" in plans else "--recipe article, which trains groups of layers,"
+        raise ValueError(f"weights, gradients and optimizer state exceed the memory of {args.device}; give "
+                         f"{way_out} or a smaller --teacher") from None
+    return run.found
+
+
+def disk_bytes(halo, teacher, plans, args):
+    """What a run writes: two checkpoints (the old one stays until the new one is written), the student and,
+    in a progressive run, a model for each group."""
+    n_groups = 0
+    if "group" in plans:
+        layers = halo.choose_layers(args.layers, len(teacher.config.layers), keep=args.keep)
+        n_groups = len(halo.groups_of(layers, args.groups))
+    return (28 / max(1, n_groups) + 4 * (1 + n_groups)) * teacher.n_params()
+
+
+def check_disk(folder, n_bytes):
+    """ValueError if the disk of a folder, which need not exist yet, has less room."""
+    parent = next(p for p in (Path(folder).absolute() / "x").parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if n_bytes > free:
+        raise ValueError(f"checkpoints and student need {n_bytes / 1e6:,.0f} MB of disk, {parent} has "
+                         f"{free / 1e6:,.0f} MB; let --out name a folder on a larger one")
+
+
+def cpu_hours(params, tokens):
+    """A guess at the hours that training takes on this CPU: 8 operations per parameter and token, at half the
+    rate of a large matrix product."""
+    a, b = torch.randn(2, 1024, 1024)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    rate = 2 * 1024 ** 3 / min(seconds)
+    return 8 * params * tokens / (rate / 2) / 3600
+
+
+def print_plan(corpus, plans, found):
+    """The text of a run, and a row for each stage: with the findings of a Probe also memory, speed, time."""
+    total = sum(plan.total for plan in plans.values())
+    for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
+        n = sum(source.sizes)
+        read = share * total
+        rounds = f" ({read / n:.1f} rounds, each in a new order)" if read > n else ""
+        print(f"text {' '.join(paths)}: {n:,} tokens to train on, of which this run reads {read:,.0f}{rounds}"
+              f"; {len(source.held_out):,} held out")
+    seconds = sum(plan.total / found[name][1] for name, plan in plans.items()) if found else 0
+    unit, in_unit = ("hours", 3600) if seconds >= 3600 else ("minutes", 60)
+    header = f"{'stage':9s}{'tokens':>14s}{'steps':>8s}{'length':>7s}{'batch':>7s}  learning rate"
+    print(header + f"{'at once':>9s}{'peak GB':>9s}{'tok/s':>11s}{unit:>9s}" * bool(found))
+    for name, plan in plans.items():
+        row = f"{name:9s}{plan.total:14,}{plan.steps:8,}{plan.length:7,}{plan.batch:7,}"
+        row += f"  {f'{plan.lr:.0e}->{plan.lr_end:.0e}':13s}"
+        if found:
+            at_once, speed, peak = found[name]
+            row += f"{at_once:9,}{peak:9.1f}{speed:11,.0f}{plan.total / speed / in_unit:9.2f}"
+        print(row.rstrip())
+    if found:
+        print(f"{seconds / in_unit:.1f} {unit} in all, without measuring. at once: sequences of a batch that "
+              "go through\ntogether; the others follow, with the same result")
+    print(flush=True)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+
+
+def run_main(halo, argv):
+    """All that a command line asks for."""
+    args = get_args(halo, argv)
+    if args.resume:
+        args = resumed(halo, args, argv)
+    options = dict(vars(args))
+    plans = settle(halo, args)
+    if args.teacher_first:
+        make_teacher(halo, args)
+        if args.dry_run:
+            return
+    fast.fuse((vars(halo), "token_losses"), backend="inductor" if args.fused else None)
+    name = os.path.basename(os.path.normpath(args.teacher))
+    folder = args.resume or new_folder(args.out, os.path.join("out", f"{name}-{args.recipe}"))
+    teacher = None if args.pretrain else load_teacher(halo, plans, args)
+    config = teacher.config if teacher else config_to_pretrain(halo, plans, args)
+    if teacher and not args.resume:
+        check_disk(folder, disk_bytes(halo, teacher, plans, args))
+    corpus = open_text(plans, longest_text(halo, config, plans, args), teacher, args)
+    found = {}
+    if args.device.startswith("cuda") and teacher and not args.resume:
+        found = probe(halo, teacher, corpus, plans, args)
+        torch.cuda.reset_peak_memory_stats(args.device)
+    print(f"teacher {args.teacher}: {len(config.layers)} layers, trained at {config.max_len} tokens | "
+          f"recipe {args.recipe} | device {args.device} | run {folder}")
+    print_plan(corpus, plans, found)
+    if not args.dry_run:
+        execute(halo, Run(folder, options), teacher, corpus, plans, args)
+
+
+def execute(halo, run, teacher, corpus, plans, args):
+    """The run itself: pretraining, or a conversion and its report."""
+    stages = {stage: vars(plan) for stage, plan in plans.items()}
+    try:
+        refuse([(run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"],
+                 f"--resume {args.resume}: the text has changed since it began; start a new run"),
+                (run.once("plans", lambda: stages) != stages,
+                 f"--resume {args.resume}: its stages are not this version's; start a new run")])
+        if args.pretrain:
+            finish_pretrained(run, halo.pretrain(run, corpus, plans, args), corpus, args)
+        else:
+            finish(run, teacher, halo.convert(run, teacher, corpus, plans, args), corpus, args)
+    finally:
+        run.close()
+
+
+def main(halo, argv):
+    def run(argv):
+        try:
+            run_main(halo, argv)
+        except torch.OutOfMemoryError:                             # outside of training, see within_memory
+            raise ValueError("the device ran out of memory: take a smaller --teacher or another --device"
+                             ) from None
+    command_line("halo.py", run, argv)

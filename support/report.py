@@ -1,0 +1,177 @@
+"""What is measured of models, and the tables that show it.
+
+    measure, losses, compare    loss, KL and agreement on held-out text
+    shares                      the share of hidden things that a model finds, by context length
+    print_scores, print_report  the tables of a run
+    finish, finish_pretrained   the end of a run: report.json, the files of the model, the last table
+"""
+import itertools
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from support.common import write_json
+from support.recall import has_room, recall
+from support.run import bf16, by_slices, peak_gb
+
+# ---- loss and agreement ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(models, batches):
+    """Means over the tokens of each sequence, (sequences, 1 or 4): the loss of each model in nats. Of two
+    models, teacher and student, also KL(teacher, student) and how often their likeliest next token agrees."""
+    def one(targets, *xs):
+        logs = [model.head(x).float().log_softmax(-1) for model, x in zip(models, xs)]
+        out = [-log.gather(-1, targets[:, None])[:, 0] for log in logs]
+        if len(logs) > 1:
+            t, s = logs
+            out.append(F.kl_div(s, t, reduction="none", log_target=True).sum(-1))
+            out.append((t.argmax(-1) == s.argmax(-1)).float())
+        return torch.stack(out, 1)                                  # (n, 1 or 4)
+    device = models[0].wte.weight.device
+    means = []
+    for idx, targets in batches:
+        idx, targets = idx.to(device), targets.to(device)
+        with bf16():
+            xs = [model.hidden(idx).flatten(0, 1) for model in models]
+            scores = torch.cat(by_slices(one, models[0].config.vocab_size, targets.flatten(), *xs))
+        means.append(scores.unflatten(0, idx.shape).mean(1).cpu())
+    return torch.cat(means)
+
+
+def losses(model, batches):
+    """Mean loss of each sequence, in nats per token."""
+    return measure([model], batches)[:, 0]
+
+
+def compare(teacher, student, batches):
+    """The same as means over all tokens, by name."""
+    t, s, kl, same = measure([teacher, student], batches).mean(0).tolist()
+    return dict(val_loss=dict(teacher=t, student=s), kl=kl, top1_agreement=same)
+
+
+# ---- recall ------------------------------------------------------------------------------------------------
+
+# Field of report.json -> (the task of support/recall.py, its title in the table). The second task is for
+# models that were trained to find more than pass keys.
+ASKED = {"passkey": ("S1", "pass key found"), "multikey": ("multi-key", "1 of 4 keys found")}
+
+
+def shares(model, corpus, lengths, args):
+    """The share of answers that a model finds: {field of ASKED: {length: share}}. The share is None past the
+    last position that the model knows, and where the text has no room for the task."""
+    asked = list(ASKED)[:2 if args.varied else 1]
+    found = {field: dict.fromkeys(map(str, lengths)) for field in asked}
+    for field, n in tqdm([*itertools.product(asked, lengths)], desc="recall   ", dynamic_ncols=True):
+        task, _ = ASKED[field]
+        if n <= model.config.limit() and has_room(task, n, corpus):
+            slow = args.device == "cpu" and n > 16 * args.length    # minutes
+            trials = max(1, args.trials // 4) if slow else args.trials
+            found[field][str(n)] = recall(model, corpus, n, trials, task=task)[1].mean().item()
+    return found
+
+
+def evaluate(teacher, student, corpus, args):
+    """The numbers of the report. Recall is asked for at 1 to 16 times the length of distillation, and of the
+    student at 64 times. Past its training length the number of keys grows, and s_t corrects for it."""
+    lengths = [n * args.length for n in (1, 2, 4, 16, 64)]
+    teachers = shares(teacher, corpus, lengths[:4], args)
+    students = shares(student, corpus, lengths, args)
+    numbers = compare(teacher, student, corpus.held_out_batches(args.length, args.eval_windows))
+    for field in students:
+        numbers[field] = dict(teacher=teachers[field], student=students[field])
+    return numbers
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def print_scores(scores, ranks, layers, teacher_loss):
+    """The table of selection: what halo.swap_scores measured of each layer, and what halo.rank made of it."""
+    kinds = {"": "if linear"}
+    if "R_kept" in scores[0]:
+        kinds["_kept"] = "if kept"
+    width = 19 * len(kinds)
+    titles = "".join(f"{title:>19s}" for title in kinds.values())
+    print(f"\n     {'recall (log p)':>{width}s}{'held-out loss':>{width}s}")
+    print(f"layer{titles}{titles}{'score':>10s}")
+    for i, (s, (must_stay, score)) in enumerate(zip(scores, ranks)):
+        recalls = "".join(f"{s['R' + kind]:9.3f} +- {s[f'R{kind}_se']:6.3f}" for kind in kinds)
+        its_losses = "".join(f"{-s['C' + kind]:9.4f} +- {s[f'C{kind}_se']:6.4f}" for kind in kinds)
+        note = "  (must stay: linear costs over 1 nat)" if must_stay else ""
+        print(f"{i:3d} {layers[i]}{recalls}{its_losses}{score:10.3f}{note}")
+    print(f"teacher's held-out loss {teacher_loss:.4f}; layers: {layers}\n")
+
+
+def percent(share):
+    return "-" if share is None else f"{share:.0%}"
+
+
+def print_report(r):
+    """The table of a conversion, from the fields of report.json."""
+    params = {model: f"{n:,}" for model, n in r["params"].items()}
+    width = max(10, len(params["student"]) + 1)
+
+    def row(title, teacher, student):
+        print(f"{title:34s}{teacher:>{width}s}{student:>{width}s}")
+    n_layer = len(r["layers"])
+    row("", "teacher", "student")
+    row("layers", "A" * n_layer if n_layer + 2 <= width else "all A", f"  {r['layers']}")
+    row("parameters", params["teacher"], params["student"])
+    row("held-out loss, nats a token", *(f"{r['val_loss'][model]:.4f}" for model in ("teacher", "student")))
+    row("KL to the teacher, nats a token", "", f"{r['kl']:.4f}")
+    row("same likeliest next token", "", f"{r['top1_agreement']:.1%}")
+    for field, (_, title) in ASKED.items():
+        for n, share in r[field]["student"].items() if field in r else ():
+            row(f"{title} in {int(n):,} tokens", percent(r[field]["teacher"].get(n)), percent(share))
+    peak = f", peak memory {r['peak_gb']:.1f} GB" if r["peak_gb"] else ""
+    scaling = f"logit base {r['logit_base']:g}" if r["logit_base"] else "no logit scaling"
+    print(f"{r['tokens']:,} training tokens, {r['seconds'] / 60:.1f} minutes{peak}, {scaling}\n")
+
+
+# ---- the end of a run --------------------------------------------------------------------------------------
+
+
+def finish(run, teacher, student, corpus, args):
+    """Measure a student, save it, write report.json, print the table. Returns the report."""
+    report = run.once("report", lambda: dict(
+        recipe=args.recipe, teacher=args.teacher, tokens=run.tokens, device=args.device, text=corpus.facts,
+        layers=student.config.layers, logit_base=student.config.logit_base,
+        params=dict(teacher=teacher.n_params(), student=student.n_params()),
+        **evaluate(teacher, student, corpus, args), seconds=run.seconds(), peak_gb=peak_gb(args.device)))
+    student.save_pretrained(run.folder)
+    args.tokenizer.save(run.folder)
+    write_json(run.path("report.json"), report)
+    print_report(report)
+    print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, log.jsonl\n\n"
+          f"python sample.py --model {run.folder} --ctx 65536")
+    return report
+
+
+def finish_pretrained(run, model, corpus, args):
+    """The same for a model that was trained from random weights: it has no teacher."""
+    args.tokenizer.save(run.folder)
+    model.save_pretrained(run.folder, torch.bfloat16)               # last: a folder with this file is whole
+    loss = losses(model, corpus.held_out_batches(args.length, args.eval_windows)).mean().item()
+    lengths = [n * args.length for n in ((1, 16, 64) if args.hybrid else (1,))]
+    found = shares(model, corpus, lengths, args)
+    write_json(run.path("report.json"), dict(
+        teacher=args.teacher, tokens=run.tokens, device=args.device, text=corpus.facts,
+        layers=model.config.layers, params=model.n_params(), val_loss=loss, **found, seconds=run.seconds()))
+    print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, "
+          f"{run.seconds() / 60:.1f} minutes")
+    for field, by_length in found.items():
+        for n, share in by_length.items():
+            print(f"{ASKED[field][1]} in {int(n):,} tokens {percent(share)}")
+    print(f"python {'sample.py --model' if args.hybrid else 'halo.py --teacher'} {run.folder}")
+
+
+def save_usable(run, stage, title, student, corpus, args):
+    """Save the model after a group of layers, for use; returns its held-out loss."""
+    student.save_pretrained(run.path(stage))
+    corpus.tokenizer.save(run.path(stage))
+    loss = losses(student, corpus.held_out_batches(args.length, args.eval_windows)).mean().item()
+    print(f"{title} | held-out loss {loss:.4f} | usable: {run.path(stage)}")
+    return loss
