@@ -6,10 +6,10 @@
     python halo.py --teacher small             convert a teacher of 14M parameters, on one GPU
     python halo.py --pretrain --out teacher    train the tiny teacher anew, on one GPU
 
-The paper's recipe (arXiv 2601.22156, section 4) has six stages. align, distil and finetune share the loop
-`train`.
+The paper's recipe (arXiv 2601.22156, section 4) has six steps. align, distil and finetune are training: the
+paper calls them stage 1, 2 and 3, and all three share the loop `train`.
 
-    stage     what trains              what it reads                    what it learns, or what comes out
+    step      what trains              what it reads                    what it learns, or what comes out
     transfer  nothing                  one batch of text                a linear twin of each attention layer
     align     each linear twin, alone  what its attention layer reads   what that layer writes (eq. 7)
     select    nothing                  held-out text                    which layers stay attention (eq. 8, 9)
@@ -27,14 +27,14 @@ Map of the file:
 
 Deviations from the paper, and what each buys:
     transfer  Least squares scales each column of W_o, so the twin starts near its attention layer.
-    align     A layer's error is divided by its target's mean square. Else clipping slows large outputs.
+    align     A layer's error is divided by its target's mean square. All layers then learn at one pace.
     select    `swap` compares a linear layer with attention without positions. `--layers score` is eq. 8.
     select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
-    all       Some rows of text hide something to recall. Plain text teaches small models recall too slowly.
+    data      For small models, some rows hide a thing to recall. Plain text teaches recall too slowly.
 
-Batches depend on (seed, stage, step), initial weights on the seed. On one CPU a run repeats exactly,
-and a stopped run goes on as if it had never stopped. The folder of a run holds log.jsonl (one line per step),
-one checkpoint per stage, report.json, and the student: config.json, model.safetensors, tokenizer.json.
+Batches depend on (seed, stage, step), initial weights on the seed. On one CPU a run repeats bit for bit, and
+a stopped run, if resumed, ends like one that never stopped. The folder of a run holds log.jsonl (one line per
+step), one checkpoint per stage, report.json, and the student: config.json, model.safetensors, tokenizer.json.
 """
 import math
 import os
@@ -67,8 +67,8 @@ SCORED = ("swap", "guarded", "score")               # ways to choose layers that
 # A recipe is a column of this table, and every row is a flag: an ablation is one flag.
 ROWS = (  # flag, the paper's value, the article's value, allowed values, help
     ("layers", "swap", "ends", str,
-     "the layers that stay attention. swap: those that lose more as linear layers than as attention without "
-     "positions. score: eq. 8. guarded: eq. 8, but differences in loss below the noise count as noise. even. "
+     "the layers that stay attention. swap: those that lose most as linear layers, compared with attention "
+     "without positions. score: eq. 8. guarded: eq. 8, with two guards against noise. even: evenly spaced. "
      "ends: the first and the last quarter. Or one letter per layer, such as LLALLLAL"),
     ("decay", "constant", "channel", tuple(DECAYS),
      "what linear layers forget. constant: eq. 19. none: nothing. head, channel: a learned gate for each "
@@ -96,9 +96,9 @@ class Plan:
     batch: int                       # sequences of a step
     lr: float
     lr_end: float
-    recall: float = 0.5              # share of sequences with a hidden key; plain text teaches recall slowly
+    recall: float = 0.5              # share of sequences that hide a key; plain text teaches recall slowly
+    varied: float = 0.0              # share of the sequences that hide a key that use other tasks
     warmup: int = 50                 # steps, at most a tenth of all
-    varied: float = 0.0              # share of those sequences that use other tasks
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
 
     @property
@@ -107,6 +107,7 @@ class Plan:
 
     @property
     def total(self):
+        """Tokens of whole steps."""
         return self.steps * self.length * self.batch
 
     def rate(self, step):
@@ -146,7 +147,6 @@ PLANS = {
         finetune=Plan(tokens=1e9, length=16384, batch=128, lr=1e-5, lr_end=1e-5, recall=0),
         group=Plan(tokens=2.3e9, length=1024, batch=2048, lr=1e-5, lr_end=1e-5, recall=0)),   # the article's
 }
-SIZES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # a folder: the plan follows its bytes of weights
 
 TINY = dict(layers="A" * 8, n_embd=96, n_head=3, n_kv_head=3, head_dim=32, max_len=256)
 MINI = dict(layers="A" * 8, n_embd=192, n_head=6, n_kv_head=2, head_dim=32, max_len=512)
@@ -165,7 +165,9 @@ TEACHERS = {                                     # what --pretrain can train; th
 def student_config(teacher, layers, args):
     """The config of a student with these layers; args: the options of a recipe."""
     extras = args.extras == "on"
-    chunk = min(2048, teacher.max_len // 4) if args.pe == "chunk" else None
+    chunk = None
+    if args.pe == "chunk":
+        chunk = min(2048, teacher.max_len // 4)                    # so that training meets several chunks
     config = dict(
         layers=layers,
         chunk=chunk,
@@ -179,20 +181,20 @@ def student_config(teacher, layers, args):
         linear_norm=extras,
         linear_gate=extras,
         linear_kv_head=teacher.n_head)
-    config |= args.changes
+    config |= args.changes                                         # fields given by --set
     narrow = config["key_dim"] < teacher.head_dim
-    config.setdefault("linear_qk_norm", extras and not narrow)     # low_rank_keys has applied QK-norm's gain
+    config.setdefault("linear_qk_norm", extras and not narrow)     # narrow keys contain QK-norm's gain
     return replace(teacher, **config)
 
 
 @torch.no_grad()
 def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
-    """A linear layer out of an attention layer: the same weights, KV heads cloned (paper eq. 13), gates
-    neutral. transfer False: a random layer. The twin reads one batch x (B,T,C) of the layer's inputs, and
-    least squares scales each input channel of its W_o to match attention's."""
+    """A linear layer out of an attention layer: the same weights, with KV heads cloned (paper eq. 13). A new
+    gate has the same value at every token. transfer False: a random layer. The twin reads one batch x (B,T,C)
+    of the layer's inputs. Least squares then scales each input channel of its W_o to match attention."""
     t = attn.config
     twin = LinearAttention(config).to(x.device)
-    if twin.forget is not None:                  # a new gate keeps the same share of the state at every token
+    if twin.forget is not None:
         nn.init.zeros_(twin.forget.weight)
         nn.init.constant_(twin.forget.bias, DECAYS[config.decay].bias(retention))
     if not transfer:
@@ -202,7 +204,8 @@ def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
     v = clone_heads(v, t.n_kv_head, clones)
     if config.key_dim < config.head_dim:
         q, k = low_rank_keys(attn, x, config.key_dim)              # one head of k for each query head
-        k = k.unflatten(0, (config.n_head, -1))[::config.n_head // config.linear_kv_head].flatten(0, 1)
+        group = config.n_head // config.linear_kv_head             # if heads share a k: the first one's
+        k = k.unflatten(0, (config.n_head, -1))[::group].flatten(0, 1)
     else:
         k = clone_heads(k, t.n_kv_head, clones)
     fill(twin.qkvz, torch.cat((q, k, v)))
@@ -237,7 +240,7 @@ def attention_twin(attn, config):
 @torch.no_grad()
 def low_rank_keys(attn, x, rank):
     """The q and k of width `rank` whose product best fits the teacher's before RoPE (SVD, Frobenius norm).
-    For a head, q . k = [x, 1] A_q^T A_k [x, 1]^T with A = [diag(gain / rms) W, bias]. The best
+    For a head, q_i . k_j = [x_i, 1] A_q^T A_k [x_j, 1]^T with A = diag(gain / rms) [W, bias]. The best
     approximation of A_q^T A_k of this rank is U_r Sigma_r V_r^T, and q and k each get sqrt(Sigma_r).
     1 / rms belongs to QK-norm and differs from token to token: its mean over one batch x (B,T,C) stands in.
     Returns the rows of q and of k, (H*rank, C+1) each, the bias in the last column."""
@@ -274,7 +277,7 @@ def clone_heads(rows, n_head, times):
 
 
 def fill(linear, rows):
-    """Copy rows into a Linear; their last column is the bias. Its remaining rows, a gate's, become 0."""
+    """Copy rows into a Linear; their last column is the bias. Other rows, of a gate, become 0."""
     n = len(rows)
     linear.weight[:n] = rows[:, :-1]
     linear.weight[n:] = 0
@@ -288,8 +291,8 @@ def teacher_layers(teacher, config, idx):
     """Run a teacher on idx (B,T). Yield for every layer what its twin needs: the attention layer, its input x
     (B,T,C) after the norm, where the tokens stand, and its output y (B,T,C). Attention uses the
     teacher's positions; twins use RoPE as config says."""
-    both = replace(config, attn_position=True, chunk=None, n_chunks=0)
-    where = locate(both, torch.arange(idx.size(1), device=idx.device)[None])
+    with_positions = replace(config, attn_position=True, chunk=None, n_chunks=0)
+    where = locate(with_positions, torch.arange(idx.size(1), device=idx.device)[None])
     h = teacher.embed(idx, where)
     for block in teacher.blocks:
         x = block.norm1(h)
@@ -302,8 +305,9 @@ def teacher_layers(teacher, config, idx):
 def make_twins(teacher, config, corpus, plan, args):
     """A linear twin of every attention layer, and the mean square of every layer's output, both from one
     batch of at most 2^14 tokens."""
-    one_batch = replace(plan, batch=min(plan.batch, max(1, 2 ** 14 // plan.length)))
-    rows = torch.from_numpy(training_rows(corpus, "transfer", one_batch)(0)).to(args.device)
+    batch = min(plan.batch, max(1, 2 ** 14 // plan.length))
+    rows_of = training_rows(corpus, "transfer", replace(plan, batch=batch))
+    rows = torch.from_numpy(rows_of(0)).to(args.device)            # of step 0
     twins = nn.ModuleList()
     squares = []
     with bf16():
@@ -316,7 +320,7 @@ def make_twins(teacher, config, corpus, plan, args):
 def assemble(source, config, mixers):
     """A model with this config and these mixers. All else is copied from the source, a teacher or student."""
     with torch.device(source.wte.weight.device):
-        model = HypeNet(replace(config))
+        model = HypeNet(replace(config))                           # all layers will share this copy
     shared = {name: w for name, w in source.state_dict().items() if ".mixer." not in name}
     missing = model.load_state_dict(shared, strict=False).missing_keys
     assert all(".mixer." in name or "chunk_embd" in name for name in missing), f"not transferred: {missing}"
@@ -360,15 +364,16 @@ def token_losses(logits_s, logits_t, targets, kl, alpha):
 
 
 def objective(student, teacher, kl, alpha):
-    """The loss function of a stage, for `train`. Chunk HyPE gives each sequence a random start position, so
-    that every chunk embedding is trained. CUDA graphs cannot call the host's
-    random generator, so a hash of the ids picks the start."""
+    """The loss function of a stage, for `train`: it yields one term. Chunk HyPE gives each sequence a random
+    start position, so that every chunk embedding is trained. A CUDA graph cannot call the host's random
+    generator, so a hash of the ids picks the start."""
     def loss_fn(idx, targets):
         c = student.config
+        T = idx.size(1)
         offset = None
         if c.chunk:
-            starts = max(0, c.chunk * c.n_chunks - idx.size(1)) + 1
-            offset = (idx * torch.arange(1, idx.size(1) + 1, device=idx.device) ** 2).sum(1) % starts
+            hashes = (idx * torch.arange(1, T + 1, device=idx.device) ** 2).sum(1)
+            offset = hashes % (max(0, c.chunk * c.n_chunks - T) + 1)
         yield distil_loss(student, teacher, idx, targets, kl, alpha, offset)
     return loss_fn
 
@@ -379,7 +384,7 @@ def objective(student, teacher, kl, alpha):
 def train(run, stage, plan, corpus, module, groups, loss_fn):
     """The one training loop (paper appendix B). groups are lists of the module's parameters: they train, and
     each list is clipped to a gradient norm of 1 by itself. loss_fn(idx, targets) yields terms of the loss,
-    one by one; their sum is the loss. `run` keeps the log and the checkpoints: a stopped stage goes on."""
+    one by one; their sum is the loss. `run` keeps log and checkpoints, so a stopped stage can be resumed."""
     params = only_train(module, groups)
     matrices = [p for p in params if p.dim() > 1]
     vectors = [p for p in params if p.dim() < 2]
@@ -405,8 +410,8 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
 
 
 def only_train(module, groups):
-    """Let the parameters of the groups train, and freeze all others of module. On a GPU those that train are
-    float32, frozen ones bfloat16. Returns a list of those that train."""
+    """Let the parameters of the groups train, and freeze all others of module. On a GPU, trained parameters
+    are float32 and frozen ones bfloat16. Returns the list of trained parameters."""
     params = [p for group in groups for p in group]
     trained = set(map(id, params))
     for p in module.parameters():
@@ -420,7 +425,7 @@ def backward(loss_fn, rows, at_once):
     """Add up gradients of rows (batch, length + 1) over micro-batches of at_once rows; returns the mean loss.
     Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone."""
     def forward(terms):
-        with bf16():                                               # the forward pass alone
+        with bf16():                                               # next() runs the forward pass of a term
             return next(terms, None)
     total = 0.0
     for part in rows.split(at_once):
@@ -437,14 +442,14 @@ def backward(loss_fn, rows, at_once):
 
 def convert_staged(run, teacher, corpus, plans, args):
     """The paper's HALO: align, select, distil, finetune. Returns the student."""
-    config = student_config(teacher.config, "L" * len(teacher.config.layers), args)
+    config = student_config(teacher.config, "L" * len(teacher.config.layers), args)    # all layers get a twin
     twins = align(run, teacher, config, corpus, plans["align"], args)
     layers = select(run, teacher, twins, config, corpus, args)
     config = replace(config, layers=layers)
     mixers = [attention_twin(block.mixer, config) if kind == "A" else twin
               for block, twin, kind in zip(teacher.blocks, twins, layers)]
     student = assemble(teacher, config, mixers)
-    del twins, mixers                                              # frees the twins of attention layers
+    del twins, mixers                                              # frees twins of layers that stay attention
     everything = [list(student.parameters())]
 
     # From here attention has no positions (HyPE). With RoPE the score of two tokens depends on their
@@ -457,7 +462,8 @@ def convert_staged(run, teacher, corpus, plans, args):
     # Stage 3 has long sequences, because attention must learn to find one key among thousands: stage 2 never
     # shows it so many. Stage 3 has no teacher: a small one cannot read such texts, a large one would cost
     # too much. The text itself is the target. So a student reads further than its teacher: attention ignores
-    # distance, linear states saturate by decay, and training showed it texts 4 to 32 times as long.
+    # distance, decay keeps linear states from growing with the text, and training showed texts 4 to 32 times
+    # as long.
     finetune = objective(student, None, args.kl, alpha=1.0)
     train(run, "finetune", plans["finetune"], corpus, student, everything, finetune)
     return student
@@ -481,23 +487,24 @@ def select(run, teacher, twins, config, corpus, args):
     n_layer = len(twins)
     if args.layers not in SCORED:
         return choose_layers(args.layers, n_layer, keep=args.keep)
-    scores, minus_loss = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, args))
-    teacher_loss = -minus_loss
+    measured = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, args))
+    scores, teacher_loss = measured[0], -measured[1]
     layers = choose_layers(args.layers, n_layer, scores, teacher_loss, keep=args.keep)
     print_scores(scores, rank(args.layers, scores, teacher_loss), layers, teacher_loss)
     return layers
 
 
 def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=None):
-    """The layers that stay attention, as a string of "A" and "L". how is the string itself, or a rule:
+    """The layers that stay attention, as a string of "A" and "L". keep: how many (default: a quarter). how is
+    the string itself, or a rule:
 
     even      every so many layers
-    ends      the first and the last quarter (the article's get_hybrid_config)
+    ends      the first and the last quarter, whatever keep is (the article's get_hybrid_config)
     score     the highest  score_i = (max R - R_i) / (max C - C_i + 1e-6)  (paper eq. 8, 9). R is recall, C is
               minus the loss, both with layer i linear. A layer stays if its linear form loses much recall
-              but little C
-    guarded   the same, with the denominator floored at C's standard error. A layer stays first if its
-              linear form costs over `limit` nats
+              but little C: such a layer serves recall
+    guarded   the same, with the denominator at least C's standard error. Layers whose linear form costs over
+              `limit` nats come first
     swap      the highest  score_i = (R_i if it stays - R_i if it is linear) + (the same of C)
 
     Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
@@ -516,16 +523,16 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=
 
 
 def rank(how, scores, teacher_loss, limit=1.0):
-    """(whether it must stay attention, its score) for each layer; see choose_layers."""
+    """For each layer: whether it must stay attention, and its score. See choose_layers."""
     best_R = max(s["R"] for s in scores)
-    best = max(scores, key=lambda s: s["C"])
-    floor = best["C_se"] if how == "guarded" else 0.0
+    best = max(scores, key=lambda s: s["C"])                       # the layer whose linear form costs least
+    least = best["C_se"] if how == "guarded" else 0.0
     ranks = []
     for s in scores:
         if how == "swap":
             score = s["R_kept"] - s["R"] + s["C_kept"] - s["C"]
         else:
-            score = (best_R - s["R"]) / (max(best["C"] - s["C"], floor) + 1e-6)        # paper eq. 8
+            score = (best_R - s["R"]) / (max(best["C"] - s["C"], least) + 1e-6)        # paper eq. 8
         ranks.append((how == "guarded" and -s["C"] - teacher_loss > limit, score))
     return ranks
 
@@ -534,22 +541,21 @@ def swap_scores(teacher, twins, config, corpus, args):
     """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
     C_kept (for "swap") are measured with layer i as attention: without positions (--pe hype), else the
-    teacher's. A new output gate is left out. All other layers are the teacher's. Returns a list of
-    dicts, one per layer, and minus the held-out loss of the teacher itself. The report draws its held-out
-    text with the same default seed."""
+    teacher's. A new output gate is left out. All other layers are the teacher's. Returns a list of dicts, one
+    per layer, and minus the held-out loss of the teacher itself."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 
-    def both(model, kind=""):
+    def measured(model, kind=""):
         logp = recall(model, corpus, args.length, args.trials * 2, varied=args.varied)[0]
         loss = losses(model, batches)
         return {f"R{kind}": logp.mean().item(), f"R{kind}_se": logp.std().item() / len(logp) ** 0.5,
                 f"C{kind}": -loss.mean().item(), f"C{kind}_se": loss.std().item() / len(loss) ** 0.5}
-    unchanged = both(teacher, "_kept") if args.layers == "swap" and args.pe != "hype" else {}
+    unchanged = measured(teacher, "_kept") if args.layers == "swap" and args.pe != "hype" else {}
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
-        scores.append(both(with_linear(teacher, config, i, twin)) | unchanged)
+        scores.append(measured(with_linear(teacher, config, i, twin)) | unchanged)
         if args.layers == "swap" and args.pe == "hype":
-            scores[i] |= both(with_kept(teacher, i), "_kept")
+            scores[i] |= measured(with_kept(teacher, i), "_kept")
     return scores, -losses(teacher, batches).mean().item()
 
 
@@ -575,7 +581,8 @@ def with_kept(teacher, i):
 
 class WithoutPositions(Block):
     """A teacher's block whose attention knows no positions. RoPE is left out. Learned positions sit in the
-    residual stream, so wpe is subtracted before attention. What earlier layers made of wpe stays."""
+    residual stream, so wpe, the model's own, is subtracted before attention. What earlier layers made of wpe
+    stays."""
 
     def __init__(self, config, wpe):
         super().__init__(config, "A")
@@ -652,13 +659,14 @@ def choose_logit_base(run, student, corpus, plans, args):
     print(f"held-out loss + loss of an answer, at {length:,} tokens, by logit base")
     print("".join(f"{a:>9s}" for a in costs))
     print("".join(f"{cost:9.4f}" for cost in costs.values()) + "\n")
-    return cheapest(costs)
+    best = min(costs, key=costs.get)                               # a string: run.json keeps the costs
+    return None if best == "None" else float(best)
 
 
 def fit_logit_base(student, corpus, length, seed, varied=0.0):
     """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, both in
-    nats a token. Their weights are equal by choice, as in choose_layers "swap". The cost should fall, then
-    rise. So the search ends once a base costs 0.02 more than the best; the bases left scale more."""
+    nats a token. The two losses count equally, by choice, as in choose_layers "swap". From base to base the
+    cost should fall, then rise. So the search ends once a base costs 0.02 more than the best."""
     batches = corpus.held_out_batches(length, 8, seed)
     costs = {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
@@ -670,14 +678,8 @@ def fit_logit_base(student, corpus, length, seed, varied=0.0):
     return costs
 
 
-def cheapest(costs):
-    """The base that costs least, None or a number."""
-    logit_base = min(costs, key=costs.get)
-    return None if logit_base == "None" else float(logit_base)
-
-
 def fit_length(plans, length):
-    """The length at which the base is fitted: well past every training sequence."""
+    """The length at which the base is fitted: well past every training sequence. plans: of this run alone."""
     return max(length, 4 * plans["finetune"].length) if "finetune" in plans else 16 * length
 
 
@@ -687,7 +689,7 @@ def fit_length(plans, length):
 def convert(run, teacher, corpus, plans, args):
     """Distil a teacher into a student; returns the student."""
     torch.manual_seed(args.seed)                 # chunk embeddings and other new weights
-    how = convert_progressive if "group" in plans else convert_staged
+    how = convert_staged if args.training == "staged" else convert_progressive
     student = how(run, teacher, corpus, plans, args).eval()
     student.config.logit_base = choose_logit_base(run, student, corpus, plans, args)
     return student
@@ -707,7 +709,7 @@ def pretrain(run, corpus, plans, args):
           objective(model, None, args.kl, alpha=1.0))
     model.eval()
     if args.hybrid:
-        config.logit_base = choose_logit_base(run, model, corpus, plans, args)
+        model.config.logit_base = choose_logit_base(run, model, corpus, plans, args)
     return model
 
 
@@ -720,7 +722,7 @@ def teacher_path(name):
 
 
 def main(argv=None):
-    options.main(sys.modules[__name__], argv)
+    options.main(sys.modules[__name__], argv)      # which calls convert or pretrain
 
 
 if __name__ == "__main__":

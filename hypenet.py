@@ -3,7 +3,7 @@
 An attention layer keeps the keys and values of all past tokens, so its memory grows with the context. A
 linear layer keeps one state of fixed size instead. The many linear layers make long contexts cheap; the few
 attention layers keep exact recall. Both kinds use the same Transformer block; only the mixer differs. An
-article that retells the paper describes another method. Both methods are built (see README.md):
+article that retells the paper describes another method. This file can build both (see README.md):
 
     paper (default)                          article (--recipe article)
 
@@ -14,7 +14,7 @@ article that retells the paper describes another method. Both methods are built 
       |                                        |
      (+)<-- W_o (gate * o)      <- norm       (+)<-- W_o o                <- norm
       |       o = softmax(s_t q k^T) v         |       o = softmax(q k^T) v, window of 2,048
-      |       no positions at all (NoPE)       |       q, k = RoPE(position mod chunk) + e[position div chunk]
+      |       no positions at all (NoPE)       |       RoPE(q, k; position mod chunk) + e[position div chunk]
       |     "A": a quarter, chosen by measuring|     "A": the first and the last quarter
      (+)<-- MLP <-- norm                      (+)<-- MLP <-- norm
       |                                        |
@@ -36,7 +36,8 @@ the distances of its training. An attention layer without positions never sees a
 unfamiliar. Linear layers do meet new distances, but with decay far tokens count little (paper 5.1).
 
 Read first: the config, `locate`, `Attention`, `LinearAttention`, `HypeNet`. On a first reading, skip `check`
-and the files. Everything is plain PyTorch. The same code handles a whole sequence, a segment and one token.
+and what saves and loads files. Everything is plain PyTorch. The same code handles a whole sequence, a part of
+one and one token.
 support/fast.py generates the same tokens faster. support/pretrained.py loads GPT-2, Qwen and Llama.
 
 In shapes: B rows, T tokens, C width, H heads, H_kv heads of keys and values, D head size, K key width, V
@@ -87,14 +88,14 @@ class HypeNetConfig:
     qkv_bias: bool = False          # biases of q, k, v and the gate
     out_bias: bool = False          # biases of W_o
     mlp_bias: bool = False          # biases of the MLP
-    position: str = "rope"          # how the teacher knows positions: "rope" or "learned" (wpe)
+    position: str = "rope"          # how the teacher knows positions: "rope" or "learned" (a table, wpe)
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # how RoPE was extended to longer contexts (see SCALINGS)
     tied: bool = True               # the head is the embedding
     qk_norm: bool = True            # RMSNorm of q and k, per head, in attention layers
     # attention layers of a student
     attn_position: bool = True      # True: the teacher's positions; False: none (HyPE)
-    chunk: int | None = None        # chunk HyPE: tokens per chunk; positions count within a chunk
+    chunk: int | None = None        # the article's positions ("chunk HyPE"): tokens per chunk
     n_chunks: int = 0               # number of chunks; each has a learned embedding
     attn_gate: bool = False         # sigmoid output gate
     logit_base: float | None = None  # a of s_t, for long contexts (see Attention); None: s_t = 1
@@ -120,7 +121,7 @@ class HypeNetConfig:
         return self.max_len if self.position == "learned" and self.attn_position else math.inf
 
 
-# The three teacher families as data. Sizes, and the biases of some Qwen and Llama models, are a model's own.
+# The three teacher families as data. A model's own config adds its sizes, and may add biases.
 FAMILIES = {
     "gpt2": dict(norm="layer", norm_eps=1e-5, mlp="gelu", qkv_bias=True, out_bias=True, mlp_bias=True,
                  qk_norm=False, position="learned", tied=True),
@@ -132,9 +133,9 @@ FAMILIES = {
 
 
 def rope_frequencies(config, dim, device=None):
-    """Returns freq (dim / 2,) float32, freq_i = theta^(-2i / dim) (RoPE section 3.2), and a factor of cos and
-    sin. Longer contexts would turn slow pairs past their trained angles. So rope_scaling lowers frequencies:
-    a share `keep` stays, the rest is divided by `factor`, as in the Hugging Face library transformers."""
+    """Returns freq (dim / 2,) float32, freq_i = theta^(-2i / dim) (RoPE section 3.2), and a number that
+    multiplies cos and sin. Longer contexts would turn slow pairs past their trained angles. So rope_scaling
+    lowers frequencies: keep = 1 leaves one as it is, keep = 0 divides it by `factor`, as in transformers."""
     pair = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
     freq = config.rope_theta ** -(pair / dim)
     s = config.rope_scaling
@@ -193,9 +194,9 @@ class Where(NamedTuple):
 
 def locate(config, pos):
     """The Where of tokens at positions pos (B or 1, T)."""
-    def cos_sin(pos, dim):
-        freq, factor = rope_frequencies(config, dim, pos.device)
-        angle = pos[..., None, None] * freq                                   # (B or 1, T, 1, dim/2)
+    def cos_sin(p, dim):
+        freq, factor = rope_frequencies(config, dim, p.device)
+        angle = p[..., None, None] * freq                                     # (B or 1, T, 1, dim/2)
         return factor * angle.cos(), factor * angle.sin()
     attn_rope = linear_rope = s_t = None
     if config.position == "rope" and config.attn_position:
@@ -221,7 +222,8 @@ def normed(x, weight, bias, eps):
 
 def make_heads(x, norm, cos_sin, embd, s_t, dtype):
     """Prepares q or k (B,T,H,D) for the product. An argument of None skips its step. The steps: RMSNorm per
-    head (norm: gain and eps), RoPE, the sum with embd (B or 1,T,H,D), the product with s_t (B or 1,T)."""
+    head (norm: gain and eps), RoPE, the sum with embd (B or 1,T,H,D), the product with s_t (B or 1,T). The
+    result has this dtype."""
     if norm is not None:
         x = normed(x, norm[0], None, norm[1])
     if cos_sin is not None:
@@ -234,7 +236,7 @@ def make_heads(x, norm, cos_sin, embd, s_t, dtype):
 
 
 def gated(o, norm, z):
-    """norm(o) * sigmoid(z): o and z (B,T,H*D), norm: gain and eps. None skips. The gate picks channels."""
+    """norm(o) * sigmoid(z): o and z (B,T,H*D), norm: gain and eps. An argument of None skips its step."""
     if norm is not None:
         o = normed(o, norm[0], None, norm[1])
     return o if z is None else o * torch.sigmoid(z)
@@ -249,7 +251,7 @@ def activated(x, swiglu):
 
 
 class RMSNorm(nn.RMSNorm):
-    bias = None
+    bias = None                                      # as LayerNorm has one
 
     def forward(self, x):
         return normed(x, self.weight, None, self.eps)
@@ -283,7 +285,7 @@ class MLP(nn.Module):
 
 
 def attend(q, k, v, mask=None, causal=False):
-    """softmax(q k^T / sqrt(D)) v: q (B,T,H,D); k, v (B,n,H_kv,D). mask: True where a query may see a key."""
+    """softmax(q k^T / sqrt(D)) v: q (B,T,H,D); k, v (B,keys,H_kv,D). mask: True where a query sees a key."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
@@ -293,9 +295,9 @@ def attend(q, k, v, mask=None, causal=False):
 
 
 class Attention(nn.Module):
-    """Softmax attention. A teacher's has RoPE, or none where the input carries learned positions. A student's
-    has HyPE (no positions, scaled queries) or chunk HyPE, and may have an output gate or a window. Eq. 17
-    also norms o. We follow the authors' code, which does not.
+    """Softmax attention. In a teacher, attention has RoPE, or no positions if its input has learned ones. In
+    a student, attention has HyPE (no positions, scaled queries) or chunk HyPE, and may have an output gate or
+    a window. Eq. 17 also norms o. We follow the authors' code, which does not.
 
     Why s_t. Beside t keys of logit y, a key of logit y + m gets the weight e^m / (e^m + t), which fades as t
     grows. Queries times s_t = log(t + a) / log(a) (paper eq. 11) turn the lead m into m s_t. m = log a then
@@ -355,8 +357,8 @@ class Attention(nn.Module):
 
 
 def slot_positions(cache, pos):
-    """Positions in the slots (B,n_slots) before tokens at pos (B,T) are stored; < 0: empty. Position p is in
-    slot p % n_slots: of 4 slots with 5 as the last position, the slots hold 4, 5, 2, 3."""
+    """The position that each slot holds, (B,n_slots), before tokens at pos (B,T) are stored. Negative: the
+    slot is empty. Position p is in slot p % n_slots: if 5 was the last position, 4 slots hold 4, 5, 2, 3."""
     n_slots, last = cache["k"].size(1), pos[:, :1] - 1
     return last - (last - torch.arange(n_slots, device=pos.device)) % n_slots
 
@@ -374,12 +376,12 @@ def store(cache, k, v, pos):
 
 
 class Decay(NamedTuple):
-    """How the state of a linear layer fades. formula(z, H) gives log_decay for kernel.chunked_scan, where z
-    (B,T,H,width) is a Linear of x, the forget gate's input; None where width is 0."""
-    width: Callable                  # K -> outputs of the gate's Linear per head and token
+    """How the state of a linear layer fades. formula(z, H, device) gives log_decay for kernel.chunked_scan.
+    z (B,T,H,width) is the output of the forget gate's Linear. With width 0 there is none, and z is None."""
+    width: Callable                  # K -> outputs of the Linear per head and token
     formula: Callable                # (z, H, device) -> log_decay: (H,), (B,T,H) or (B,T,H,K), float32
-    bias: Callable = lambda keep: math.log(keep / (1 - keep))    # initial bias: keep this share of S
-    scan: Callable = chunked_scan     # another recurrence, such as a delta rule, is another row
+    bias: Callable = lambda keep: math.log(keep / (1 - keep))    # its first bias: keep this share of S
+    scan: Callable = chunked_scan     # a row may bring another recurrence with the same arguments
 
 
 def lightning(z, H, device):
@@ -399,7 +401,7 @@ DECAYS = {
 class LinearAttention(nn.Module):
     """y = (norm(o) * sigmoid(x W_z)) W_o, where o comes from the recurrence of kernel.chunked_scan.
 
-    QK-norm bounds what a token writes to S. The norm of o keeps its size steady as S grows. S is float32: a
+    QK-norm bounds the key under which a token writes to S. The norm of o keeps its size steady as S grows. S is float32: a
     bf16 state can stop growing after a few hundred tokens (see kernel.py, also for the scale K^-1/2)."""
 
     def __init__(self, config):
@@ -441,7 +443,7 @@ class LinearAttention(nn.Module):
         if cache is not None:
             S.copy_(S_new)
         y = gated(o.flatten(2), gain_of(self.norm), z if c.linear_gate else None)
-        return y.to(v.dtype)                                       # o of float16 is float32 up to its norm
+        return y.to(v.dtype)                                       # the scan of float16 returns float32
 
 
 # ---- the model ---------------------------------------------------------------------------------------------
@@ -480,7 +482,7 @@ class State:
                 self.layers.append(dict(S=zeros(c.n_head, c.key_dim, c.head_dim, dtype=torch.float32)))
 
     def row(self, b):
-        """A view of row b: what is read into it lands in this state."""
+        """A view of row b. Tokens that are read into the view change this state."""
         view = copy.copy(self)
         view.pos = self.pos[b:b + 1]
         view.layers = [{name: t[b:b + 1] for name, t in layer.items()} for layer in self.layers]
@@ -504,16 +506,18 @@ class HypeNet(nn.Module):
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
         if c.position == "learned":
             self.wpe = nn.Embedding(c.max_len, c.n_embd)
-            if c.chunk:                              # learned positions enter at the input: so do chunks
+            if c.chunk:                              # like learned positions, added to the input
                 self.chunk_embd = nn.Embedding(c.n_chunks, c.n_embd)
         self.blocks = nn.ModuleList(Block(c, kind) for kind in c.layers)
         self.norm = make_norm(c)
         if not c.tied:
             self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         for name, p in self.named_parameters():      # GPT-2's initialisation
-            if p.dim() == 2:                         # smaller for projections into the residual stream
-                residual = name.endswith(("mixer.out.weight", "mlp.down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(c.layers)) if residual else 0.02)
+            if p.dim() == 2:
+                std = 0.02
+                if name.endswith(("mixer.out.weight", "mlp.down.weight")):        # into the residual stream
+                    std /= math.sqrt(2 * len(c.layers))
+                nn.init.normal_(p, std=std)
             elif name.endswith("forget.bias"):       # S keeps 0.7 per token, as in halo.linear_twin
                 nn.init.constant_(p, DECAYS[c.decay].bias(0.7))
             elif name.endswith("bias"):
@@ -532,8 +536,8 @@ class HypeNet(nn.Module):
         return x
 
     def place(self, idx, state=None, offset=None):
-        """The Where of idx (B,T). ValueError past the room of the state or the last position known."""
-        T, held = idx.size(1), 0                                                  # held: by the longest row
+        """The Where of idx (B,T). ValueError if the state is full, or if a position has no embedding."""
+        T, held = idx.size(1), 0                             # held: tokens that the longest row has read
         pos = torch.arange(T, device=idx.device)[None]                            # (1,T)
         if state is not None:
             held = int(state.pos.max())
@@ -571,8 +575,9 @@ class HypeNet(nn.Module):
         return F.linear(x, self.head_weight())
 
     def forward(self, idx, targets=None, state=None, all_logits=False, offset=None):
-        """idx (B,T) -> logits (B,T,vocab_size), loss. With a state only the last position's (B,1,vocab_size),
-        unless all_logits or targets. loss: mean cross-entropy in nats, None without targets (B,T)."""
+        """idx (B,T) -> logits (B,T,vocab_size), loss. With a state, logits are (B,1,vocab_size), those of the
+        last position; all_logits or targets ask for all. loss: mean cross-entropy in nats, None without
+        targets (B,T)."""
         x = self.hidden(idx, state, offset)
         if state is not None and not all_logits and targets is None:
             x = x[:, -1:]
@@ -594,8 +599,10 @@ class HypeNet(nn.Module):
             raise ValueError(f"max_new_tokens is {max_new_tokens} (at least 1); every prompt needs a token")
         rng = torch.Generator(device).manual_seed(seed)
         state = self.init_state(len(prompts), max(map(len, prompts)) + max_new_tokens)
-        logits = torch.cat([self(torch.tensor([prompt], device=device), state=state.row(b))[0]
-                            for b, prompt in enumerate(prompts)])                 # (B,1,vocab_size)
+        logits = []
+        for b, prompt in enumerate(prompts):
+            logits.append(self(torch.tensor([prompt], device=device), state=state.row(b))[0])
+        logits = torch.cat(logits)                                                # (B,1,vocab_size)
         new = []
         for _ in range(max_new_tokens):
             if new:
@@ -642,8 +649,8 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
     """Draw ids (B,) from logits (B,vocab_size). sample never synchronises, so a CUDA graph can record it."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() - logits.float().amax(-1, keepdim=True)
-    logits = logits / max(temperature, 1e-30)        # maximum subtracted: a tiny temperature would overflow
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)   # else a tiny temperature would overflow
+    logits = logits / max(temperature, 1e-30)
     if top_k is not None:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -725,7 +732,7 @@ def check(config):
 
 def check_type(name, value, kind):
     allowed = kind | int if kind in (float, float | None) else kind
-    wrong = not isinstance(value, allowed) or isinstance(value, bool) and kind is not bool
+    wrong = not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool)  # True is an int
     refuse(wrong, f"{name} is {value!r}; its type is {getattr(kind, '__name__', kind)}")
     refuse(isinstance(value, float) and not math.isfinite(value), f"{name} is {value}; it must be finite")
 

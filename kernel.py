@@ -5,13 +5,13 @@ Each head has a state S of K x V numbers. At every token the state decays, and t
 written into the state. Then the token's query reads the state (arXiv 2601.22156, eq. 5, 6 and 18):
 
     S_t = diag(e^(g_t)) S_{t-1} + k_t^T v_t         g_t = log_decay_t <= 0
-    o_t = scale * q_t S_t
+    o_t = scale * q_t S_t                           q_t, k_t, v_t: row vectors of K, K and V numbers
 
 A scan of T tokens takes time proportional to T, and its state has a fixed size. Attention needs time T^2 and
 keeps all keys and values. Read this file in its order:
 
     scan_sequential    the definition, one token after another
-    scan_torch         the same from chunks of matrix products, in plain PyTorch, derived below
+    scan_torch         the same result from matrix products, chunk by chunk, in plain PyTorch, derived below
     chunked_scan       the function that other files call: checks its arguments and picks a form
     the gradient       a comment: the gradient of a scan is three more scans
     the Triton scan    the method ends, the kernels begin: the same chunks on a GPU. Skip on a first reading.
@@ -25,14 +25,14 @@ the recurrence over the tokens 1 .. M of a chunk that starts with the state S_0:
     A_ij = sum_c  q_ic k_jc e^(G_ij,c)                             c = 1 .. K, the key channels
 
 P_i = G_i0 (the past) sums g from the first token of the chunk through i. F_j = G_Mj (the future) sums g after
-j. Let Q, K, V, O, P and F have one row per token, and let * multiply elementwise. P_M has one number per
-channel and scales the rows of S_0; per head, P_M is one number. The start state of each chunk needs the
-previous one. Everything else runs in parallel, and all but A is plain matrix products:
+j. Let the matrices Q, K, V, O, P and F have one row per token, and let * multiply elementwise. P_M has one
+number per channel, which scales a row of S_0. With one decay per head, P_M is one number. The start state of
+each chunk needs the previous one. Everything else runs in parallel, and all but A is plain matrix products:
 
     O = scale * ( (Q * e^P) S_0 + A V )             S_M = e^(P_M) * S_0 + (K * e^F)^T V
 
-The usual form of A is one product, (Q * e^P)(K * e^-P)^T. But e^-P can overflow, P_i - P_j loses digits, and
--inf minus -inf is NaN. In scan_torch every exponent is a sum of numbers <= 0, so every factor lies in [0, 1].
+The usual form of A is one product, (Q * e^P)(K * e^-P)^T. But e^-P can overflow. Its variant e^(P_i - P_j)
+loses digits, and -inf minus -inf is NaN. In scan_torch every exponent is a sum of numbers <= 0, so every factor lies in [0, 1].
 Neither g = 0 (forget nothing) nor g = -inf (forget all) is a special case. The Triton kernels subtract sums
 in head_decay and level_factors, with errors below the rounding of the dtype. A is built in two ways:
 
@@ -49,13 +49,13 @@ of eq. 19 decays by e^(-1/256) per token, and its state should grow to 256.5. A 
 after about 200 tokens: there the state should change by 1/2, and rounding drops the change. Without decay a
 bf16 state stops at 256, after 256 tokens. A float32 state stops at 2^24, after 16.8 million tokens.
 
-Why scale is K^-1/2. If the entries of q and k are random and of size 1, q . k has size K^1/2. With the scale
+Why the model's scale is K^-1/2. If the entries of q and k are random and of size 1, q . k has size K^1/2. With the scale
 each product has size 1, so o and its gradients do not grow with K. If an RMSNorm follows (the paper's
 recipe), the norm cancels the scale up to its epsilon; otherwise the scale sets the size of o.
 
 References: Lightning Attention (one constant decay per head; arXiv 2401.04658, 2405.17381), Gated Linear
-Attention (one decay per channel, in chunks; arXiv 2312.06635, section 4). "head" is an attention head; for a
-decay, "head" means one number per head. (B,T,H,K) is batch, time, heads, key channels.
+Attention (one decay per channel, in chunks; arXiv 2312.06635, section 4). "head" is an attention head. A decay
+called "head" is one number per head. (B,T,H,K) is batch, time, heads, key channels.
 """
 
 import warnings
@@ -65,7 +65,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-try:                                        # the first half of this file needs neither Triton nor a GPU
+try:                                        # all before the Triton scan needs neither Triton nor a GPU
     import triton
     import triton.language as tl
 except ImportError:
@@ -95,11 +95,13 @@ def scan_sequential(q, k, v, log_decay, state, scale):
 def scan_torch(q, k, v, log_decay, state, scale):
     """The scan in chunks of M tokens. A remainder is one shorter chunk. Autograd gives the gradients."""
     T = q.shape[1]
-    M = min(T, 32)                          # fastest on CPUs: larger makes A dearer, smaller makes more calls
+    M = min(T, 32)                          # fastest on CPUs: larger makes A slower, smaller makes more calls
     whole = T - T % M
     if whole == T:
         return _scan_chunks(q, k, v, log_decay, state, scale, M)
-    g, g_rest = (log_decay, log_decay) if log_decay.dim() == 1 else log_decay.tensor_split([whole], 1)
+    g = g_rest = log_decay                  # a constant decay has no axis of tokens
+    if log_decay.dim() > 1:
+        g, g_rest = log_decay.tensor_split([whole], 1)
     (q, q_rest), (k, k_rest), (v, v_rest) = (x.tensor_split([whole], 1) for x in (q, k, v))
     o, state = _scan_chunks(q, k, v, g, state, scale, M)
     o_rest, state = _scan_chunks(q_rest, k_rest, v_rest, g_rest, state, scale, T - whole)
@@ -115,12 +117,14 @@ def _scan_chunks(q, k, v, g, state, scale, M):
     if g.dim() == 4:
         o, past, future = _by_channel(q, k, v, chunks(g))                   # past, future: (B,N,H,M,K)
         o = o * scale
-    else:                                   # a constant decay has no axes B and N: it broadcasts over both
+    else:                                   # one decay per head; a constant one broadcasts over B and N
         g = g[:, None].expand(-1, M) if g.dim() == 1 else chunks(g)         # (H,M) or (B,N,H,M)
-        o, past, future = _by_head(q, k, v, g[..., None], scale)            # (H,M,1) or (B,N,H,M,1)
+        o, past, future = _by_head(q, k, v, g[..., None], scale)            # past, future: (..,H,M,1)
     writes = (k * future.exp()).mT @ v                                      # (B,N,H,K,V)
     decay = past[..., -1, :, None].exp()                                    # (B,N,H,1 or K,1) or (H,1,1)
-    decays = decay.unbind(1) if decay.dim() == 5 else [decay] * writes.shape[1]
+    decays = [decay] * writes.shape[1]
+    if decay.dim() == 5:
+        decays = decay.unbind(1)
     starts = []
     for decay_n, write_n in zip(decays, writes.unbind(1)):
         starts.append(state)
@@ -130,20 +134,21 @@ def _scan_chunks(q, k, v, g, state, scale, M):
 
 
 def _by_head(q, k, v, g, scale):
-    """One decay per head, g (...,M,1): scale * A V, P and F. The scale is part of E."""
+    """One decay per head, g (...,M,1): scale * A V, P and F. E is small, so the scale multiplies E."""
     M = g.shape[-2]
     later = torch.ones(M, M, dtype=torch.bool, device=g.device).tril(-1)    # row l, column j: l > j
     G = torch.where(later, g, 0).cumsum(-2)                                 # (...,M,M)
     E = G.exp().tril() * scale
     after = pad(g[..., 1:, :], (0, 0, 0, 1))                                # row j: g of token j + 1, or 0
-    future = after.flip(-2).cumsum(-2).flip(-2)
+    future = after.flip(-2).cumsum(-2).flip(-2)                             # a sum from the end
     return ((q @ k.mT) * E) @ v, g.cumsum(-2), future
 
 
 def _by_channel(q, k, v, g):
-    """One decay per channel, g (...,M,K): A V (not scaled), P and F, from the results of two halves."""
+    """One decay per channel, g (...,M,K): A V (not scaled), P and F, from the results of two halves. One call
+    solves both halves, side by side on a new axis."""
     M = g.shape[-2]
-    if M == 1:
+    if M == 1:                              # one token: A_ii v_i, P = g, F = 0
         return (q * k).sum(-1, keepdim=True) * v, g, torch.zeros_like(g)
     if M % 2:                               # add a token that writes and decays nothing, drop its result
         padded = (pad(x, (0, 0, 0, 1)) for x in (q, k, v, g))
@@ -186,7 +191,7 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     B, _, H, K = q.shape
     dtypes = [x.dtype for x in (q, k, v, log_decay, state) if x is not None]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    must = backend == "triton"              # then Triton's compile errors are raised
+    must = backend == "triton"              # else PyTorch stands in where Triton cannot compile
     backend = _pick_backend(backend, q, v, dtype)
     state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
     if backend == "triton":
@@ -257,8 +262,8 @@ def _pick_backend(backend, q, v, dtype):
 #     dS_t = q_t^T do_t + e^(g_{t+1}) * dS_{t+1}
 #     dq_t = do_t S_t^T            dk_t = v_t dS_t^T            dv_t = k_t dS_t
 #
-# dS is a state too: running backwards, each token writes do under q. In every scan one vector (write) writes
-# the value of a second (value) into a state, and a third vector (read) reads the state:
+# dS is a state too: running backwards, each token writes do under q. In every scan a token writes a `value`
+# into a state under a `write` vector, and a `read` vector reads the state:
 #
 #     scan   read   write   value   state    order            because (sums over j <= i, or over i >= j)
 #     o      q      k       v       S        first to last    o_i  = sum_j ((q_i * e^G_ij) . k_j) v_j
@@ -266,9 +271,10 @@ def _pick_backend(backend, q, v, dtype):
 #     dv     k      q       do      dS       last to first    dv_j = sum_i ((k_j * e^G_ij) . q_i) do_i
 #     dk     v      do      q       dS^T     last to first    dk_j = sum_i (v_j . do_i) (q_i * e^G_ij)
 #
-# From last to first, P and F change places and A is transposed. The scan for dv ends with the gradient of the
-# start state. The kernel scales every result once, so it stores dS / scale. Hence scale must not be 0. The
-# gradient of log_decay is derived before head_gate_gradient.
+# So the backward pass needs nothing but the inputs: each scan makes its own states again. In S^T and dS^T the
+# decay scales columns, not rows. From last to first, P and F change places and A is transposed. The scan for
+# dv ends with the gradient of the start state. The kernel multiplies every result by the scale, so it starts
+# from dfinal / scale. Hence scale must not be 0. The gradient of log_decay is derived further down.
 
 
 # ---- the Triton scan: one kernel, four scans ---------------------------------------------------------------

@@ -76,8 +76,9 @@ def load(args):
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = pretrained.load(path, dtype=dtype, device=args.device)
     check_tokenizer(tokenizer, model.config)
-    if args.logit_base is not None:                  # replace checks the value; all layers share this config
-        model.config.logit_base = replace(model.config, logit_base=args.logit_base).logit_base
+    if args.logit_base is not None:
+        checked = replace(model.config, logit_base=args.logit_base)          # ValueError at 1
+        model.config.logit_base = checked.logit_base                         # all layers share this config
     return tokenizer, model, path
 
 
@@ -85,7 +86,7 @@ def pass_key(args, tokenizer):
     """Ids of held-out text with a pass key in it and the question at its end; the answer."""
     rng = np.random.default_rng(args.seed)
     text = np.resize(Corpus(tokenizer).held_out, args.ctx or 4096)       # repeated where it is too short
-    ids, n_answer = plant(tokenizer, text, rng, depth=rng.random())
+    ids, n_answer = plant(tokenizer, text, rng, depth=rng.random())     # the answer is at the end
     return ids[:-n_answer].tolist(), tokenizer.decode(ids[-n_answer:]).strip()
 
 
@@ -93,9 +94,8 @@ def context(args, tokenizer):
     """The last --ctx ids of the text, after BOS, the id that begins a text; and the right answer, if any."""
     if args.prompt is None and args.file is None:
         return pass_key(args, tokenizer)
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    start = [] if args.chat or tokenizer.bos is None else [tokenizer.bos]
     if args.chat:                                                # the chat template adds BOS itself
-        start = []
         ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": args.prompt}]), special=True)
     elif args.prompt is not None:
         ids = tokenizer.encode(args.prompt)
@@ -103,16 +103,17 @@ def context(args, tokenizer):
         ids = tokenizer.encode(read_text(args.file))
     if not ids:
         raise ValueError(f"{f'--file {args.file}' if args.file else '--prompt'} is empty: give some text")
-    n = len(start + ids)
+    n = len(start) + len(ids)
     if args.ctx and n < args.ctx:
         say(f"the text has {n:,} tokens, fewer than --ctx {args.ctx:,}; all are used")
-    return start + ids[-max(1, (args.ctx or n) - len(start)):], None
+    room = (args.ctx or n) - len(start)
+    return start + ids[-max(1, room):], None
 
 
 def announce(model, path, total):
-    """Say which model runs. Warn if HyPE without s_t meets more tokens than in training."""
+    """Say which model runs. Warn if HyPE without s_t meets more than the 16,384 tokens of the paper."""
     c = model.config
-    if total > 16384 and "A" in c.layers and not (c.attn_position or c.chunk or c.logit_base):
+    if total > 16384 and "A" in c.layers and not (c.attn_position or c.logit_base):
         say(f"sample.py: {total:,} tokens are more than the 16,384 of the paper's training, and the model "
             "does not scale its queries: give --logit-base (paper: 500 for 2B, 600 for 5B, 900 for 9B)")
     scaled = f", logit base {c.logit_base:g}" if c.logit_base else ""
@@ -129,15 +130,15 @@ def write(args, tokenizer, model, state, prompt):
         for idx in fast.stream(model, [prompt], args.tokens, temperature=args.temperature, top_k=args.top_k,
                                top_p=args.top_p, seed=args.seed, n_vocab=tokenizer.n_vocab,
                                never=tokenizer.holes, segment=args.segment, progress=bar.update, state=state):
-            id = idx.item()                          # waits until the device has the id
+            token = idx.item()                       # waits until the device has the id
             times.append(time.time())
             if len(times) == 2:                      # the prompt is read
                 bar.close()
                 print(f"... {tokenizer.decode(prompt[-300:]).lstrip()}", end=bold)
-            if id in tokenizer.stops:
+            if token in tokenizer.stops:
                 break
-            out.append(id)
-            print(characters.push(out[-1]), end="", flush=True)
+            out.append(token)
+            print(characters.push(token), end="", flush=True)
     print(characters.flush(), end=f"{plain}\n")
     return out, times
 
@@ -153,8 +154,9 @@ def print_costs(model, state, prompt, out, times):
     if len(times) > 2:
         ms = 1000 * (times[-1] - times[1]) / (len(times) - 2)
         say(f"wrote {len(out)} tokens, {ms:.1f} ms a token")
-    attention = replace(model.config, layers="A" * len(model.config.layers), window=None)
-    all_KV = State(attention, 1, state.max_tokens, "meta", model.wte.weight.dtype).nbytes()[1]
+    all_attention = replace(model.config, layers="A" * len(model.config.layers), window=None)
+    dtype = model.wte.weight.dtype
+    all_KV = State(all_attention, 1, state.max_tokens, "meta", dtype).nbytes()[1]     # meta: no memory
     S, KV = state.nbytes()
     say(f"memory: state {size(S)} + K/V {size(KV)}; all-attention K/V {size(all_KV)}")
 

@@ -141,6 +141,9 @@ def settle(halo, args):
     return {stage: plans[stage] for stage in stages}
 
 
+PLAN_BYTES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # the least weights of a folder with this plan
+
+
 def plan_of(halo, args):
     """The name of the row of PLANS for a teacher, and the bytes of its weights: 0 if there are none yet."""
     weight = sum(file.stat().st_size for file in Path(args.path).glob("*.safetensors"))
@@ -148,7 +151,7 @@ def plan_of(halo, args):
         return args.teacher.split("-")[0], weight
     if not os.path.isdir(args.path):
         return "real", weight
-    return [name for name, least in halo.SIZES.items() if weight >= least][-1], weight
+    return [name for name, least in PLAN_BYTES.items() if weight >= least][-1], weight
 
 
 def whole(text):

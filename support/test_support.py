@@ -2287,7 +2287,7 @@ def test_plans_of_real_teachers(monkeypatch, tmp_path):
     assert group.tokens == 2.3e9 and 2e6 <= group.length * group.batch <= 2.2e6 and group.lr == 1e-5
     (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
     assert plans("--teacher", str(tmp_path)) == (plans()[0], None)
-    monkeypatch.setitem(halo.SIZES, "real", 999)
+    monkeypatch.setitem(cli.PLAN_BYTES, "real", 999)
     assert plans("--teacher", str(tmp_path)) == (real, ["fineweb"])
 
 
