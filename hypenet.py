@@ -401,8 +401,9 @@ DECAYS = {
 class LinearAttention(nn.Module):
     """y = (norm(o) * sigmoid(x W_z)) W_o, where o comes from the recurrence of kernel.chunked_scan.
 
-    QK-norm bounds the key under which a token writes to S. The norm of o keeps its size steady as S grows. S is float32: a
-    bf16 state can stop growing after a few hundred tokens (see kernel.py, also for the scale K^-1/2)."""
+    QK-norm bounds the key under which a token writes to S. The norm of o keeps its size steady as S grows. S
+    is float32: a bf16 state can stop growing after a few hundred tokens (see kernel.py, also for the scale
+    K^-1/2)."""
 
     def __init__(self, config):
         super().__init__()

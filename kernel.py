@@ -32,9 +32,9 @@ each chunk needs the previous one. Everything else runs in parallel, and all but
     O = scale * ( (Q * e^P) S_0 + A V )             S_M = e^(P_M) * S_0 + (K * e^F)^T V
 
 The usual form of A is one product, (Q * e^P)(K * e^-P)^T. But e^-P can overflow. Its variant e^(P_i - P_j)
-loses digits, and -inf minus -inf is NaN. In scan_torch every exponent is a sum of numbers <= 0, so every factor lies in [0, 1].
-Neither g = 0 (forget nothing) nor g = -inf (forget all) is a special case. The Triton kernels subtract sums
-in head_decay and level_factors, with errors below the rounding of the dtype. A is built in two ways:
+loses digits, and -inf minus -inf is NaN. In scan_torch every exponent is a sum of numbers <= 0, so every
+factor lies in [0, 1]. Neither g = 0 (forget nothing) nor g = -inf (forget all) is a special case. A is built
+in two ways:
 
   one decay per head      The decay does not depend on the channel: A = (Q K^T) * E with E_ij = e^(G_ij).
                           For column j of G, set g to 0 up to token j, then take the cumulative sum.
@@ -49,13 +49,13 @@ of eq. 19 decays by e^(-1/256) per token, and its state should grow to 256.5. A 
 after about 200 tokens: there the state should change by 1/2, and rounding drops the change. Without decay a
 bf16 state stops at 256, after 256 tokens. A float32 state stops at 2^24, after 16.8 million tokens.
 
-Why the model's scale is K^-1/2. If the entries of q and k are random and of size 1, q . k has size K^1/2. With the scale
-each product has size 1, so o and its gradients do not grow with K. If an RMSNorm follows (the paper's
-recipe), the norm cancels the scale up to its epsilon; otherwise the scale sets the size of o.
+Why the model's scale is K^-1/2. If the entries of q and k are random and of size 1, q . k has size K^1/2.
+With the scale each product has size 1, so o and its gradients do not grow with K. If an RMSNorm follows (the
+paper's recipe), the norm cancels the scale up to its epsilon; otherwise the scale sets the size of o.
 
 References: Lightning Attention (one constant decay per head; arXiv 2401.04658, 2405.17381), Gated Linear
-Attention (one decay per channel, in chunks; arXiv 2312.06635, section 4). "head" is an attention head. A decay
-called "head" is one number per head. (B,T,H,K) is batch, time, heads, key channels.
+Attention (one decay per channel, in chunks; arXiv 2312.06635, section 4). "head" is an attention head. A
+decay called "head" is one number per head. (B,T,H,K) is batch, time, heads, key channels.
 """
 
 import warnings
