@@ -3080,12 +3080,13 @@ def test_readme_commands_exist():
     text = "\n".join(map(page, PAGES))
     commands = re.findall(r"^python (halo|sample|bench)\.py([^\n&#]*)", text, re.M)
     assert len(commands) >= 20
+    get_args = dict(halo=functools.partial(cli.get_args, halo), sample=sample.get_args, bench=bench.get_args)
     for script, rest in commands:
-        dict(halo=halo, sample=sample, bench=bench)[script].get_args(shlex.split(rest))
+        get_args[script](shlex.split(rest))
     known = set()
-    for module, *mode in [(halo,), (sample,), *((bench, mode) for mode in bench.MODES)]:
+    for script, *mode in [("halo",), ("sample",), *(("bench", mode) for mode in bench.MODES)]:
         with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as help_text:
-            module.get_args([*mode, "--help"])
+            get_args[script]([*mode, "--help"])
         known |= set(re.findall(r"--[a-z][a-z-]*", help_text.getvalue()))
     assert set(re.findall(r"`(--[a-z][a-z-]*)", text)) <= known
     for name in re.findall(r"`((?:results/|assets/|support/)?[\w-]+\.(?:py|json|log|png))`", text):
