@@ -24,11 +24,11 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from halo import teacher_path  # noqa: E402
-from hypenet import State  # noqa: E402
 from support import fast, pretrained  # noqa: E402
 from support.common import (  # noqa: E402
     Parser, command_line, default_device, filled, number, read_json, read_text)
 from support.recall import plant  # noqa: E402
+from support.report import announce, print_costs, say  # noqa: E402
 from support.text import Corpus  # noqa: E402
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
 
@@ -59,10 +59,6 @@ def get_args(argv):
         raise ValueError("--chat needs the message: give --prompt TEXT")
     args.device = default_device(args.device)
     return args
-
-
-def say(text):
-    print(text, file=sys.stderr)
 
 
 def load(args):
@@ -110,16 +106,6 @@ def context(args, tokenizer):
     return start + ids[-max(1, room):], None
 
 
-def announce(model, path, total):
-    """Say which model runs. Warn if HyPE without s_t meets more than the 16,384 tokens of the paper."""
-    c = model.config
-    if total > 16384 and "A" in c.layers and not (c.attn_position or c.logit_base):
-        say(f"sample.py: {total:,} tokens are more than the 16,384 of the paper's training, and the model "
-            "does not scale its queries: give --logit-base (paper: 500 for 2B, 600 for 5B, 900 for 9B)")
-    scaled = f", logit base {c.logit_base:g}" if c.logit_base else ""
-    say(f"model {path}: layers {c.layers}, {model.n_params():,} parameters{scaled}")
-
-
 def write(args, tokenizer, model, state, prompt):
     """Read the prompt, print its end and the text that follows. Return the generated ids, and timestamps: of
     the start, then of every id."""
@@ -141,24 +127,6 @@ def write(args, tokenizer, model, state, prompt):
             print(characters.push(token), end="", flush=True)
     print(characters.flush(), end=f"{plain}\n")
     return out, times
-
-
-def size(n):
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
-
-
-def print_costs(model, state, prompt, out, times):
-    """Print speed and memory, beside the memory of the same model if every layer were attention."""
-    read = times[1] - times[0]
-    say(f"\nread {len(prompt):,} tokens in {read:.1f} s, {len(prompt) / read:,.0f} tok/s")
-    if len(times) > 2:
-        ms = 1000 * (times[-1] - times[1]) / (len(times) - 2)
-        say(f"wrote {len(out)} tokens, {ms:.1f} ms a token")
-    all_attention = replace(model.config, layers="A" * len(model.config.layers), window=None)
-    dtype = model.wte.weight.dtype
-    all_KV = State(all_attention, 1, state.max_tokens, "meta", dtype).nbytes()[1]     # meta: no memory
-    S, KV = state.nbytes()
-    say(f"memory: state {size(S)} + K/V {size(KV)}; all-attention K/V {size(all_KV)}")
 
 
 def run_main(argv):

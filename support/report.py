@@ -4,13 +4,17 @@
     shares                      the share of hidden things that a model finds, by context length
     print_scores, print_report  the tables of a run
     finish, finish_pretrained   the end of a run: report.json, the files of the model, the last table
+    announce, print_costs       what sample.py says of a model, and of its speed and memory
 """
 import itertools
+import sys
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from hypenet import State
 from support.common import write_json
 from support.recall import has_room, recall
 from support.run import bf16, by_slices, peak_gb
@@ -175,3 +179,38 @@ def save_usable(run, stage, title, student, corpus, args):
     loss = losses(student, corpus.held_out_batches(args.length, args.eval_windows)).mean().item()
     print(f"{title} | held-out loss {loss:.4f} | usable: {run.path(stage)}")
     return loss
+
+
+# ---- generation --------------------------------------------------------------------------------------------
+
+
+def say(text):
+    print(text, file=sys.stderr)
+
+
+def announce(model, path, total):
+    """Say which model runs. Warn if HyPE without s_t meets more than the 16,384 tokens of the paper."""
+    c = model.config
+    if total > 16384 and "A" in c.layers and not (c.attn_position or c.logit_base):
+        say(f"sample.py: {total:,} tokens are more than the 16,384 of the paper's training, and the model "
+            "does not scale its queries: give --logit-base (paper: 500 for 2B, 600 for 5B, 900 for 9B)")
+    scaled = f", logit base {c.logit_base:g}" if c.logit_base else ""
+    say(f"model {path}: layers {c.layers}, {model.n_params():,} parameters{scaled}")
+
+
+def size(n):
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+
+
+def print_costs(model, state, prompt, out, times):
+    """Print speed and memory, beside the memory of the same model if every layer were attention."""
+    read = times[1] - times[0]
+    say(f"\nread {len(prompt):,} tokens in {read:.1f} s, {len(prompt) / read:,.0f} tok/s")
+    if len(times) > 2:
+        ms = 1000 * (times[-1] - times[1]) / (len(times) - 2)
+        say(f"wrote {len(out)} tokens, {ms:.1f} ms a token")
+    all_attention = replace(model.config, layers="A" * len(model.config.layers), window=None)
+    dtype = model.wte.weight.dtype
+    all_KV = State(all_attention, 1, state.max_tokens, "meta", dtype).nbytes()[1]     # meta: no memory
+    S, KV = state.nbytes()
+    say(f"memory: state {size(S)} + K/V {size(KV)}; all-attention K/V {size(all_KV)}")
