@@ -33,27 +33,26 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see halo.py
+import halo  # first, because its settings must come before torch starts
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-import halo  # noqa: E402
-from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file  # noqa: E402
-from kernel import chunked_scan  # noqa: E402
-from support import fast, pretrained  # noqa: E402
-from support.common import (  # noqa: E402
+import kernel
+from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file
+from support import fast, pretrained
+from support.common import (
     Parser, command_line, default_device, filled, number, read_json, write_json)
-from support.recall import TASKS, answers, has_room, recall  # noqa: E402
-from support.run import (  # noqa: E402
+from support.recall import TASKS, answers, has_room, recall
+from support.run import (
     Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb)
-from support.text import Corpus  # noqa: E402
-from support.tokens import Tokenizer  # noqa: E402
+from support.text import Corpus
+from support.tokens import Tokenizer
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
 
@@ -234,12 +233,6 @@ def release():
 # ---- tables and figures ------------------------------------------------------------------------------------
 
 
-def installed(package):
-    """The version of an installed package, else None."""
-    with contextlib.suppress(PackageNotFoundError):
-        return version(package)
-
-
 def machine(device):
     """The device and versions that are measured, and the device's short name for files: h200, 4090, cpu."""
     name = f"CPU, {torch.get_num_threads()} threads"
@@ -248,16 +241,13 @@ def machine(device):
         name = torch.cuda.get_device_name(device)
         kind = re.findall(r"[a-z]*\d+\w*|$", name.lower())[0] or "gpu"
     return dict(device=name, dtype=str(dtype_on(device)).removeprefix("torch."), torch=torch.__version__,
-                python=platform.python_version(), triton=installed("triton")), kind
+                python=platform.python_version(), triton=getattr(kernel.triton, "__version__", None)), kind
 
 
-COLUMNS = dict(                      # width and format of every column that a table shows
-    size="<9", kind="<9", stage="<9", shape="<22", decay="<10", by="<6", model="<24", task="<10",
-    change="<35", seed="4", batch="6,", context="11,", length="7,", plan_batch="5", at_once="8",
-    checkpoint="11", ms="10.2f", floor_ms="10.2f", seconds="10.3f", floor_s="10.3f", forward="9.3f",
-    both="9.3f", floor="8.3f", ratio="7.2f", of_floor="10.0%", used="7.1%", tok_s="10,.0f", hours="8.2f",
-    need_gb="10.2f", peak_gb="9.2f", extra_gb="10.2f", gb="8.2f", error="9.1e", of="6", value="9.3f",
-    low="8.3f", high="8.3f", layers="10", gap="9.4f", pass_keys="16", one_of_four="16", minutes="9.1f")
+WIDTHS = dict(                       # of columns, others 9; below 0: the text stands at the left
+    size=-9, kind=-9, stage=-9, shape=-22, decay=-10, by=-6, model=-24, task=-10, change=-35, seed=5, of=6,
+    batch=6, plan_batch=5, length=7, at_once=8, used=8, context=11, checkpoint=11, pass_keys=16,
+    one_of_four=16)
 HEADINGS = dict(tok_s="tok/s", need_gb="needs GB", peak_gb="peak GB", extra_gb="extra GB", gb="GB",
                 used="use", plan_batch="of")
 
@@ -290,17 +280,15 @@ class Table:
     def show(self, cells):
         line = ""
         for name in self.columns:
-            form = COLUMNS[name]
             value = cells.get(name)
             if value is None:                            # a time is missing for one reason alone
                 value = "memory" if name in ("ms", "seconds", "forward", "both") else "-"
             if isinstance(value, list):
                 value = " ".join(map(str, value))
-            if isinstance(value, (str, bool)):
-                value = str(value)
-                width = re.match(r"<?\d+", form)[0]
-                form = width if "<" in width else f">{width}"
-            line += format(value, form)
+            if isinstance(value, (int, float)):
+                value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+            width = WIDTHS.get(name, 9)
+            line += value.ljust(-width) if width < 0 else value.rjust(width)
         print(line, flush=True)
 
 
@@ -449,8 +437,7 @@ def bench_prefill(args):
     for size, kind, config, model in models(args, device):
         contexts = args.ctx or [n for n in SIZES[size].contexts if kind != "teacher" or n <= 131072]
         read = partial(prefill, model, device)
-        if contexts:                                     # compiles what there is to compile
-            read(min(32768, max(contexts)))
+        read(min(32768, max(contexts)))                  # compiles what there is to compile
         for context in contexts:
             release()
             found = [read(context) for _ in range(2 if context <= 131072 else 1)]
@@ -589,7 +576,7 @@ def scan_inputs(shape, decay, device):
 
 
 def ours(q, k, v, g, backend=None):
-    return chunked_scan(q, k, v, g, scale=q.shape[-1] ** -0.5, backend=backend)[0]
+    return kernel.chunked_scan(q, k, v, g, scale=q.shape[-1] ** -0.5, backend=backend)[0]
 
 
 def rivals(decay, device):
@@ -659,7 +646,7 @@ def bench_kernel(args):
                 print(f"{' '.join(map(str, shape)):22s}{decay:10s}{name}: {' '.join(str(e).split())[:60]}")
                 continue
             if name == "fla":
-                row["version"] = installed("flash-linear-attention")
+                row["version"] = version("flash-linear-attention")
             table.add(shape=list(shape), decay=decay, by=name, **row, floor=floor,
                       of_floor=row["forward"] and floor / row["forward"],
                       shown=dict(error=max(errors.values(), default=None)))
@@ -679,19 +666,14 @@ class Reader(NamedTuple):
     yarn: bool = False               # stretch RoPE to every length
 
 
-@contextlib.contextmanager
-def stretched(model, factor):
-    """Read with YaRN (arXiv 2309.00071) for a multiple of the trained length, without training. A model with
-    RoPE keeps its short wavelengths and slows its long ones; its logits grow by (0.1 log(factor) + 1)^2."""
-    config = model.config
-    before = config.rope_scaling
+def stretch(config, factor):
+    """Let a model with RoPE read with YaRN (arXiv 2309.00071), for a multiple of the trained length, without
+    training. Short wavelengths stay, long ones grow; logits grow by (0.1 log(factor) + 1)^2. A factor of 1
+    takes YaRN away."""
+    config.rope_scaling = None
     if factor > 1:
         config.rope_scaling = dict(rope_type="yarn", factor=factor,
                                    original_max_position_embeddings=config.max_len)
-    try:
-        yield
-    finally:
-        config.rope_scaling = before
 
 
 def wilson(hits, n, z=1.96):
@@ -732,29 +714,31 @@ def measure_reader(table, reader, corpus, texts, lengths, trials):
     """The rows of a reader at every length that its model has positions for. A task has the share of answers
     given in full, and by_depth the shares where the needle stands at 0, 1/4, ... of the text. "loss" is that
     of the same ends of held-out texts, after so much of each."""
+    config = reader.model.config
+    config.logit_base = reader.logit_base
     hits = {task: [] for task in reader.tasks}
     first_loss = None
-    for n in lengths:
-        if min(n, reader.keep or n) > reader.model.config.limit():
-            continue
+    for n in [n for n in lengths if min(n, reader.keep or n) <= config.limit()]:
+        if reader.yarn:
+            stretch(config, n / lengths[0])
         row = dict(model=reader.name, context=n)
-        with stretched(reader.model, n / lengths[0] if reader.yarn else 1):
-            for task in reader.tasks:
-                if hits[task][-2:] == [0, 0] or not has_room(task, n, corpus):
-                    continue
-                found = recall(reader.model, corpus, n, trials, task=task, keep=reader.keep)[1]
-                hits[task].append(found.sum().item())
-                low, high = wilson(hits[task][-1], trials)
-                by_depth = [found[i::5].mean().item() for i in range(min(5, trials))]
-                table.add(**row, task=task, of=trials, value=hits[task][-1] / trials, low=low, high=high,
-                          by_depth=by_depth)
-            if reader.keep or n > texts.shape[1]:
+        for task in reader.tasks:
+            if hits[task][-2:] == [0, 0] or not has_room(task, n, corpus):
                 continue
+            found = recall(reader.model, corpus, n, trials, task=task, keep=reader.keep)[1]
+            hits[task].append(found.sum().item())
+            low, high = wilson(hits[task][-1], trials)
+            by_depth = [found[i::5].mean().item() for i in range(min(5, trials))]
+            table.add(**row, task=task, of=trials, value=hits[task][-1] / trials, low=low, high=high,
+                      by_depth=by_depth)
+        if reader.keep is None and n <= texts.shape[1]:
             loss = last_loss(reader.model, texts[:, -n:], lengths[0] // 2)
             first_loss = loss if first_loss is None else first_loss
             mean = loss.mean().item()
             error = 2 * np.std(loss - first_loss).item() / max(1, len(loss) - 1) ** 0.5
             table.add(**row, task="loss", of=len(loss), value=mean, low=mean - error, high=mean + error)
+    if reader.yarn:
+        stretch(config, 1)
 
 
 def bench_niah(args):
@@ -778,7 +762,6 @@ def bench_niah(args):
     table.rows = []                                      # they are another model's
     texts = corpus.windows(np.random.default_rng(0), args.windows, min(lengths[-1], 64 * T))
     for reader in readers(student, teacher):
-        reader.model.config.logit_base = reader.logit_base
         measure_reader(table, reader, corpus, texts, lengths, args.trials)
     draw_niah(table.facts, table.rows, table.path)
     return table
@@ -848,27 +831,18 @@ ABLATIONS = {                        # change of a recipe: options of halo.py, {
     "layers by eq. 8, guarded": "--layers guarded",
 }
 SEEDED = [*halo.RECIPES, "layers by eq. 8", "layers by eq. 8, guarded"]    # run with --seeds seeds
+DRAWS = ("LLLALALL", "ALLLLALL", "LALLLALL", "LALLLLAL", "LLLLLLAA")   # 2 of 8 layers, drawn at random
 MULTIPLES = (1, 16, 64)              # of the trained length: where recall is shown
-
-
-def draws(n_layer, keep):
-    """Every choice of `keep` layers that stay attention, as letters, in a random order."""
-    found = list(itertools.combinations(range(n_layer), keep))
-    rows = []
-    for i in np.random.default_rng(0).permutation(len(found)):
-        rows.append("".join("A" if layer in found[i] else "L" for layer in range(n_layer)))
-    return rows
 
 
 def fill_in(config, plans, budget):
     """The values of the words in ABLATIONS."""
-    n_layer = len(config.layers)
     trained = [plans[stage] for stage in STAGES]
     return dict(
         kv=config.n_kv_head,
-        layers=halo.choose_layers("even", n_layer),
+        layers=halo.choose_layers("even", len(config.layers)),
         tokens=plans["pretrain"].total + budget * sum(plan.total for plan in trained),
-        draws=draws(n_layer, max(1, n_layer // 4)),
+        draws=DRAWS,
         lr=[factor * plan.lr for factor in (3, 1 / 3) for plan in trained],
         batch=(4 * plans["distil"].batch, plans["distil"].batch // 4))
 
@@ -920,39 +894,27 @@ def runs_to_do(args, rows):
     return [run for run in todo if run not in done]
 
 
-def loss_of_teacher(args):
-    """The held-out loss in a teacher's own report. A shipped teacher has no report: None. ValueError if there
-    is no teacher."""
-    path = halo.teacher_path(args.teacher)
-    if not os.path.exists(os.path.join(path, "model.safetensors")):
-        raise ValueError(f"--teacher {args.teacher} is not there yet: python halo.py --pretrain --teacher "
-                         f"{args.teacher} --out {path}")
-    if os.path.exists(os.path.join(path, "report.json")):
-        return read_json(path, "report.json", "report")["val_loss"]
-
-
 def bench_ablate(args):
     """Gap: held-out loss of the student less that of the teacher, nats per token.
     Pass keys: percent found at 1, 16 and 64 times the trained length.
     One of four: the same for one of four numbers, if training had more than pass keys."""
     args.name = args.name or "ablate"
-    teacher_loss = loss_of_teacher(args)
+    path = halo.teacher_path(args.teacher)
+    if not os.path.exists(os.path.join(path, "model.safetensors")):
+        raise ValueError(f"--teacher {args.teacher} is not there yet: python halo.py --pretrain --teacher "
+                         f"{args.teacher} --out {path}")
     config = halo.TEACHERS[args.teacher]
     table = Table(args, "teacher budget change seed",
                   "change seed layers gap pass_keys one_of_four minutes",
                   f"teacher {args.teacher}, {config.max_len:,} tokens, {args.jobs} runs at once")
-    table.rows = [row for row in table.rows                    # not those of another teacher of the same name
-                  if row["teacher"] != args.teacher or teacher_loss is None
-                  or abs((row["teacher_loss"] or teacher_loss) - teacher_loss) < 1e-3]
     known = fill_in(config, halo.PLANS[args.teacher.split("-")[0]], args.budget)
     same = dict(teacher=args.teacher, budget=args.budget, trials=args.trials)
-
-    def comparable():
-        return [row for row in table.rows if row.items() >= same.items()]
+    comparable = [row for row in table.rows if row.items() >= same.items()]
+    losses = [row["teacher_loss"] for row in comparable]
     with ThreadPoolExecutor(args.jobs) as pool, contextlib.ExitStack() as stop:
         stop.callback(pool.shutdown, wait=False, cancel_futures=True)              # Ctrl-C starts no other
         runs = {}
-        for (change, seed), device in zip(runs_to_do(args, comparable()), itertools.cycle(args.devices)):
+        for (change, seed), device in zip(runs_to_do(args, comparable), itertools.cycle(args.devices)):
             flags = ABLATIONS[change].format(**known).split()
             runs[pool.submit(run_halo, args, flags, seed, device)] = change, seed
         for run in as_completed(runs):
@@ -961,8 +923,8 @@ def bench_ablate(args):
             if "failed" in report:
                 print(f"{change}, seed {seed}: failed: {report['failed']}", flush=True)
                 continue
-            losses = [row["teacher_loss"] for row in comparable() if row["teacher_loss"]]
-            row = ablate_row(report, config.max_len, teacher_loss or next(iter(losses), None))
+            row = ablate_row(report, config.max_len, next(filter(None, losses), None))
+            losses.append(row["teacher_loss"])
             table.add(**same, change=change, seed=seed, **row, flags=ABLATIONS[change],
                       shown=dict(pass_keys=percents(row, "at"), one_of_four=percents(row, "four")))
     return table
@@ -1023,8 +985,7 @@ def get_args(argv):
 
 def settle(args):
     """Check the device, and fill in the defaults that depend on it."""
-    cuda = torch.cuda.is_available()
-    args.device = torch.device(default_device(args.device or ("cuda" if cuda else "cpu")))
+    args.device = torch.device(default_device(args.device or (None if torch.cuda.is_available() else "cpu")))
     if args.device.type not in ("cuda", "cpu"):
         raise ValueError(f"--device {args.device}: its times cannot be trusted; give cuda or cpu")
     cuda = args.device.type == "cuda"
