@@ -46,15 +46,13 @@ import torch.nn.functional as F
 import kernel
 from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file
 from support import fast, pretrained
-from support.common import (
-    Parser, command_line, default_device, filled, number, read_json, write_json)
+from support.common import Parser, command_line, default_device, filled, number, read_json, write_json
 from support.recall import TASKS, answers, has_room, recall
-from support.run import (
-    Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb)
+from support.run import Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb
 from support.text import Corpus
 from support.tokens import Tokenizer
 
-RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
+RESULTS = os.path.join(halo.HERE, "results")
 
 # ---- models and their floors -------------------------------------------------------------------------------
 
@@ -885,15 +883,6 @@ def percents(row, start):
     return " / ".join("-" if share is None else f"{100 * share:.0f}" for share in shares)
 
 
-def runs_to_do(args, rows):
-    """(change, seed) of all runs that --only and --seeds ask for and rows lacks, whole recipes first."""
-    done = {(row["change"], row["seed"]) for row in rows}
-    todo = [(change, seed) for seed in range(args.seeds) for change in args.only or ABLATIONS
-            if seed == 0 or change in SEEDED]
-    todo.sort(key=lambda run: run[0] not in halo.RECIPES)
-    return [run for run in todo if run not in done]
-
-
 def bench_ablate(args):
     """Gap: held-out loss of the student less that of the teacher, nats per token.
     Pass keys: percent found at 1, 16 and 64 times the trained length.
@@ -911,10 +900,14 @@ def bench_ablate(args):
     same = dict(teacher=args.teacher, budget=args.budget, trials=args.trials)
     comparable = [row for row in table.rows if row.items() >= same.items()]
     losses = [row["teacher_loss"] for row in comparable]
+    done = {(row["change"], row["seed"]) for row in comparable}
+    todo = [(change, seed) for seed in range(args.seeds) for change in args.only or ABLATIONS
+            if (seed == 0 or change in SEEDED) and (change, seed) not in done]
+    todo.sort(key=lambda run: run[0] not in halo.RECIPES)          # whole recipes first: they tell the loss
     with ThreadPoolExecutor(args.jobs) as pool, contextlib.ExitStack() as stop:
         stop.callback(pool.shutdown, wait=False, cancel_futures=True)              # Ctrl-C starts no other
         runs = {}
-        for (change, seed), device in zip(runs_to_do(args, comparable), itertools.cycle(args.devices)):
+        for (change, seed), device in zip(todo, itertools.cycle(args.devices)):
             flags = ABLATIONS[change].format(**known).split()
             runs[pool.submit(run_halo, args, flags, seed, device)] = change, seed
         for run in as_completed(runs):
