@@ -112,13 +112,13 @@ def build(config, device):
         return HypeNet(config).to(dtype_on(device)).requires_grad_(False).eval()
 
 
-def models(args, device):
+def models(args):
     """Yield (size, kind, config, model) for all of --size and --kind. A model that does not fit is None."""
     for size in args.size:
         for kind in args.kind or SIZES[size].kinds:
             config = config_of(size, kind)
             release()
-            yield size, kind, config, attempt(partial(build, config, device))
+            yield size, kind, config, attempt(partial(build, config, args.device))
 
 
 def weigh(config, batch, context, dtype):
@@ -298,9 +298,14 @@ def read_table(path):
     return content
 
 
+def chosen(rows, **fields):
+    """The rows that have these values."""
+    return [row for row in rows if row.items() >= fields.items()]
+
+
 def draw(path, panels):
-    """Draw panels (title, lines, ylim) beside each other into a .png. A line is (label, color, rows). A row
-    has context, value, and the band from low to high. Without ylim the axis is logarithmic."""
+    """Draw panels (title, lines, ylim) beside each other into a .png. A line is (label, rows). A row has
+    context, value, and the band from low to high. Without ylim the axis is logarithmic."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -308,12 +313,12 @@ def draw(path, panels):
         return
     fig = Figure(figsize=(4.2 * len(panels), 4.6), dpi=150, layout="tight")
     for ax, (title, lines, ylim) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
-        contexts = sorted({row["context"] for _, _, rows in lines for row in rows})
-        for z, (label, color, rows) in enumerate(line for line in lines if line[2]):
+        contexts = sorted({row["context"] for _, rows in lines for row in rows})
+        for z, (label, rows) in enumerate(line for line in lines if line[1]):
             rows = sorted(rows, key=lambda row: row["context"])
             x, y, low, high = ([row[key] for row in rows] for key in ("context", "value", "low", "high"))
-            ax.plot(x, y, color=color, lw=1.6, marker="o", ms=3, label=label, zorder=9 - z)
-            ax.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
+            ax.plot(x, y, lw=1.6, marker="o", ms=3, label=label, zorder=9 - z)
+            ax.fill_between(x, low, high, alpha=0.12, lw=0)
         if ylim is None:
             ax.set_yscale("log", base=2)
             ax.yaxis.set_major_formatter("{x:g}")
@@ -349,7 +354,7 @@ def bench_decode(args):
     table = Table(args, "size kind batch context",
                   "size kind batch context ms floor_ms ratio tok_s need_gb peak_gb",
                   f"copies {rate / 1e12:.3g} TB/s", copy_rate=rate)
-    for size, kind, config, model in models(args, device):
+    for size, kind, config, model in models(args):
         todo = [(args.batch, n) for n in args.ctx or SIZES[size].contexts]
         if not args.ctx and kind != "article":
             todo += SIZES[size].batches
@@ -393,10 +398,6 @@ def largest_batch(config, context, device):
     return max(1, int(0.97 * free / (two - one)))
 
 
-LOOK = dict(hybrid=("#1f4e79", "hybrid"), teacher=("#a63d2f", "all attention"),
-            article=("#5b7f3a", "article's hybrid, window of 2,048"))
-
-
 def draw_decode(facts, rows, path):
     """A panel for each size: ms per token at batch 1, and the band down to the floor. The figure that has 2b
     is decode.png."""
@@ -405,9 +406,7 @@ def draw_decode(facts, rows, path):
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     panels = []
     for size in sizes:
-        lines = []
-        for kind, (color, label) in LOOK.items():
-            lines.append((label, color, [r for r in rows if (r["size"], r["kind"]) == (size, kind)]))
+        lines = [(kind, chosen(rows, size=size, kind=kind)) for kind in ALL]
         panels.append((f"{SIZES[size].title}: ms per token", lines, None))
     if sizes:
         name = "decode.png" if "2b" in sizes else f"decode-{sizes[0]}.png"
@@ -432,7 +431,7 @@ def bench_prefill(args):
                   "size kind context seconds floor_s ratio tok_s extra_gb",
                   f"operations per second: {linear:.3g}, attention {shown}",
                   matmul_rate=linear, attention_rate=rates)
-    for size, kind, config, model in models(args, device):
+    for size, kind, config, model in models(args):
         contexts = args.ctx or [n for n in SIZES[size].contexts if kind != "teacher" or n <= 131072]
         read = partial(prefill, model, device)
         read(min(32768, max(contexts)))                  # compiles what there is to compile
@@ -464,14 +463,9 @@ STAGES = ("align", "distil", "finetune")
 
 
 class Trial(Probe):
-    """Stands in for a Run of halo.py. In each stage of args.stage it takes a few steps on random ids, as a
-    Probe does, then two steps of a whole batch, and reports the second. A step that would take more than
-    args.seconds has fewer sequences, because every sequence costs the same."""
-
-    def __init__(self, args, options, n_vocab, report):
-        super().__init__(vars(options), n_vocab)
-        self.args = args
-        self.report = report
+    """Stands in for a Run and a Corpus of halo.py. A stage takes the few steps of a Probe on random ids. Two
+    steps of a whole batch follow, and options["report"] gets the second. A step that would take more than
+    options["seconds"] has fewer sequences, because every sequence costs the same."""
 
     def stage(self, name, plan, module, optimizer, gradients):
         return TrialStage(self, name, plan, module, optimizer, gradients)
@@ -485,12 +479,13 @@ class Trial(Probe):
 class TrialStage(ProbeStage):
     def steps(self, corpus, rows_of):
         plan = self.plan
-        if self.name not in self.run.args.stage:
+        options = self.run.options
+        if self.name not in options["stage"]:
             return
         yield from super().steps(corpus, rows_of)                  # finds what fits at once
         speed = self.run.found[self.name][1]
         self.replay = None
-        whole = max(1, int(self.run.args.seconds * speed / (self.at_once * plan.length)))
+        whole = max(1, int(options["seconds"] * speed / (self.at_once * plan.length)))
         batch = min(plan.batch, self.at_once * whole)
         device = next(self.module.parameters()).device
         rows = torch.randint(self.run.n_vocab, (batch, plan.length + 1), device=device)
@@ -499,8 +494,8 @@ class TrialStage(ProbeStage):
             began.append(clock(device))
             yield step, rows
         seconds = clock(device) - began[1]
-        self.run.report(self.name, plan, batch, seconds, at_once=self.at_once, peak_gb=peak_gb(device.type),
-                        checkpoint=checkpointed(self.module))
+        options["report"](self.name, plan, batch, seconds, at_once=self.at_once, peak_gb=peak_gb(device.type),
+                          checkpoint=checkpointed(self.module))
         checkpoint_blocks(self.module, on=False)
 
 
@@ -541,8 +536,9 @@ def bench_train(args):
             table.add(size=size, stage=stage, length=plan.length, plan_batch=plan.batch, batch=batch,
                       seconds=seconds, tok_s=speed, operations=each, used=peak and each * speed / peak,
                       tokens=plan.total, hours=plan.total / speed / 3600, **row)
-        options = recipe("paper", layers=student.layers, device=args.device)
-        trial = Trial(args, options, teacher.vocab_size, report)
+        options = recipe("paper", layers=student.layers, device=args.device, report=report,
+                         seconds=args.seconds, stage=args.stage)
+        trial = Trial(vars(options), teacher.vocab_size)
         try:
             halo.convert_staged(trial, build(teacher, device), trial, plans, options)
         except (torch.OutOfMemoryError, ValueError) as e:                      # the latter: halo's
@@ -765,22 +761,16 @@ def bench_niah(args):
     return table
 
 
-MODEL_COLORS = {"student": "#1f4e79", "student without s_t": "#7fa6c9", "teacher": "#a63d2f",
-                "teacher, YaRN": "#d98c5f", "teacher, sink + window": "#8c8c8c"}
-TASK_COLORS = {"S2": "#1f4e79", "S3": "#5b7f3a", "multi-key": "#b8860b"}
-
-
 def draw_niah(facts, rows, path):
     """Up to three panels by context: pass keys found by all, the student's other tasks, and loss."""
-    def line(model, task, label, color):
-        return label, color, [row for row in rows if (row["model"], row["task"]) == (model, task)]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found = [(model, chosen(rows, model=model, task="S1")) for model in models]
+    others = [(task, chosen(rows, model="student", task=task)) for task in list(TASKS)[1:]]
+    losses = [(model, chosen(rows, model=model, task="loss")) for model in models]
+    least = min(row["value"] for row in chosen(rows, task="loss"))
     shares = (-0.03, 1.05)
-    least = min(row["value"] for row in rows if row["task"] == "loss")
-    found = [line(model, "S1", model, color) for model, color in MODEL_COLORS.items()]
-    others = [line("student", task, task, color) for task, color in TASK_COLORS.items()]
-    losses = [line(model, "loss", model, color) for model, color in MODEL_COLORS.items()]
     panels = [(f"Pass key found (S1), trained at {facts['trained']:,}", found, shares)]
-    if any(row["value"] for _, _, rows in others for row in rows):
+    if any(row["value"] for _, rows in others for row in rows):
         panels.append(("The student's other tasks", others, shares))
     panels.append(("Held-out loss, nats per token", losses, (0.9 * least, 2 * least)))
     draw(path.removesuffix("json") + "png", panels)
@@ -898,7 +888,7 @@ def bench_ablate(args):
                   f"teacher {args.teacher}, {config.max_len:,} tokens, {args.jobs} runs at once")
     known = fill_in(config, halo.PLANS[args.teacher.split("-")[0]], args.budget)
     same = dict(teacher=args.teacher, budget=args.budget, trials=args.trials)
-    comparable = [row for row in table.rows if row.items() >= same.items()]
+    comparable = chosen(table.rows, **same)
     losses = [row["teacher_loss"] for row in comparable]
     done = {(row["change"], row["seed"]) for row in comparable}
     todo = [(change, seed) for seed in range(args.seeds) for change in args.only or ABLATIONS
@@ -971,13 +961,8 @@ def get_args(argv):
                 help_line += "; default: %(default)s" * (default is not None)
                 parser.add_argument(flag, **given, default=default, help=help_line)
     args = p.parse_args(argv)
-    if "device" in args:
-        settle(args)
-    return args
-
-
-def settle(args):
-    """Check the device, and fill in the defaults that depend on it."""
+    if "device" not in args:
+        return args
     args.device = torch.device(default_device(args.device or (None if torch.cuda.is_available() else "cpu")))
     if args.device.type not in ("cuda", "cpu"):
         raise ValueError(f"--device {args.device}: its times cannot be trusted; give cuda or cpu")
@@ -990,6 +975,7 @@ def settle(args):
             args.devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         args.teacher = args.teacher or ("mini" if cuda else "tiny")
         args.jobs = args.jobs or (5 * len(args.devices) if cuda else 1)
+    return args
 
 
 def run_main(argv):

@@ -801,7 +801,7 @@ def random_texts(n):
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_tokenizer_is_that_of_the_tokenizers_library(family, tmp_path):
     """Any text gets the ids and text of the library. A special token is text, unless special=True. Any
-    other added token is always one id. Lone surrogates become U+FFFD. A batch and a call for one text agree."""
+    other added token is always one id. Lone surrogates become U+FFFD. A batch is one text after the other."""
     theirs, ours = our_tokenizer(family, tmp_path)
     texts, rng, differ = list(random_texts(300)), random.Random(0), 0
     batch = ours.encode_batch(texts)
