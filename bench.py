@@ -336,7 +336,10 @@ def draw(path, panels):
 def bench_figure(args):
     path = os.path.join(RESULTS, f"{args.name}.json")
     content = read_table(path)
-    drawing = draw_decode if "ms" in content["rows"][0] else draw_niah
+    fields = content["rows"][0] if content["rows"] else {}
+    if "floor_ms" not in fields and "task" not in fields:
+        raise ValueError(f"--name {args.name}: {path} is no table of decode or niah, so it has no figure")
+    drawing = draw_decode if "floor_ms" in fields else draw_niah
     drawing(content, content["rows"], path)
 
 
