@@ -822,7 +822,7 @@ ABLATIONS = {                        # change of a recipe: options of halo.py, {
     "layers by eq. 8, guarded": "--layers guarded",
 }
 SEEDED = [*halo.RECIPES, "layers by eq. 8", "layers by eq. 8, guarded"]    # run with --seeds seeds
-DRAWS = ("LLLALALL", "ALLLLALL", "LALLLALL", "LALLLLAL", "LLLLLLAA")   # 2 of 8 layers, drawn at random
+DRAWS = ("LLLALALL", "ALLLLALL", "LALLLALL", "LALLLLAL", "LLLLLLAA")       # drawn at random, once
 MULTIPLES = (1, 16, 64)              # of the trained length: where recall is shown
 
 

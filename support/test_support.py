@@ -2851,8 +2851,8 @@ def test_bench_kernel(results, monkeypatch, capsys):
     ("", "required"), ("draw", "draw"), ("decode --size 7b", "7b"), ("decode --ctx 0", "--ctx"),
     ("decode --batch x", "--batch"), ("decode --dev cpu", "--dev"), ("prefill --kind mamba", "mamba"),
     ("train --device tpu", "tpu"), ("kernel --device meta", "meta"), ("figure --name none", "none"),
-    ("figure --name decode-x", "no figure"),
-    ("niah --model=", "--model"), ("ablate --teacher gpt2", "gpt2"), ("ablate --device cpu", "decode-x.json"),
+    ("figure --name=decode-x", "no figure"), ("niah --model=", "--model"), ("ablate --teacher gpt2", "gpt2"),
+    ("ablate --device cpu", "decode-x.json"),
     ("decode --size tiny --ctx 4000 --kind article", "2,048 that this model's chunks")])
 def test_bench_errors_are_one_line(given, word, results, capsys):
     """Bad input of bench.py ends with status 2 and one line that names it. A file in results/ that no table
