@@ -666,15 +666,13 @@ class Corpus:
     def windows(self, rng, batch, length, prose=False):
         """(batch, length) int64: stretches of held-out text from random places. Prose is short: a longer
         stretch begins anew at the end of the prose."""
-        if prose:
-            starts = rng.integers(0, len(self.prose), batch)
-            rows = [self.prose.take(np.arange(s, s + length), mode="wrap") for s in starts]
-            return np.stack(rows).astype(np.int64)
-        if len(self.held_out) < length:
-            raise ValueError(f"the held-out text has {len(self.held_out):,} tokens, too few for a sequence "
-                             f"of {length:,}; give more --data (1/16 of text, shards with val in the name)")
-        starts = rng.integers(0, len(self.held_out) - length + 1, batch)
-        return np.stack([self.held_out[s:s + length] for s in starts]).astype(np.int64)
+        ids = self.prose if prose else self.held_out
+        n_places = len(ids) if prose else len(ids) - length + 1
+        if n_places < 1:
+            raise ValueError(f"the held-out text has {len(ids):,} tokens, too few for a sequence of "
+                             f"{length:,}; give more --data (1/16 of text, shards with val in the name)")
+        starts = rng.integers(0, n_places, batch)
+        return np.stack([ids.take(np.arange(s, s + length), mode="wrap") for s in starts]).astype(np.int64)
 
     def held_out_batches(self, length, count, seed=0):
         """[(idx, targets)]: `count` sequences of held-out text, (b,length) each, the same at every call."""
