@@ -2,13 +2,11 @@
 
     python bench.py decode     milliseconds per generated token, after contexts of up to a million tokens
     python bench.py prefill    seconds and memory to read such contexts
-    python bench.py when       the context from which on the hybrid is the better choice
     python bench.py train      a training step of every stage at a real size: tokens/s, memory, utilisation
     python bench.py kernel     the scan of kernel.py beside flash-linear-attention and softmax attention
     python bench.py niah       what a student and its teacher recall and predict far past the trained length
     python bench.py ablate     one distillation for every single change of a recipe
-    python bench.py text       seconds and memory until a large text gives its first batch
-    python bench.py figure     draw results/decode.png again from the rows of decode
+    python bench.py figure     draw the figure of decode or niah again from its table
 
 Three models are compared: the paper's hybrid, its teacher, and the article's hybrid. The teacher is all
 attention and runs the same code. The article's hybrid has a window of 2,048 tokens. Weights and states are
@@ -16,55 +14,46 @@ random numbers, because no time depends on them.
 
 Every table is printed row by row and kept in results/ with the name of the device. A run that is cut off
 keeps its rows. A row that is measured again replaces the older row. A model that does not fit in memory gets
-a row too: "memory" in the table, null in the file.
+a row too: "memory" in the table, null in the file. The docstring of a mode is printed above its table.
 """
 import argparse
-import bisect
 import contextlib
 import gc
-import glob
+import inspect
 import itertools
-import json
 import math
 import os
 import platform
-import queue
-import random
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import distributions
+from importlib.metadata import version
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see halo.py
+import halo  # first, because its settings must come before torch starts
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
-import halo  # noqa: E402
-from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file  # noqa: E402
-from kernel import chunked_scan  # noqa: E402
-from support import fast, pretrained  # noqa: E402
-from support.common import (  # noqa: E402
-    Parser, command_line, default_device, filled, number, read_json, write_json)
-from support.options import get_args as halo_args  # noqa: E402
-from support.recall import TASKS, answers, has_room, recall  # noqa: E402
-from support.run import (  # noqa: E402
-    Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb)
-from support.text import Corpus, documents, stdlib_files  # noqa: E402
-from support.tokens import Tokenizer  # noqa: E402
+import kernel
+from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file
+from support import fast, pretrained
+from support.common import Parser, command_line, default_device, filled, number, read_json, write_json
+from support.options import get_args as halo_args
+from support.recall import TASKS, answers, has_room, recall
+from support.run import Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb
+from support.text import Corpus
+from support.tokens import Tokenizer
 
-RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
+RESULTS = os.path.join(halo.HERE, "results")
 
 # ---- models and their floors -------------------------------------------------------------------------------
 
@@ -125,13 +114,13 @@ def build(config, device):
         return HypeNet(config).to(dtype_on(device)).requires_grad_(False).eval()
 
 
-def models(args, device):
+def models(args):
     """Yield (size, kind, config, model) for all of --size and --kind. A model that does not fit is None."""
     for size in args.size:
         for kind in args.kind or SIZES[size].kinds:
             config = config_of(size, kind)
             release()
-            yield size, kind, config, attempt(partial(build, config, device))
+            yield size, kind, config, attempt(partial(build, config, args.device))
 
 
 def weigh(config, batch, context, dtype):
@@ -140,11 +129,9 @@ def weigh(config, batch, context, dtype):
     held, not as moved."""
     with torch.device("meta"):
         model = HypeNet(config)
-    looked_up = 0
-    for module in model.modules():
-        is_head = config.tied and module is model.wte
-        if isinstance(module, nn.Embedding) and not is_head:
-            looked_up += module.weight.numel()
+    looked_up = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
+    if config.tied:
+        looked_up -= model.wte.weight.numel()            # the head reads all of it
     S, KV = State(config, batch, context, "meta", dtype).nbytes()
     weights = model.n_params() * dtype.itemsize
     return weights - looked_up * dtype.itemsize + 2 * S + KV, weights + S + KV
@@ -164,6 +151,25 @@ def operations(config, T, part=""):
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
+
+
+def clock(device):
+    """The time in seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def once(f, device):
+    """Seconds that f() takes, and the GB that it needs at its peak beyond what was there (CPU: None)."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    began = clock(device)
+    f()
+    seconds = clock(device) - began
+    return seconds, (torch.cuda.max_memory_allocated(device) - before) / 1e9 if cuda else None
 
 
 def milliseconds(f, device, warm=2, repeat=20, flush=True):
@@ -186,34 +192,6 @@ def milliseconds(f, device, warm=2, repeat=20, flush=True):
     return statistics.median(begin.elapsed_time(end) for begin, end in zip(begins, ends))
 
 
-def once(f, device):
-    """Seconds that f() takes, and the GB that it needs at its peak beyond what was there (CPU: None)."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        f()
-        return time.perf_counter() - began, None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    began = time.perf_counter()
-    f()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - began, (torch.cuda.max_memory_allocated(device) - before) / 1e9
-
-
-def profiled(title, f):
-    """Run f() and print the kernels that its time goes to."""
-    with torch.profiler.profile() as profile:
-        f()
-    events = profile.key_averages()
-    times = [(e.self_device_time_total, e) for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    times = times or [(e.self_cpu_time_total, e) for e in events]
-    print(f"\n{title}\n{'ms':>10s}{'calls':>7s}{'us/call':>10s}  kernel")
-    for us, e in sorted(times, key=lambda pair: -pair[0])[:16]:
-        print(f"{us / 1000:10.3f}{e.count:7d}{us / e.count:10.1f}  {e.key[:70]}")
-    print(flush=True)
-
-
 def copy_rate(device):
     """Bytes per second, read and written, of a large copy."""
     a = torch.empty(2 ** (32 if device.type == "cuda" else 26), dtype=torch.int8, device=device)
@@ -229,21 +207,12 @@ def matmul_rate(device):
 
 
 def attention_rate(config, device):
-    """Operations per second of causal attention with a model's heads, and the fastest backend's name."""
+    """Operations per second of a large call of causal attention, with a model's heads."""
     H, D = config.n_head, config.head_dim
     T = 16384 if device.type == "cuda" else 512
     q, k, v = torch.randn(3, 1, H, T, D, device=device, dtype=dtype_on(device))
-    rates = {}
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-        try:
-            with sdpa_kernel(getattr(SDPBackend, name)), warnings.catch_warnings():
-                warnings.simplefilter("ignore")          # they say why a backend declines
-                ms = milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device)
-            rates[name.split("_")[0].lower()] = 4 * H * D * (T * (T + 1) / 2) / (ms / 1000)
-        except RuntimeError:                             # not for this device, dtype or head size
-            pass
-    best = max(rates, key=rates.get)
-    return rates[best], best
+    ms = milliseconds(lambda: fast.attend_lse(q, k, v, causal=True), device)
+    return 4 * H * D * (T * (T + 1) / 2) / (ms / 1000)
 
 
 def attempt(f):
@@ -261,7 +230,7 @@ def release():
         torch.cuda.empty_cache()
 
 
-# ---- tables ------------------------------------------------------------------------------------------------
+# ---- tables and figures ------------------------------------------------------------------------------------
 
 
 def machine(device):
@@ -272,36 +241,35 @@ def machine(device):
         name = torch.cuda.get_device_name(device)
         kind = re.findall(r"[a-z]*\d+\w*|$", name.lower())[0] or "gpu"
     return dict(device=name, dtype=str(dtype_on(device)).removeprefix("torch."), torch=torch.__version__,
-                python=platform.python_version(), triton=installed("triton")), kind
+                python=platform.python_version(), triton=getattr(kernel.triton, "__version__", None)), kind
 
 
-def installed(package):
-    """The version of an installed package, else None."""
-    return next((d.version for d in distributions() if d.metadata["Name"] == package), None)
-
-
+WIDTHS = dict(                       # of columns, others 9; below 0: the text stands at the left
+    size=-9, kind=-9, stage=-9, shape=-22, decay=-10, by=-6, model=-24, task=-10, change=-35, seed=5, of=6,
+    batch=6, plan_batch=5, length=7, at_once=8, used=8, context=11, checkpoint=11, pass_keys=16,
+    one_of_four=16)
 HEADINGS = dict(tok_s="tok/s", need_gb="needs GB", peak_gb="peak GB", extra_gb="extra GB", gb="GB",
                 used="use", plan_batch="of")
 
 
 class Table:
     """A table that is printed row by row, and its file results/MODE-DEVICE.json, written with every row.
-    columns: field -> format, of the fields that are printed. keys: the fields that tell two rows apart.
-    Earlier rows of the same machine and versions stay in the file until they are measured again."""
+    keys: the fields that tell two rows apart. columns: the fields that are printed. about: a line that is
+    printed first. Earlier rows of the same machine and versions stay until they are measured again."""
 
-    def __init__(self, args, device, keys, columns, about, **facts):
+    def __init__(self, args, keys, columns, about, **facts):
         self.keys = keys.split()
-        self.columns = columns
-        self.facts, kind = machine(device)
-        name = f"{args.mode}-{kind}" + ("-plain" if getattr(args, "plain", False) else "")
-        self.path = os.path.join(RESULTS, f"{args.name or name}.json")
+        self.columns = columns.split()
+        self.facts, kind = machine(args.device)
+        self.path = os.path.join(RESULTS, f"{args.name or f'{args.mode}-{kind}'}.json")
         found = read_table(self.path) if os.path.exists(self.path) else {}
         same = all(found.get(key) == value for key, value in self.facts.items())
         self.rows = found["rows"] if same else []
         self.facts |= facts
         os.makedirs(RESULTS, exist_ok=True)
-        print(f"{self.facts['device']}, {self.facts['dtype']}, {about}\n")
-        self.show({name: HEADINGS.get(name, name.replace("_", " ")) for name in columns})
+        print(f"{self.facts['device']}, {self.facts['dtype']}, {about}")
+        print(inspect.getdoc(MODES[args.mode]) + "\n")
+        self.show({name: HEADINGS.get(name, name.replace("_", " ")) for name in self.columns})
 
     def add(self, shown=None, **row):
         """Keep a row and print it. shown: cells that are printed and not kept."""
@@ -311,16 +279,16 @@ class Table:
 
     def show(self, cells):
         line = ""
-        for name, form in self.columns.items():
+        for name in self.columns:
             value = cells.get(name)
             if value is None:                            # a time is missing for one reason alone
                 value = "memory" if name in ("ms", "seconds", "forward", "both") else "-"
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, list):
                 value = " ".join(map(str, value))
-            if isinstance(value, str):
-                width = re.match(r"<?\d+", form)[0]
-                form = width if "<" in width else f">{width}"
-            line += format(value, form)
+            if isinstance(value, (int, float)):
+                value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+            width = WIDTHS.get(name, 9)
+            line += value.ljust(-width) if width < 0 else value.rjust(width)
         print(line, flush=True)
 
 
@@ -332,35 +300,49 @@ def read_table(path):
     return content
 
 
-def context_axis(ax, contexts, title):
-    """Set up a figure with contexts on a logarithmic axis."""
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(contexts, [f"{n // 1024}K" if n >= 1024 else str(n) for n in contexts])
-    ax.minorticks_off()
-    ax.tick_params(labelsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_title(title, loc="left", fontsize=10)
-    ax.set_xlabel("tokens of context", fontsize=9)
+def chosen(rows, **fields):
+    """The rows that have these values."""
+    return [row for row in rows if row.items() >= fields.items()]
 
 
-def pyplot():
-    """matplotlib.pyplot, or None and a line that says what to install."""
+def draw(path, panels):
+    """Draw panels (title, lines, ylim) beside each other into a .png. A line is (label, rows). A row has
+    context, value, and the band from low to high. Without ylim the axis is logarithmic."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no figure: pip install matplotlib, then python bench.py figure")
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-def save_figure(fig, path, legend=0.0):
-    """Write a figure, with this share of its height left free for a legend below."""
-    fig.tight_layout(rect=(0, legend, 1, 1))
+        return
+    fig = Figure(figsize=(4.2 * len(panels), 4.6), dpi=150, layout="tight")
+    for ax, (title, lines, ylim) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
+        contexts = sorted({row["context"] for _, rows in lines for row in rows})
+        for z, (label, rows) in enumerate(line for line in lines if line[1]):
+            rows = sorted(rows, key=lambda row: row["context"])
+            x, y, low, high = ([row[key] for row in rows] for key in ("context", "value", "low", "high"))
+            ax.plot(x, y, lw=1.6, marker="o", ms=3, label=label, zorder=9 - z)
+            ax.fill_between(x, low, high, alpha=0.12, lw=0)
+        if ylim is None:
+            ax.set_yscale("log", base=2)
+            ax.yaxis.set_major_formatter("{x:g}")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(contexts, [f"{n // 1024}K" if n >= 1024 else str(n) for n in contexts], fontsize=8)
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.set(xlabel="tokens of context", ylim=ylim)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=8, frameon=False)
     write_file(path, partial(fig.savefig, format="png"))
-    pyplot().close(fig)
     print(f"\nfigure in {os.path.relpath(path)}")
+
+
+def bench_figure(args):
+    path = os.path.join(RESULTS, f"{args.name}.json")
+    content = read_table(path)
+    fields = content["rows"][0] if content["rows"] else {}
+    if "floor_ms" not in fields and "task" not in fields:
+        raise ValueError(f"--name {args.name}: {path} is no table of decode or niah, so it has no figure")
+    drawing = draw_decode if "floor_ms" in fields else draw_niah
+    drawing(content, content["rows"], path)
 
 
 # ---- decode ------------------------------------------------------------------------------------------------
@@ -369,18 +351,15 @@ WARM = 5                                                 # untimed calls; the se
 
 
 def bench_decode(args):
-    device = torch.device(args.device)
+    """Every row of the batch has this context and gets one more token.
+    Floor: the bytes of weights, S (read and written) and K/V, divided by the rate of copies.
+    Needs: weights and state. Peak: everything."""
+    device = args.device
     rate = copy_rate(device)
-    table = Table(
-        args, device, keys="size kind batch context",
-        columns=dict(size="<9", kind="<9", batch="6,", context="11,", ms="10.2f", floor_ms="10.2f",
-                     ratio="7.2f", tok_s="9,.0f", need_gb="10.2f", peak_gb="9.2f"),
-        about=f"""copies {rate / 1e12:.3g} TB/s
-Every row of the batch has this context and gets one more token.
-Floor: the bytes of weights, S (read and written) and K/V, divided by the rate of copies.
-Needs: weights and state. Peak: everything.""",
-        copy_rate=rate)
-    for size, kind, config, model in models(args, device):
+    table = Table(args, "size kind batch context",
+                  "size kind batch context ms floor_ms ratio tok_s need_gb peak_gb",
+                  f"copies {rate / 1e12:.3g} TB/s", copy_rate=rate)
+    for size, kind, config, model in models(args):
         todo = [(args.batch, n) for n in args.ctx or SIZES[size].contexts]
         if not args.ctx and kind != "article":
             todo += SIZES[size].batches
@@ -392,7 +371,7 @@ Needs: weights and state. Peak: everything.""",
                 row = measure(context, row["batch"] * 15 // 16)
             table.add(size=size, kind=kind, **row)
         del model, measure
-    draw(table.facts, table.rows, "2b" if "2b" in args.size else args.size[0])
+    draw_decode(table.facts, table.rows, table.path)
     return table
 
 
@@ -424,193 +403,62 @@ def largest_batch(config, context, device):
     return max(1, int(0.97 * free / (two - one)))
 
 
-LOOK = dict(hybrid=("#1f4e79", "hybrid"), teacher=("#a63d2f", "all attention"),
-            article=("#5b7f3a", "article's hybrid, window of 2,048"))
-
-
-def draw(facts, rows, size):
-    """Draw ms per token against context: results/decode.png for 2b, decode-SIZE.png for other sizes."""
-    plt = pyplot()
-    if plt is None:
-        return
-    fig, ax = plt.subplots(figsize=(7.2, 4.4), dpi=150)
-    rows = [r for r in rows if r["size"] == size and r["batch"] == 1]
-    rows.sort(key=lambda r: r["context"])
-    for kind, (color, label) in LOOK.items():
-        mine = [r for r in rows if r["kind"] == kind]
-        measured = [r for r in mine if r["ms"]]
-        if len(measured) < len(mine):
-            label += f" (no memory for {mine[len(measured)]['context']:,})"
-        x = [r["context"] for r in measured]
-        if x:
-            ax.plot(x, [r["ms"] for r in measured], color=color, lw=1.8, marker="o", ms=3.5, label=label)
-            ax.plot(x, [r["floor_ms"] for r in measured], color=color, lw=0.8, ls="--")
-    context_axis(ax, sorted({r["context"] for r in rows}), f"{SIZES[size].title}: milliseconds per token, "
-                 f"batch 1, {facts['dtype']}, {facts['device']}")
-    ax.set_yscale("log", base=2)
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.plot([], [], color="0.35", lw=0.8, ls="--", label="time to move weights, state and K/V once")
-    ax.legend(fontsize=8, frameon=False)
-    save_figure(fig, os.path.join(RESULTS, "decode.png" if size == "2b" else f"decode-{size}.png"))
-
-
-def bench_figure(args):
-    path, facts, rows = decode_results(args)[0]
-    draw(facts, rows, args.size)
-
-
-# ---- when to use it ----------------------------------------------------------------------------------------
-
-
-def decode_results(args):
-    """[(path, facts, rows)]: the files in which decode has measured a size at batch 1."""
-    found = []
-    for path in sorted(glob.glob(os.path.join(glob.escape(RESULTS), f"{args.name or 'decode-*'}.json"))):
-        content = read_table(path)
-        rows = [r for r in content["rows"] if r.get("size") == args.size and r.get("batch") == 1]
-        if {"hybrid", "teacher"} <= {r["kind"] for r in rows}:
-            found.append((path, content, sorted(rows, key=lambda r: r["context"])))
-    if not found:
-        raise ValueError(f"no rows of {args.size}, hybrid and teacher, in results/{args.name or 'decode-*'}"
-                         f".json; measure them: python bench.py decode --size {args.size}")
-    return found
-
-
-def at(contexts, values, n):
-    """The value at context n: on a straight line in log-log between two measured ones; before the first, the
-    first; next to a value of inf, inf."""
-    i = bisect.bisect(contexts, max(n, contexts[0]))
-    a, x = contexts[i - 1], values[i - 1]
-    if n <= a or x == math.inf:
-        return x
-    return x * (values[i] / x) ** (math.log(n / a) / math.log(contexts[i] / a))
-
-
-def wins_from(contexts, ours, theirs):
-    """The context from which on ours is less than theirs, up to the last context; None if ours is not less
-    at the last. Between two measured contexts the curves are straight lines in log-log."""
-    lead = [math.log(y / x) for x, y in zip(ours, theirs)]
-    behind = [i for i, d in enumerate(lead) if d <= 0]
-    if not behind:
-        return contexts[0]
-    i = behind[-1]
-    if i == len(lead) - 1:
-        return None
-    a, b = contexts[i:i + 2]
-    d, e = lead[i:i + 2]
-    return b if e == math.inf else a * (b / a) ** (d / (d - e))
-
-
-def curves(rows):
-    """The contexts in which the hybrid fits and both were measured; ms and GB there, {kind: values} each."""
-    found = {(r["kind"], r["context"]): r for r in rows}
-    contexts = [n for kind, n in found
-                if kind == "hybrid" and found["hybrid", n]["ms"] and ("teacher", n) in found]
-    ms, gb = {}, {}
-    for kind in ("hybrid", "teacher"):
-        mine = [found[kind, n] for n in contexts]
-        ms[kind] = [r["ms"] or math.inf for r in mine]
-        gb[kind] = [r["peak_gb"] or r["need_gb"] for r in mine]
-    return contexts, ms, gb
-
-
-def since(contexts, values):
-    """In words, the context from which on the hybrid has less than the teacher."""
-    first = wins_from(contexts, values["hybrid"], values["teacher"])
-    if first is None:
-        return f"at no context up to {contexts[-1]:,}"
-    if first == contexts[0]:
-        return f"from {first:,} tokens on, the shortest measured"
-    return f"from about {float(f'{first:.2g}'):,.0f} tokens on"
-
-
-def verdict(ms, gb, most_ms, most_gb):
-    """Which model to use, in a sentence. ms (inf: does not fit), gb: {kind: costs}; and the user's limits."""
-    within = [kind for kind in ms if ms[kind] < math.inf
-              and ms[kind] <= (most_ms or math.inf) and gb[kind] <= (most_gb or math.inf)]
-    limits = [f"{most:g} {unit}" for most, unit in ((most_ms, "ms"), (most_gb, "GB")) if most]
-    limits = " and ".join(limits) or "this device"
-    if not within:
-        return f"use neither: both exceed {limits}; take a smaller model"
-    if len(within) == 1:
-        return f"use the {within[0]}: it alone is known to keep within {limits}"
-    time_ratio, memory_ratio = (costs["hybrid"] / costs["teacher"] for costs in (ms, gb))
-    choice = ("the teacher", "either", "the hybrid")[(time_ratio < 1) + (memory_ratio < 1)]
-    return f"use {choice}: the hybrid takes {time_ratio:.2f} of the time and {memory_ratio:.2f} of the memory"
-
-
-def bench_when(args):
-    for path, facts, rows in decode_results(args):
-        contexts, ms, gb = curves(rows)
-        path = os.path.relpath(path)
-        if not contexts or args.ctx > contexts[-1]:
-            raise ValueError(f"--ctx {args.ctx}: the hybrid was measured, and fits, up to a context of "
-                             f"{max(contexts, default=0)} tokens ({path})")
-        taken = f" (taken for {contexts[0]:,}, the shortest measured)" * (args.ctx < contexts[0])
-        print(f"{SIZES[args.size].title}, batch 1, {facts['device']}, {path}")
-        print(f"one token after {args.ctx:,}{taken}")
-        ms_now = {kind: at(contexts, values, args.ctx) for kind, values in ms.items()}
-        gb_now = {kind: at(contexts, values, args.ctx) for kind, values in gb.items()}
-        for kind, t in ms_now.items():
-            shown = f"{t:.2f} ms" if t < math.inf else "not measured, for lack of memory"
-            print(f"  {kind:8s} {shown}, {gb_now[kind]:.3g} GB")
-        print(f"  in time the hybrid wins {since(contexts, ms)}")
-        print(f"  in memory the hybrid wins {since(contexts, gb)}")
-        print(f"  {verdict(ms_now, gb_now, args.ms, args.gb)}")
+def draw_decode(facts, rows, path):
+    """A panel for each size: ms per token at batch 1, and the band down to the floor. The figure that has 2b
+    is decode.png."""
+    rows = [dict(row, value=row["ms"], low=row["floor_ms"], high=row["ms"]) for row in rows
+            if row["batch"] == 1 and row["ms"]]
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    panels = []
+    for size in sizes:
+        lines = [(kind, chosen(rows, size=size, kind=kind)) for kind in ALL]
+        panels.append((f"{SIZES[size].title}: ms per token", lines, None))
+    if sizes:
+        name = "decode.png" if "2b" in sizes else f"decode-{sizes[0]}.png"
+        draw(os.path.join(RESULTS, name), panels)
 
 
 # ---- prefill -----------------------------------------------------------------------------------------------
 
 
 def bench_prefill(args):
-    device = torch.device(args.device)
-    if device.type == "cuda" and not args.plain:
+    """Every row reads a context from its first token to its last.
+    Floor: the operations of Linears and of attention, each divided by its rate above.
+    These are the rates of a large product and of a large call of the model's attention.
+    Extra: peak memory beyond weights and state."""
+    device = args.device
+    if device.type == "cuda":
         fast.fuse()
     linear = matmul_rate(device)
     rates = {size: attention_rate(SIZES[size].teacher, device) for size in args.size}
-    shown = ", ".join(f"{rate:.3g} ({size}, {best})" for size, (rate, best) in rates.items())
-    table = Table(
-        args, device, keys="size kind context",
-        columns=dict(size="<9", kind="<9", context="11,", seconds="10.3f", floor_s="10.3f", ratio="7.2f",
-                     tok_s="11,.0f", extra_gb="10.2f"),
-        about=f"""operations per second: {linear:.3g}, attention {shown}
-Every row reads a context from its first token to its last.
-Floor: the operations of Linears and of attention, each divided by its rate above.
-These are the rates of a large product and of torch's fastest attention.
-Extra: peak memory beyond weights and state.""",
-        matmul_rate=linear, attention_rate=rates)
-    for size, kind, config, model in models(args, device):
-        contexts = [n for n in args.ctx or SIZES[size].contexts if kind != "teacher" or n <= args.teacher_max]
-        if model and contexts:                           # compiles what there is to compile
-            attempt(partial(prefill, model, min(32768, max(contexts)), args.segment, device))
+    shown = ", ".join(f"{rate:.3g} ({size})" for size, rate in rates.items())
+    table = Table(args, "size kind context",
+                  "size kind context seconds floor_s ratio tok_s extra_gb",
+                  f"operations per second: {linear:.3g}, attention {shown}",
+                  matmul_rate=linear, attention_rate=rates)
+    for size, kind, config, model in models(args):
+        contexts = args.ctx or [n for n in SIZES[size].contexts if kind != "teacher" or n <= 131072]
+        read = partial(prefill, model, device)
+        read(min(32768, max(contexts)))                  # compiles what there is to compile
         for context in contexts:
             release()
-            title = f"{size} {kind}, {context:,} tokens" if args.profile else None
-            seconds, extra = fastest_prefill(model, context, args.segment, device, title)
+            found = [read(context) for _ in range(2 if context <= 131072 else 1)]
+            seconds, extra = min(filter(None, found), default=(None, None), key=lambda pair: pair[0])
             of_linears, of_attention = operations(config, context)
-            floor = of_linears / linear + of_attention / rates[size][0]
+            floor = of_linears / linear + of_attention / rates[size]
             table.add(size=size, kind=kind, context=context, seconds=seconds, floor_s=floor, extra_gb=extra,
                       ratio=seconds and seconds / floor, tok_s=seconds and context / seconds)
-        del model
+        del model, read
     return table
 
 
-def fastest_prefill(model, context, segment, device, title):
-    """prefill's result, the better of two for contexts that do not take long; None twice without memory."""
-    if model is None:
-        return None, None
-    read = partial(attempt, partial(prefill, model, context, segment, device))
-    if title:
-        profiled(title, read)
-    found = [read() for _ in range(2 if context <= 131072 else 1)]
-    return min(filter(None, found), default=(None, None), key=lambda pair: pair[0])
-
-
-def prefill(model, context, segment, device):
-    """Seconds to read random ids, and GB beyond weights and state (CPU: None)."""
-    prompt = torch.randint(model.config.vocab_size, (context,), device=device)
-    state = model.init_state(1, context)
-    return once(lambda: fast.prefill(model, prompt, state, segment), device)
+def prefill(model, device, context):
+    """Seconds to read random ids, and GB beyond weights and state (CPU: None); None if they do not fit."""
+    def work():
+        prompt = torch.randint(model.config.vocab_size, (context,), device=device)
+        state = model.init_state(1, context)
+        return once(lambda: fast.prefill(model, prompt, state), device)
+    return model and attempt(work)
 
 
 # ---- train -------------------------------------------------------------------------------------------------
@@ -619,56 +467,41 @@ PEAKS = dict(h100=989e12, h200=989e12, a100=312e12)      # dense bf16 operations
 STAGES = ("align", "distil", "finetune")
 
 
-class RandomText:
-    """Stands in for the Corpus and the tokenizer of halo.py."""
-
-    def __init__(self, n_vocab):
-        self.n_vocab = n_vocab
-
-    def rows(self, stage, plan):
-        rng = np.random.default_rng(0)
-        return lambda step: rng.integers(self.n_vocab, size=(plan.batch, plan.length + 1))
-
-
 class Trial(Probe):
-    """Stands in for a Run of halo.py. In each stage of args.stage it takes a few steps on random ids, as a
-    Probe does, then two steps of a whole batch, and reports the second. A step that would take more than
-    args.seconds has fewer sequences, because every sequence costs the same."""
-
-    def __init__(self, teacher, plans, args):
-        super().__init__(vars(args), args.tokenizer.n_vocab)
-        self.args = args
-        halo.convert_staged(self, teacher, args.tokenizer, plans, args)
+    """Stands in for a Run and a Corpus of halo.py. A stage takes the few steps of a Probe on random ids. Two
+    steps of a whole batch follow, and options["report"] gets the second. A step that would take more than
+    options["seconds"] has fewer sequences, because every sequence costs the same."""
 
     def stage(self, name, plan, module, optimizer, gradients):
         return TrialStage(self, name, plan, module, optimizer, gradients)
 
+    def rows(self, stage, plan):
+        """Random ids, as the rows of a Corpus."""
+        rng = np.random.default_rng(0)
+        return lambda step: rng.integers(self.n_vocab, size=(plan.batch, plan.length + 1))
+
 
 class TrialStage(ProbeStage):
     def steps(self, corpus, rows_of):
-        args, plan = self.run.args, self.plan
-        if self.name not in args.stage:
+        plan = self.plan
+        options = self.run.options
+        if self.name not in options["stage"]:
             return
         yield from super().steps(corpus, rows_of)                  # finds what fits at once
-        speed, self.replay = self.run.found[self.name][1], None
-        whole = max(1, int(args.seconds * speed / (self.at_once * plan.length)))
+        speed = self.run.found[self.name][1]
+        self.replay = None
+        whole = max(1, int(options["seconds"] * speed / (self.at_once * plan.length)))
         batch = min(plan.batch, self.at_once * whole)
         device = next(self.module.parameters()).device
         rows = torch.randint(self.run.n_vocab, (batch, plan.length + 1), device=device)
+        began = []
         for step in range(2):
-            wait(device)
-            began = time.perf_counter()
+            began.append(clock(device))
             yield step, rows
-            wait(device)
-            seconds = time.perf_counter() - began
-        args.report(self.name, plan, batch, seconds, at_once=self.at_once, peak_gb=peak_gb(device.type),
-                 checkpoint=checkpointed(self.module))
+        seconds = clock(device) - began[1]
+        options["report"](self.name, plan, batch, seconds, at_once=self.at_once, peak_gb=peak_gb(device.type),
+                          checkpoint=checkpointed(self.module))
         checkpoint_blocks(self.module, on=False)
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def train_operations(stage, teacher, student, T):
@@ -685,37 +518,34 @@ def train_operations(stage, teacher, student, T):
 
 
 def bench_train(args):
-    device = torch.device(args.device)
-    if device.type == "cuda" and not args.plain:
+    """One step of each stage of halo.py under the paper's plan.
+    Batch: sequences of the step, of the plan's so many. At once: as many go through the models together.
+    Checkpoint: activations are computed again in the backward pass.
+    Use: share of the peak. Hours: for all tokens of the plan."""
+    device = args.device
+    if device.type == "cuda":
         fast.fuse()
     peak = args.peak or PEAKS.get(machine(device)[1])
-    table = Table(
-        args, device, keys="size stage",
-        columns=dict(size="<9", stage="<9", length="7,", batch="6", plan_batch="5", at_once="8",
-                     checkpoint="11", seconds="9.2f", tok_s="10,.0f", used="7.1%", peak_gb="8.1f",
-                     hours="8.2f"),
-        about=f"""peak {f"{peak:.3g}" if peak else "unknown (--peak)"} operations per second
-One step of each stage of halo.py under the paper's plan.
-Batch: sequences of the step, of the plan's so many; at once: as many go through the models together.
-Checkpoint: activations are computed again in the backward pass.
-Use: share of the peak. Hours: for all tokens of the plan.""",
-        peak=peak)
+    table = Table(args, "size stage",
+                  "size stage length batch plan_batch at_once checkpoint seconds tok_s used peak_gb hours",
+                  f"peak {f'{peak:.3g}' if peak else 'unknown (--peak)'} operations per second", peak=peak)
     for size in args.size:
         plans = halo.PLANS["tiny" if size == "tiny" else "real"]
         plans = {name: replace(plan, recall=0.0) for name, plan in plans.items() if name in STAGES}
-        teacher, student = SIZES[size].teacher, config_of(size, "hybrid")
+        teacher = SIZES[size].teacher
+        student = config_of(size, "hybrid")
 
         def report(stage, plan, batch, seconds, **row):
             speed = batch * plan.length / seconds
             each = train_operations(stage, teacher, student, plan.length)
             table.add(size=size, stage=stage, length=plan.length, plan_batch=plan.batch, batch=batch,
                       seconds=seconds, tok_s=speed, operations=each, used=peak and each * speed / peak,
-                      tokens=plan.total, hours=plan.total / speed / 3600, **row,
-                      shown=dict(checkpoint="yes" if row["checkpoint"] else "no"))
+                      tokens=plan.total, hours=plan.total / speed / 3600, **row)
         options = recipe("paper", layers=student.layers, device=args.device, report=report,
-                         seconds=args.seconds, stage=args.stage, tokenizer=RandomText(teacher.vocab_size))
+                         seconds=args.seconds, stage=args.stage)
+        trial = Trial(vars(options), teacher.vocab_size)
         try:
-            Trial(build(teacher, device), plans, options)
+            halo.convert_staged(trial, build(teacher, device), trial, plans, options)
         except (torch.OutOfMemoryError, ValueError) as e:                      # the latter: halo's
             print(f"{size:9s}memory: {' '.join(str(e).split())}", flush=True)
         release()
@@ -745,17 +575,14 @@ def scan_inputs(shape, decay, device):
 
 
 def ours(q, k, v, g, backend=None):
-    return chunked_scan(q, k, v, g, scale=q.shape[-1] ** -0.5, backend=backend)[0]
-
-
-def sdpa(q, k, v, g):
-    """Softmax attention, whose keys are as wide as its values."""
-    q, k, v = (F.pad(x, (0, v.shape[-1] - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return kernel.chunked_scan(q, k, v, g, scale=q.shape[-1] ** -0.5, backend=backend)[0]
 
 
 def rivals(decay, device):
     """{name: function (q, k, v, log_decay) -> o}: ours, and what else there is."""
+    def sdpa(q, k, v, g):                                # its keys are as wide as its values
+        q, k, v = (F.pad(x, (0, v.shape[-1] - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     found = dict(ours=ours)
     if device.type == "cuda":
         with contextlib.suppress(ImportError):
@@ -780,9 +607,6 @@ def gradients(f, tensors, do):
 def scan_row(f, tensors, do, refs, device):
     """Times in ms, memory in GB, and the errors RMSE(out - ref) / RMSE(ref) of o and of every gradient, on
     the heads that refs has."""
-    def forward():
-        with torch.no_grad():
-            f(*tensors)
     both = partial(gradients, f, tensors, do)
     began = time.time()
     out = attempt(both)
@@ -791,24 +615,21 @@ def scan_row(f, tensors, do, refs, device):
     for name, x, ref in zip(("o", "dq", "dk", "dv", "dlog_decay"), out or (), refs):
         errors[name] = ((x[:1, :, :ref.size(2)].double() - ref).norm() / ref.norm()).item()
     del out
-    ms = attempt(lambda: milliseconds(forward, device))
+    with torch.no_grad():
+        ms = attempt(lambda: milliseconds(partial(f, *tensors), device))
     ms_both = attempt(lambda: milliseconds(both, device))
     memory = attempt(lambda: once(both, device))
-    return dict(first_call_s=first, forward=ms, both=ms_both, gb=memory and memory[1], **errors)
+    return dict(first_call_s=first, forward=ms, both=ms_both, gb=memory and memory[1], **errors), errors
 
 
 def bench_kernel(args):
-    device = torch.device(args.device)
+    """ms of a scan in bf16: forward, and both forward and backward. Shape: B T H K V.
+    Floor: the bytes of a forward pass, divided by the rate of copies. Of floor: floor / forward.
+    Error: the largest relative error of o and the gradients, against float64."""
+    device = args.device
     rate = copy_rate(device)
-    table = Table(
-        args, device, keys="shape decay by",
-        columns=dict(shape="<22", decay="<10", by="<6", forward="9.3f", both="9.3f", floor="8.3f",
-                     of_floor="10.0%", gb="8.2f", error="9.1e"),
-        about=f"""copies {rate / 1e12:.3g} TB/s
-ms of a scan in bf16, forward, and both forward and backward. Shape: B T H K V.
-Floor: the bytes of a forward pass, divided by the rate of copies. Of floor: floor / forward.
-Error: the largest relative error of o and the gradients, against float64.""",
-        copy_rate=rate)
+    table = Table(args, "shape decay by", "shape decay by forward both floor of_floor gb error",
+                  f"copies {rate / 1e12:.3g} TB/s", copy_rate=rate)
     for shape, decay in itertools.product(SCANS if device.type == "cuda" else CPU_SCANS, DECAYS):
         *tensors, do = scan_inputs(shape, decay, device)
         all_of = [*tensors, do]
@@ -817,18 +638,17 @@ Error: the largest relative error of o and the gradients, against float64.""",
         floor = 1000 * sum(x.numel() * x.element_size() for x in all_of if x.dim() > 1) / rate
         for name, f in rivals(decay, device).items():
             try:
-                row = scan_row(f, tensors, do, refs if name != "sdpa" else (), device)
+                row, errors = scan_row(f, tensors, do, refs if name != "sdpa" else (), device)
             except RuntimeError as e:
                 if name == "ours":
                     raise
                 print(f"{' '.join(map(str, shape)):22s}{decay:10s}{name}: {' '.join(str(e).split())[:60]}")
                 continue
             if name == "fla":
-                row["version"] = installed("flash-linear-attention")
-            errors = [row[name] for name in ("o", "dq", "dk", "dv", "dlog_decay") if name in row]
+                row["version"] = version("flash-linear-attention")
             table.add(shape=list(shape), decay=decay, by=name, **row, floor=floor,
                       of_floor=row["forward"] and floor / row["forward"],
-                      shown=dict(error=max(errors, default=None)))
+                      shown=dict(error=max(errors.values(), default=None)))
     return table
 
 
@@ -845,19 +665,14 @@ class Reader(NamedTuple):
     yarn: bool = False               # stretch RoPE to every length
 
 
-@contextlib.contextmanager
-def stretched(model, factor):
-    """Read with YaRN (arXiv 2309.00071) for a multiple of the trained length, without training. A model with
-    RoPE keeps its short wavelengths and slows its long ones; its logits grow by (0.1 log(factor) + 1)^2."""
-    config = model.config
-    before = config.rope_scaling
+def stretch(config, factor):
+    """Let a model with RoPE read with YaRN (arXiv 2309.00071), for a multiple of the trained length, without
+    training. Short wavelengths stay, long ones grow; logits grow by (0.1 log(factor) + 1)^2. A factor of 1
+    takes YaRN away."""
+    config.rope_scaling = None
     if factor > 1:
         config.rope_scaling = dict(rope_type="yarn", factor=factor,
                                    original_max_position_embeddings=config.max_len)
-    try:
-        yield
-    finally:
-        config.rope_scaling = before
 
 
 def wilson(hits, n, z=1.96):
@@ -894,122 +709,76 @@ def readers(student, teacher):
     return [*found, Reader("teacher, sink + window", teacher, every, keep=teacher.config.max_len)]
 
 
-def read(reader, n, trained, work):
-    """work(), with the reader set for n tokens; None for more tokens than its model has positions for."""
-    if min(n, reader.keep or n) > reader.model.config.limit():
-        return None
-    with stretched(reader.model, n / trained if reader.yarn else 1):
-        return work()
-
-
-def add_recall(table, reader, corpus, lengths, trials):
-    """A row for every task and length: the share of answers given in full, and by_depth the shares where the
-    needle stands at 0, 1/4, ... of the text. After two lengths with no answer, longer ones are not tried."""
-    for task in reader.tasks:
-        hits = []
-        for n in lengths:
-            if hits[-2:] == [0, 0] or not has_room(task, n, corpus):
+def measure_reader(table, reader, corpus, texts, lengths, trials):
+    """The rows of a reader at every length that its model has positions for. A task has the share of answers
+    given in full, and by_depth the shares where the needle stands at 0, 1/4, ... of the text. "loss" is that
+    of the same ends of held-out texts, after so much of each."""
+    config = reader.model.config
+    config.logit_base = reader.logit_base
+    hits = {task: [] for task in reader.tasks}
+    first_loss = None
+    for n in [n for n in lengths if min(n, reader.keep or n) <= config.limit()]:
+        if reader.yarn:
+            stretch(config, n / lengths[0])
+        row = dict(model=reader.name, context=n)
+        for task in reader.tasks:
+            if hits[task][-2:] == [0, 0] or not has_room(task, n, corpus):
                 continue
-            ask = partial(recall, reader.model, corpus, n, trials, task=task, keep=reader.keep)
-            found = read(reader, n, lengths[0], ask)
-            if found is None:
-                continue
-            found = found[1]
-            hits.append(found.sum().item())
-            low, high = wilson(hits[-1], trials)
+            found = recall(reader.model, corpus, n, trials, task=task, keep=reader.keep)[1]
+            hits[task].append(found.sum().item())
+            low, high = wilson(hits[task][-1], trials)
             by_depth = [found[i::5].mean().item() for i in range(min(5, trials))]
-            table.add(model=reader.name, task=task, context=n, of=trials, value=hits[-1] / trials, low=low,
-                      high=high, by_depth=by_depth)
-
-
-def add_losses(table, reader, texts, lengths):
-    """A "loss" row for every length: the loss of the same ends of held-out texts, after so much of each."""
-    first = None
-    for n in [n for n in lengths if n <= texts.shape[1]]:
-        measure = partial(last_loss, reader.model, texts[:, -n:], lengths[0] // 2)
-        loss = read(reader, n, lengths[0], measure)
-        if loss is None:
-            continue
-        first = loss if first is None else first
-        mean = loss.mean().item()
-        error = 2 * np.std(loss - first).item() / max(1, len(loss) - 1) ** 0.5
-        table.add(model=reader.name, task="loss", context=n, of=len(loss), value=mean, low=mean - error,
-                  high=mean + error)
+            table.add(**row, task=task, of=trials, value=hits[task][-1] / trials, low=low, high=high,
+                      by_depth=by_depth)
+        if reader.keep is None and n <= texts.shape[1]:
+            loss = last_loss(reader.model, texts[:, -n:], lengths[0] // 2)
+            first_loss = loss if first_loss is None else first_loss
+            mean = loss.mean().item()
+            error = 2 * np.std(loss - first_loss).item() / max(1, len(loss) - 1) ** 0.5
+            table.add(**row, task="loss", of=len(loss), value=mean, low=mean - error, high=mean + error)
+    if reader.yarn:
+        stretch(config, 1)
 
 
 def bench_niah(args):
-    device = torch.device(args.device)
+    """Tasks: the share of answers given in full, of so many questions, and its 95% interval.
+    After two lengths with no answer, longer ones are not tried.
+    Loss: nats per token on the ends of held-out texts, after so much of each text.
+    Its interval is that of the difference to the first length."""
     report = read_json(args.model, "report.json", "report of halo.py")
     teacher_at = args.teacher or halo.teacher_path(report.get("teacher", "tiny"))
-    student = pretrained.load(args.model, dtype_on(device), args.device)
-    teacher = pretrained.load(teacher_at, dtype_on(device), args.device)
+    student = pretrained.load(args.model, dtype_on(args.device), args.device)
+    teacher = pretrained.load(teacher_at, dtype_on(args.device), args.device)
     if not args.data and os.path.exists(os.path.join(args.model, "run.json")):
         args.data = read_json(args.model, "run.json", "run of halo.py")["options"]["data"]
     corpus = Corpus(Tokenizer.load(teacher_at), args.data)
     T = teacher.config.max_len
     layers = student.config.layers
     lengths = [T * n for n in (1, 2, 4, 16, 64, 256) if n <= args.times]
-    table = Table(
-        args, device, keys="model task context",
-        columns=dict(model="<24", task="<10", context="9,", of="6", value="9.3f", low="8.3f", high="8.3f"),
-        about=f"""trained at {T:,} tokens
-student {args.model} ({layers})
-teacher {teacher_at}
-Tasks: the share of answers given in full, of so many questions, and its 95% interval.
-After two lengths with no answer, longer ones are not tried.
-Loss: nats per token on the ends of held-out texts, after so much of each text.
-Its interval is that of the difference to the first length.""",
-        trained=T, layers=layers, logit_base=student.config.logit_base)
+    table = Table(args, "model task context", "model task context of value low high",
+                  f"student {args.model} ({layers}), teacher {teacher_at}, trained at {T:,} tokens",
+                  trained=T, layers=layers, logit_base=student.config.logit_base)
     table.rows = []                                      # they are another model's
     texts = corpus.windows(np.random.default_rng(0), args.windows, min(lengths[-1], 64 * T))
-    logit_base = student.config.logit_base
     for reader in readers(student, teacher):
-        reader.model.config.logit_base = reader.logit_base
-        add_recall(table, reader, corpus, lengths, args.trials)
-        if reader.keep is None:
-            add_losses(table, reader, texts, lengths)
-    student.config.logit_base = logit_base
-    draw_niah(table.facts, table.rows, table.path.removesuffix("json") + "png")
+        measure_reader(table, reader, corpus, texts, lengths, args.trials)
+    draw_niah(table.facts, table.rows, table.path)
     return table
 
 
-MODEL_COLORS = {"student": "#1f4e79", "student without s_t": "#7fa6c9", "teacher": "#a63d2f",
-                "teacher, YaRN": "#d98c5f", "teacher, sink + window": "#8c8c8c"}
-TASK_COLORS = {"S2": "#1f4e79", "S3": "#5b7f3a", "multi-key": "#b8860b"}
-
-
 def draw_niah(facts, rows, path):
-    """Draw up to three panels by context: pass keys found by all, the student's other tasks, and loss."""
-    plt = pyplot()
-    if plt is None:
-        return
-    more = any(r["value"] for r in rows if r["task"] in TASK_COLORS and r["model"] == "student")
-    fig, axes = plt.subplots(1, 2 + more, figsize=(4 * (2 + more), 3.9), dpi=150)
-
-    def panel(ax, title, lines):                         # lines: (model, task, label, color)
-        context_axis(ax, sorted({r["context"] for r in rows if r["task"] != "loss"}), title)
-        ax.axvline(facts["trained"], color="0.75", lw=0.8)
-        for z, (model, task, label, color) in enumerate(lines):
-            mine = [r for r in rows if r["model"] == model and r["task"] == task]
-            mine.sort(key=lambda r: r["context"])
-            if mine:
-                x, y, low, high = ([r[key] for r in mine] for key in ("context", "value", "low", "high"))
-                ax.plot(x, y, color=color, lw=1.6, marker="o", ms=3, label=label, zorder=9 - z)
-                ax.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
-        ax.set_ylim(-0.03, 1.05)
-    panel(axes[0], "Pass key found (S1)",
-          [(model, "S1", model, color) for model, color in MODEL_COLORS.items()])
-    if more:
-        panel(axes[1], "The student's other tasks, in other wordings",
-              [("student", task, task, color) for task, color in TASK_COLORS.items()])
-        axes[1].legend(loc="lower left", fontsize=8, frameon=False)
-    panel(axes[-1], "Held-out loss, nats per token",
-          [(model, "loss", model, color) for model, color in MODEL_COLORS.items()])
-    least = min(r["value"] for r in rows if r["task"] == "loss")
-    axes[-1].set_ylim(0.9 * least, 2 * least)
-    axes[0].annotate("trained", (facts["trained"], 0), (2, -1), textcoords="offset points", fontsize=7)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=5, fontsize=8, frameon=False)
-    save_figure(fig, path, legend=0.06)
+    """Up to three panels by context: pass keys found by all, the student's other tasks, and loss."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found = [(model, chosen(rows, model=model, task="S1")) for model in models]
+    others = [(task, chosen(rows, model="student", task=task)) for task in list(TASKS)[1:]]
+    losses = [(model, chosen(rows, model=model, task="loss")) for model in models]
+    least = min(row["value"] for row in chosen(rows, task="loss"))
+    shares = (-0.03, 1.05)
+    panels = [(f"Pass key found (S1), trained at {facts['trained']:,}", found, shares)]
+    if any(row["value"] for _, rows in others for row in rows):
+        panels.append(("The student's other tasks", others, shares))
+    panels.append(("Held-out loss, nats per token", losses, (0.9 * least, 2 * least)))
+    draw(path.removesuffix("json") + "png", panels)
 
 
 # ---- ablations ---------------------------------------------------------------------------------------------
@@ -1055,59 +824,31 @@ ABLATIONS = {                        # change of a recipe: options of halo.py, {
     "layers by eq. 8, guarded": "--layers guarded",
 }
 SEEDED = [*halo.RECIPES, "layers by eq. 8", "layers by eq. 8, guarded"]    # run with --seeds seeds
+DRAWS = ("LLLALALL", "ALLLLALL", "LALLLALL", "LALLLLAL", "LLLLLLAA")       # drawn at random, once
 MULTIPLES = (1, 16, 64)              # of the trained length: where recall is shown
-
-
-def draws(n_layer, keep):
-    """Every choice of `keep` layers that stay attention, as letters, in a random order."""
-    found = list(itertools.combinations(range(n_layer), keep))
-    rows = []
-    for i in np.random.default_rng(0).permutation(len(found)):
-        rows.append("".join("A" if layer in found[i] else "L" for layer in range(n_layer)))
-    return rows
 
 
 def fill_in(config, plans, budget):
     """The values of the words in ABLATIONS."""
-    n_layer = len(config.layers)
     trained = [plans[stage] for stage in STAGES]
     return dict(
         kv=config.n_kv_head,
-        layers=halo.choose_layers("even", n_layer),
+        layers=halo.choose_layers("even", len(config.layers)),
         tokens=plans["pretrain"].total + budget * sum(plan.total for plan in trained),
-        draws=draws(n_layer, max(1, n_layer // 4)),
+        draws=DRAWS,
         lr=[factor * plan.lr for factor in (3, 1 / 3) for plan in trained],
         batch=(4 * plans["distil"].batch, plans["distil"].batch // 4))
 
 
-def share_gpus(device, jobs):
-    """A queue with the GPU of every job, as CUDA_VISIBLE_DEVICES names it. Several jobs may share a GPU."""
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    visible = visible.split(",")[:max(1, count)]
-    index = device.partition(":")[2]
-    if index:
-        visible = visible[int(index):][:1]
-    gpus = queue.Queue()
-    for i in range(jobs):
-        gpus.put(visible[i % len(visible)])
-    return gpus
-
-
-def run_halo(args, flags, seed, gpus):
+def run_halo(args, flags, seed, device):
     """Distil in a process of its own. Return its report with the scores of layers, or dict(failed=why)."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [*flags, "--teacher", args.teacher, "--out", folder, "--seed", str(seed),
-                 "--device", args.device.partition(":")[0], "--trials", str(args.trials)]
+                 "--device", str(device), "--trials", str(args.trials)]
         if "--pretrain" not in flags:
             flags += ["--budget", str(args.budget)]
-        gpu = gpus.get()
-        try:
-            run = subprocess.run([sys.executable, os.path.join(halo.HERE, "halo.py"), *flags],
-                                 env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
-                                 capture_output=True, text=True, check=False)
-        finally:
-            gpus.put(gpu)
+        run = subprocess.run([sys.executable, os.path.join(halo.HERE, "halo.py"), *flags],
+                             capture_output=True, text=True, check=False)
         if run.returncode:
             lines = run.stderr.strip().splitlines()
             return dict(failed=lines[-1] if lines else f"exit status {run.returncode}")
@@ -1137,171 +878,80 @@ def percents(row, start):
     return " / ".join("-" if share is None else f"{100 * share:.0f}" for share in shares)
 
 
-def ablate_table(args, T, teacher_loss):
-    """The table, without rows of another teacher of the same name, whose loss differs."""
-    args.name = args.name or "ablate"
-    table = Table(
-        args, torch.device(args.device), keys="teacher budget change seed",
-        columns=dict(change="<35", seed="4", layers="10", gap="9.4f", pass_keys="16", one_of_four="16",
-                     minutes="9.1f"),
-        about=f"""teacher {args.teacher}, {T:,} tokens
-Gap: held-out loss of the student less that of the teacher, nats per token.
-Pass keys: percent found at 1, 16 and 64 times the trained length.
-One of four: the same for one of four numbers, if training had more than pass keys.
-Minutes: of one run, {args.jobs} at once.""")
-    table.rows = [row for row in table.rows if row["teacher"] != args.teacher or teacher_loss is None
-                  or abs((row["teacher_loss"] or teacher_loss) - teacher_loss) < 1e-3]
-    return table
-
-
-def runs_to_do(args, rows):
-    """(change, seed) of all runs that --only and --seeds ask for and rows lacks, whole recipes first."""
-    done = {(row["change"], row["seed"]) for row in rows}
-    todo = [(change, seed) for seed in range(args.seeds) for change in args.only or ABLATIONS]
-    todo = [(change, seed) for change, seed in todo if seed == 0 or change in SEEDED]
-    todo.sort(key=lambda run: run[0] not in halo.RECIPES)
-    return [run for run in todo if run not in done]
-
-
 def bench_ablate(args):
+    """Gap: held-out loss of the student less that of the teacher, nats per token.
+    Pass keys: percent found at 1, 16 and 64 times the trained length.
+    One of four: the same for one of four numbers, if training had more than pass keys."""
+    args.name = args.name or "ablate"
     path = halo.teacher_path(args.teacher)
-    config = halo.TEACHERS[args.teacher]
     if not os.path.exists(os.path.join(path, "model.safetensors")):
         raise ValueError(f"--teacher {args.teacher} is not there yet: python halo.py --pretrain --teacher "
                          f"{args.teacher} --out {path}")
-    teacher_loss = None                                  # a shipped teacher has no report
-    if os.path.exists(os.path.join(path, "report.json")):
-        teacher_loss = read_json(path, "report.json", "report")["val_loss"]
-    table = ablate_table(args, config.max_len, teacher_loss)
+    config = halo.TEACHERS[args.teacher]
+    table = Table(args, "teacher budget change seed",
+                  "change seed layers gap pass_keys one_of_four minutes",
+                  f"teacher {args.teacher}, {config.max_len:,} tokens, {args.jobs} runs at once")
     known = fill_in(config, halo.PLANS[args.teacher.split("-")[0]], args.budget)
     same = dict(teacher=args.teacher, budget=args.budget, trials=args.trials)
-
-    def comparable():
-        return [row for row in table.rows if row.items() >= same.items()]
-    gpus = share_gpus(args.device, args.jobs)
+    comparable = chosen(table.rows, **same)
+    losses = [row["teacher_loss"] for row in comparable]
+    done = {(row["change"], row["seed"]) for row in comparable}
+    todo = [(change, seed) for seed in range(args.seeds) for change in args.only or ABLATIONS
+            if (seed == 0 or change in SEEDED) and (change, seed) not in done]
+    todo.sort(key=lambda run: run[0] not in halo.RECIPES)          # whole recipes first: they tell the loss
     with ThreadPoolExecutor(args.jobs) as pool, contextlib.ExitStack() as stop:
         stop.callback(pool.shutdown, wait=False, cancel_futures=True)              # Ctrl-C starts no other
         runs = {}
-        for change, seed in runs_to_do(args, comparable()):
+        for (change, seed), device in zip(todo, itertools.cycle(args.devices)):
             flags = ABLATIONS[change].format(**known).split()
-            runs[pool.submit(run_halo, args, flags, seed, gpus)] = change, seed
+            runs[pool.submit(run_halo, args, flags, seed, device)] = change, seed
         for run in as_completed(runs):
             change, seed = runs[run]
             report = run.result()
             if "failed" in report:
                 print(f"{change}, seed {seed}: failed: {report['failed']}", flush=True)
                 continue
-            losses = [row["teacher_loss"] for row in comparable() if row["teacher_loss"]]
-            row = ablate_row(report, config.max_len, teacher_loss or next(iter(losses), None))
+            row = ablate_row(report, config.max_len, next(filter(None, losses), None))
+            losses.append(row["teacher_loss"])
             table.add(**same, change=change, seed=seed, **row, flags=ABLATIONS[change],
                       shown=dict(pass_keys=percents(row, "at"), one_of_four=percents(row, "four")))
     return table
 
 
-# ---- text --------------------------------------------------------------------------------------------------
-
-START = """
-import json, sys, time
-began = time.time()
-from halo import Plan
-from support.recall import training_rows
-from support.run import peak_gb
-from support.text import Corpus
-from support.tokens import Tokenizer
-corpus = Corpus(Tokenizer.load(sys.argv[1]), [sys.argv[2]])
-training_rows(corpus, "align", Plan(1e9, 512, 32, 1e-3, 1e-5))(0)
-seconds = time.time() - began
-print(json.dumps(dict(seconds=seconds, peak_gb=peak_gb("cpu"), tokens=corpus.facts["tokens"])))
-"""
-
-
-def write_large_text(path, n_bytes):
-    """A .jsonl of about n_bytes: stretches of Python's standard library, no two of them alike."""
-    rng = random.Random(0)
-    library = "".join(text for _, text in documents(stdlib_files()))
-    with open(path, "w", encoding="utf-8") as f:
-        while f.tell() < n_bytes:
-            for _ in range(1000):
-                start = rng.randrange(len(library) - 8000)
-                stretch = library[start:start + rng.randrange(100, 8000)]
-                f.write(json.dumps(dict(text=f"{rng.random()} {stretch}")) + "\n")
-
-
-def bench_text(args):
-    """Start twice, each time in a new process and with the same cache, up to the first batch of rows."""
-    table = Table(
-        args, torch.device("cpu"), keys="mb start",
-        columns=dict(start="<8", mb="8,.0f", seconds="10.1f", peak_gb="9.2f", tokens="16,"),
-        about=f"""{os.cpu_count()} cores
-MB of .jsonl, encoded by the tokenizer of {args.tokenizer}. Seconds: from the start of Python to the first
-batch. The first start encodes the text; the second finds its ids in the cache.""", cores=os.cpu_count())
-    for mb in args.mb:
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "text.jsonl")
-            write_large_text(path, mb * 1e6)
-            time.sleep(3)                                # younger files are read again at the next start
-            env = dict(os.environ, HYPENET_CACHE=os.path.join(folder, "cache"))
-            for start in ("first", "second"):
-                out = subprocess.run([sys.executable, "-c", START, args.tokenizer, path], env=env, check=True,
-                                     cwd=os.path.dirname(RESULTS), stdout=subprocess.PIPE, text=True).stdout
-                table.add(mb=mb, start=start, **json.loads(out))
-    return table
-
-
 # ---- command line ------------------------------------------------------------------------------------------
 
-MODES = dict(decode=bench_decode, prefill=bench_prefill, when=bench_when, train=bench_train,
-             kernel=bench_kernel, niah=bench_niah, ablate=bench_ablate, figure=bench_figure,
-             text=bench_text)
+MODES = dict(decode=bench_decode, prefill=bench_prefill, train=bench_train, kernel=bench_kernel,
+             niah=bench_niah, ablate=bench_ablate, figure=bench_figure)
 ON_GPU = dict(decode=["2b", "gpt2-xl", "14b"], prefill=["2b"], train=["2b", "gpt2-xl"])    # sizes
+TEXT = dict(type=filled)
 COUNT = dict(type=number(int, 1), metavar="N")
 LIMIT = dict(type=number(float, 1e-9), metavar="X")
-FLAGS = [                            # modes, flag, options of add_argument
-    ("decode prefill when train kernel niah ablate figure text", "--name", dict(
-        type=filled, help="name of the file in results/, without .json")),
-    ("decode prefill train kernel niah ablate", "--device", dict(
-        type=filled, help="cuda or cpu; default: cuda where there is one")),
-    ("when figure", "--size", dict(default="2b", choices=SIZES, help="default: %(default)s")),
-    ("decode prefill train", "--size", dict(nargs="+", choices=SIZES, help="; ".join(
-        f"default of {mode}: {' '.join(sizes)}" for mode, sizes in ON_GPU.items()) + "; on a CPU: tiny")),
-    ("decode prefill", "--kind", dict(
-        nargs="+", choices=ALL, help="models; default: all of a size; of prefill: hybrid teacher")),
-    ("decode prefill", "--ctx", dict(nargs="+", **COUNT, help="tokens of context; default: by size")),
-    ("decode", "--batch", dict(**COUNT, default=1, help="rows decoded at once; default: %(default)s")),
-    ("prefill", "--segment", dict(**COUNT, help="tokens read at a time; default: the model's own")),
-    ("prefill", "--profile", dict(action="store_true", help="show which kernels the time goes to")),
-    ("prefill", "--teacher-max", dict(
-        **COUNT, default=131072, help="longest context of the teacher; default: %(default)s")),
-    ("prefill train", "--plain", dict(action="store_true", help="compile nothing (torch.compile)")),
-    ("when", "--ctx", dict(**COUNT, required=True, help="tokens of context")),
-    ("when", "--ms", dict(**LIMIT, help="the most milliseconds that a token may take")),
-    ("when", "--gb", dict(**LIMIT, help="the most GB that a model may take")),
-    ("text", "--mb", dict(nargs="+", **COUNT, default=[160], help="sizes of text; default: 160")),
-    ("text", "--tokenizer", dict(
-        type=filled, default="smollm2", help="folder, .gguf or name of a tokenizer; default: %(default)s")),
-    ("train", "--stage", dict(nargs="+", choices=STAGES, default=STAGES, help="default: all three")),
-    ("train", "--peak", dict(**LIMIT, help="operations per second that the device can do at most")),
-    ("train", "--seconds", dict(
-        **LIMIT, default=10.0, help="cut a longer step to fewer sequences; default: %(default)s")),
-    ("niah", "--model", dict(
-        type=filled, default="out/small-paper", help="folder of a run of halo.py; default: %(default)s")),
-    ("niah", "--teacher", dict(type=filled, help="folder of its teacher; default: the run's own")),
-    ("niah", "--data", dict(nargs="+", type=filled, help="text, as for halo.py; default: the run's own")),
-    ("niah", "--times", dict(
-        **COUNT, default=256, help="longest context, in trained lengths; default: %(default)s")),
-    ("niah", "--windows", dict(
-        **COUNT, default=32, help="held-out texts to measure the loss on; default: %(default)s")),
-    ("niah ablate", "--trials", dict(
-        **COUNT, default=20, help="questions of every task at every length; default: %(default)s")),
-    ("ablate", "--teacher", dict(
-        choices=halo.TEACHERS, metavar="NAME",
-        help=f"one of {', '.join(halo.TEACHERS)}; default: mini, on a CPU tiny")),
-    ("ablate", "--only", dict(
-        nargs="+", choices=ABLATIONS, metavar="CHANGE", help=f"of {', '.join(map(repr, ABLATIONS))}")),
-    ("ablate", "--seeds", dict(
-        **COUNT, default=3, help=f"seeds of {', '.join(SEEDED)}; others have one; default: %(default)s")),
-    ("ablate", "--jobs", dict(**COUNT, help="runs at once; default: 5 per GPU, on a CPU 1")),
-    ("ablate", "--budget", dict(**LIMIT, default=1.0, help="as for halo.py; default: %(default)s")),
+SOME = dict(nargs="+")
+FLAGS = [                            # modes, flag, what is given, default, help
+    ("decode prefill train kernel niah ablate", "--name", TEXT, None, "of the file in results/"),
+    ("figure", "--name", TEXT, "decode-h200", "of the table in results/"),
+    ("decode prefill train kernel niah ablate", "--device", TEXT, None, "cuda (where there is one) or cpu"),
+    ("decode prefill train", "--size", SOME | dict(choices=SIZES), None, "; ".join(
+        f"default of {mode}: {' '.join(sizes)}" for mode, sizes in ON_GPU.items()) + "; on a CPU: tiny"),
+    ("decode", "--kind", SOME | dict(choices=ALL), None, "models; default: all of a size"),
+    ("prefill", "--kind", SOME | dict(choices=ALL), ["hybrid", "teacher"], "models"),
+    ("decode prefill", "--ctx", SOME | COUNT, None, "tokens of context; default: by size"),
+    ("decode", "--batch", COUNT, 1, "rows decoded at once"),
+    ("train", "--stage", SOME | dict(choices=STAGES), STAGES, "stages of halo.py"),
+    ("train", "--peak", LIMIT, None, "operations per second that the device can do at most"),
+    ("train", "--seconds", LIMIT, 10.0, "cut a longer step to fewer sequences"),
+    ("niah", "--model", TEXT, "out/small-paper", "folder of a run of halo.py"),
+    ("niah", "--teacher", TEXT, None, "folder of its teacher; default: the run's own"),
+    ("niah", "--data", SOME | TEXT, None, "text, as for halo.py; default: the run's own"),
+    ("niah", "--times", COUNT, 256, "longest context, in trained lengths"),
+    ("niah", "--windows", COUNT, 32, "held-out texts to measure the loss on"),
+    ("niah ablate", "--trials", COUNT, 20, "questions of every task at every length"),
+    ("ablate", "--teacher", dict(choices=halo.TEACHERS), None, "default: mini, on a CPU tiny"),
+    ("ablate", "--only", SOME | dict(choices=ABLATIONS, metavar="CHANGE"), None,
+     f"of {', '.join(map(repr, ABLATIONS))}"),
+    ("ablate", "--seeds", COUNT, 3, f"seeds of {', '.join(SEEDED)}; others have one"),
+    ("ablate", "--jobs", COUNT, None, "runs at once; default: 5 per GPU, on a CPU 1"),
+    ("ablate", "--budget", LIMIT, 1.0, "as for halo.py"),
 ]
 
 
@@ -1311,29 +961,26 @@ def get_args(argv):
     modes = p.add_subparsers(dest="mode", required=True)
     for mode, line in re.findall(r"python bench\.py (\w+) +(.*)", __doc__):
         parser = modes.add_parser(mode, help=line, description=line, epilog=p.epilog)
-        for used_by, flag, options in FLAGS:
+        for used_by, flag, given, default, help_line in FLAGS:
             if mode in used_by.split():
-                parser.add_argument(flag, **options)
+                help_line += "; default: %(default)s" * (default is not None)
+                parser.add_argument(flag, **given, default=default, help=help_line)
     args = p.parse_args(argv)
-    if "device" in args:
-        settle(args)
-    return args
-
-
-def settle(args):
-    """Check the device, and fill in the defaults that depend on it."""
-    args.device = default_device(args.device or (None if torch.cuda.is_available() else "cpu"))
-    kind, _, index = args.device.partition(":")
-    if kind not in ("cuda", "cpu"):
+    if "device" not in args:
+        return args
+    args.device = torch.device(default_device(args.device or (None if torch.cuda.is_available() else "cpu")))
+    if args.device.type not in ("cuda", "cpu"):
         raise ValueError(f"--device {args.device}: its times cannot be trusted; give cuda or cpu")
+    cuda = args.device.type == "cuda"
     if args.mode in ON_GPU:
-        args.size = args.size or (ON_GPU[args.mode] if kind == "cuda" else ["tiny"])
-    if args.mode == "prefill":
-        args.kind = args.kind or ["hybrid", "teacher"]
+        args.size = args.size or (ON_GPU[args.mode] if cuda else ["tiny"])
     if args.mode == "ablate":
-        gpus = 1 if index else torch.cuda.device_count()
-        args.teacher = args.teacher or ("mini" if kind == "cuda" else "tiny")
-        args.jobs = args.jobs or (5 * gpus if kind == "cuda" else 1)
+        args.devices = [args.device]
+        if cuda and args.device.index is None:
+            args.devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        args.teacher = args.teacher or ("mini" if cuda else "tiny")
+        args.jobs = args.jobs or (5 * len(args.devices) if cuda else 1)
+    return args
 
 
 def run_main(argv):

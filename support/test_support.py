@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shlex
@@ -803,11 +802,10 @@ def random_texts(n):
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_tokenizer_is_that_of_the_tokenizers_library(family, tmp_path):
     """Any text gets the ids and text of the library. A special token is text, unless special=True. Any
-    other added token is always one id. Lone surrogates become U+FFFD. A pickled copy, a batch and a call
-    for one text agree."""
+    other added token is always one id. Lone surrogates become U+FFFD. A batch is one text after the other."""
     theirs, ours = our_tokenizer(family, tmp_path)
     texts, rng, differ = list(random_texts(300)), random.Random(0), 0
-    batch = pickle.loads(pickle.dumps(ours)).encode_batch(texts)
+    batch = ours.encode_batch(texts)
     for text, ids in zip(texts, batch):
         wanted = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text, special=True) == wanted, text
@@ -1759,8 +1757,7 @@ def test_a_teacher_writes_once(by_teacher, tmp_path, monkeypatch):
 
 
 def test_another_teacher_writes_anew(home, tmp_path, monkeypatch):
-    """Text is named by the weights, their config, what was asked for, the stops and the commit, in any
-    folder; git may be missing."""
+    """Text is named by the weights, their config, what was asked for and the stops, in any folder."""
     folder = shutil.copytree(home / "teacher", tmp_path / "teacher")
     tokenizer = Tokenizer.bytes()
 
@@ -1772,16 +1769,8 @@ def test_another_teacher_writes_anew(home, tmp_path, monkeypatch):
         (folder / file).write_bytes((folder / file).read_bytes()[:-1] + b" ")
         names.append(name())
     tokenizer.stops.add(9)
-    commits = ["", "ab12", FileNotFoundError("git")]
-
-    def git(*_, **__):
-        commit = commits.pop()
-        if isinstance(commit, Exception):
-            raise commit
-        return types.SimpleNamespace(stdout=commit + "\n")
-    monkeypatch.setattr(writer.subprocess, "run", git)
-    without, other, outside = name(), name(), name()
-    assert without == outside and len({*names, without, other}) == 7
+    names.append(name())
+    assert len({*names}) == 6
 
 
 def test_the_teacher_has_its_share_of_the_rows(by_teacher, home):
@@ -2661,32 +2650,33 @@ def test_bench_decode_and_figure(results, monkeypatch, capsys):
     after = bench_rows(results, "decode-cpu")
     assert len(after) == len(rows) + 1 and after[-1]["ms"] is after[-2]["ms"] is None
     assert all(r in after for r in rows if (r["kind"], r["context"], r["batch"]) != ("teacher", 1024, 1))
-    assert text.count("memory    ") == 2
+    assert len(re.findall(r" memory +\d", text)) == 2
     if pytest.importorskip("matplotlib", reason="matplotlib is not installed"):
         picture = results / "decode-tiny.png"
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         picture.unlink()
-        bench.main("figure --size tiny".split())
+        bench.main("figure --name decode-cpu".split())
         assert picture.stat().st_size > 10_000
 
 
 def test_bench_without_matplotlib(results, monkeypatch, capsys):
     """A figure that cannot be drawn is one line, the rows are written all the same."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     bench.main("decode --device cpu --kind hybrid --ctx 64 --name x".split())
     assert "pip install matplotlib" in capsys.readouterr().out and bench_rows(results, "x")[0]["ms"] > 0
 
 
 def test_bench_prefill(results, capsys):
-    """Seconds of hybrid and teacher, the latter to --teacher-max; the floor is operations over rates."""
-    text = bench_prints("prefill --device cpu --ctx 100 300 --teacher-max 200", capsys)
+    """Seconds of hybrid and teacher; the floor is operations over rates."""
+    text = bench_prints("prefill --device cpu --ctx 100 300", capsys)
     assert "tok/s" in text and "extra GB" in text
     content = bench_file(results, "prefill-cpu")
     assert [(r["kind"], r["context"]) for r in content["rows"]] == [
-        ("hybrid", 100), ("hybrid", 300), ("teacher", 100)]
+        ("hybrid", 100), ("hybrid", 300), ("teacher", 100), ("teacher", 300)]
     for r in content["rows"]:
         linear, attention = bench.operations(bench.config_of("tiny", r["kind"]), r["context"])
-        floor = linear / content["matmul_rate"] + attention / content["attention_rate"]["tiny"][0]
+        floor = linear / content["matmul_rate"] + attention / content["attention_rate"]["tiny"]
         assert r["floor_s"] == pytest.approx(floor) and r["seconds"] > 0 and r["ratio"] > 0
 
 
@@ -2725,9 +2715,9 @@ def test_yarn_stretches_a_teacher(family):
     idx, config, seen = some_ids(1, 16).cpu(), teacher.config, []
     before = teacher(idx)[0]
     plain = hypenet.locate(config, torch.arange(16)[None])
-    with bench.stretched(teacher, 2.0):
-        assert rmse(teacher(idx)[0], before) > 1e-3
-        seen.append(hypenet.locate(config, torch.arange(16)[None]).attn_rope)
+    bench.stretch(config, 2.0)
+    assert rmse(teacher(idx)[0], before) > 1e-3
+    seen.append(hypenet.locate(config, torch.arange(16)[None]).attn_rope)
     half = config.head_dim // 2
     low = max(0, math.floor(half * math.log(8 / (32 * 2 * math.pi)) / math.log(config.rope_theta)))
     high = math.ceil(half * math.log(8 / (2 * math.pi)) / math.log(config.rope_theta))
@@ -2737,8 +2727,7 @@ def test_yarn_stretches_a_teacher(family):
         for found, curve in zip(seen[0], (torch.cos, torch.sin)):
             ref = (0.1 * math.log(2) + 1) * curve(angle)
             assert (found[0, :, 0, i] - ref).abs().max() < 1e-5
-    with bench.stretched(teacher, 1.0):
-        assert teacher(idx)[0].equal(before)
+    bench.stretch(config, 1.0)
     assert teacher(idx)[0].equal(before) and config.rope_scaling is None and plain.attn_rope is not None
 
 
@@ -2777,10 +2766,10 @@ class HaloProcesses:
     def __init__(self):
         self.calls, self.seen, self.error = [], set(), None
 
-    def __call__(self, argv, env, **_):
+    def __call__(self, argv, **_):
         args = cli.get_args(halo, argv[2:])
         self.calls.append(argv)
-        self.seen.add((env["CUDA_VISIBLE_DEVICES"], args.trials))
+        self.seen.add((args.device, args.trials))
         if self.error:
             raise self.error
         if args.kl == "reverse":
@@ -2799,12 +2788,10 @@ class HaloProcesses:
         return types.SimpleNamespace(returncode=0)
 
 
-def test_bench_ablate(results, tmp_path, monkeypatch, capsys):
-    """Each change is a run of halo.py with its flags on one teacher, on one of the GPUs; what is there is not
-    run again; a run that fails is a line, and no row; what cannot be run at all ends it."""
+def test_bench_ablate(results, monkeypatch, capsys):
+    """Each change is a run of halo.py with its flags on one teacher; what is there is not run again; a run
+    that fails is a line, and no row; what cannot be run at all ends it."""
     halos = HaloProcesses()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a,b,c")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(bench.subprocess, "run", halos)
     command = "ablate --device cpu --seeds 2 --budget 0.5 --jobs 2 --trials 7"
     text = bench_prints(command, capsys)
@@ -2814,7 +2801,7 @@ def test_bench_ablate(results, tmp_path, monkeypatch, capsys):
         (name, 1) for name in bench.SEEDED}
     scratch = rows["from scratch, all tokens", 0]
     assert rows["paper", 0]["scores"][0] == [dict(R=-1.0)]
-    assert not scratch["scores"] and halos.seen == {("a", 7), ("b", 7)}
+    assert not scratch["scores"] and halos.seen == {("cpu", 7)}
     assert rows["paper", 1]["gap"] == pytest.approx(0.1) and rows["paper", 0]["at_16x"] == 0.5
     assert scratch["gap"] == pytest.approx(0.5)
     fours = [[row[f"four_{n}x"] for n in (1, 16, 64)] for row in (
@@ -2823,33 +2810,18 @@ def test_bench_ablate(results, tmp_path, monkeypatch, capsys):
     halos.calls.clear()
     bench.main(command.split())
     assert len(halos.calls) == 1 and "reverse" in halos.calls[0]
-    made = tmp_path / "teacher"                                             # another teacher of that name
-    made.mkdir()
-    (made / "model.safetensors").touch()
-    (made / "report.json").write_text(json.dumps(dict(val_loss=1.25)))
-    monkeypatch.setattr(bench.halo, "teacher_path", lambda name: str(made))
-    path = results / "ablate.json"
-    file = json.loads(path.read_text())
-    same = next(r for r in file["rows"] if r["change"] == "1 attention layer")
-    same["teacher_loss"] = 1.25004                                          # measured by another run
-    path.write_text(json.dumps(file))
-    bench.main([*command.split(), "--only", "paper", "from scratch, all tokens"])
-    rows = {(r["change"], r["seed"]): r["teacher_loss"] for r in bench_rows(results, "ablate")}
-    assert rows == {("1 attention layer", 0): 1.25004, ("paper", 0): 1.0, ("paper", 1): 1.0,
-                    ("from scratch, all tokens", 0): 1.25} and len(halos.calls) == 4
     halos.error = OSError("Cannot allocate memory")
     ends_in_one_line(bench, ["ablate", "--device", "cpu", "--name", "none"], "Cannot allocate memory", capsys)
-    choices = bench.draws(8, 2)
-    assert len(set(choices)) == 28 and {s.count("A") for s in choices} == {2}
+    assert len(set(bench.DRAWS)) == 5 and {(len(s), s.count("A")) for s in bench.DRAWS} == {(8, 2)}
 
 
-@pytest.mark.parametrize("device, jobs, gpus", [
-    ("cuda", 3, ["a", "b", "a"]), ("cuda:1", 2, ["b", "b"]), ("cpu", 2, ["a", "b"])])
-def test_ablations_share_the_gpus(device, jobs, gpus, monkeypatch):
-    """Every run gets one of the GPUs that are visible, in turn; a GPU by number is the only one used."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a,b,c")
+@pytest.mark.parametrize("device, devices", [
+    ("cuda", ["cuda:0", "cuda:1"]), ("cuda:1", ["cuda:1"]), ("cpu", ["cpu"])])
+def test_ablations_share_the_gpus(device, devices, monkeypatch):
+    """Runs take the visible GPUs in turn; a GPU by number is the only one used."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert list(bench.share_gpus(device, jobs).queue) == gpus
+    monkeypatch.setattr(bench, "default_device", lambda name: name)
+    assert list(map(str, bench.get_args(["ablate", "--device", device]).devices)) == devices
 
 
 def test_bench_train(results, monkeypatch, capsys):
@@ -2881,60 +2853,17 @@ def test_bench_kernel(results, monkeypatch, capsys):
         assert r["by"] != "ours" or max(r[x] for x in ("o", "dq", "dk", "dv")) < 5e-3
 
 
-def decode_row(kind, context, ms, gb):
-    return dict(size="2b", kind=kind, batch=1, context=context, ms=ms, peak_gb=ms and gb, need_gb=gb)
-
-
-CROSSING = [decode_row("hybrid", 1000, 2.0, 4), decode_row("hybrid", 100000, 2.0, 4),
-            decode_row("hybrid", 200000, 3.0, 5), decode_row("teacher", 1000, 1.0, 2),
-            decode_row("teacher", 100000, 4.0, 32), decode_row("teacher", 200000, None, 64)]
-FASTER = [dict(r, ms=0.5) if r["kind"] == "hybrid" else r for r in CROSSING]
-SLOWER = [*CROSSING[:2], decode_row("hybrid", 200000, 9.0, 5), *CROSSING[3:5],
-          decode_row("teacher", 200000, 8.0, 64)]
-
-
-@pytest.mark.parametrize("rows, given, words", [
-    (CROSSING, "--ctx 10000", "hybrid   2.00 ms, 4 GB"),            # of the teacher 2 ms too, and 8 GB
-    (CROSSING, "--ctx 10000", "teacher  2.00 ms, 8 GB"),
-    (CROSSING, "--ctx 10000", "in time the hybrid wins from about 10,000 tokens"),
-    (CROSSING, "--ctx 10000", "in memory the hybrid wins from about 3,200 tokens"),        # 1000 * 100^(1/4)
-    (CROSSING, "--ctx 50", "use the teacher: the hybrid takes 2.00 of the time and 2.00 of the memory"),
-    (CROSSING, "--ctx 50", "taken for 1,000"),
-    (CROSSING, "--ctx 5000", "use either: "),
-    (CROSSING, "--ctx 100000", "use the hybrid: the hybrid takes 0.50 of the time and 0.12"),
-    (CROSSING, "--ctx 150000", "use the hybrid: it alone is known to keep within this device"),
-    (CROSSING, "--ctx 150000", "lack of memory"),
-    (CROSSING, "--ctx 100000 --ms 3", "use the hybrid: it alone is known to keep within 3 ms"),
-    (CROSSING, "--ctx 1000 --gb 3", "use the teacher: it alone is known to keep within 3 GB"),
-    (CROSSING, "--ctx 1000 --ms 0.1 --gb 1", "use neither: both exceed 0.1 ms and 1 GB"),
-    (FASTER, "--ctx 1000", "in time the hybrid wins from 1,000 tokens on, the shortest measured"),
-    (SLOWER, "--ctx 1000", "in time the hybrid wins at no context up to 200,000")])
-def test_bench_when(rows, given, words, results, capsys):
-    """The hybrid wins from where the curves cross, straight in log-log; the user's limits are kept."""
-    bench.write_json(str(results / "decode-x.json"), dict(device="X", rows=rows))
-    bench.main(["when", *given.split()])
-    assert words in capsys.readouterr().out
-
-
-def test_bench_wins_where_the_teacher_does_not_fit():
-    """Where the teacher is faster until it no longer fits, the hybrid wins from there; lost again: not."""
-    assert bench.wins_from([1, 10, 100], [2, 3, 4], [1, 2, INF]) == 100
-    assert bench.wins_from([1, 10, 100], [2, 1, 4], [3, 2, 3]) is None
-    assert bench.at([10, 1000], [1, INF], 100) == INF == bench.at([10, 100, 1000], [1, INF, INF], 500)
-
-
 @pytest.mark.parametrize("given, word", [
     ("", "required"), ("draw", "draw"), ("decode --size 7b", "7b"), ("decode --ctx 0", "--ctx"),
     ("decode --batch x", "--batch"), ("decode --dev cpu", "--dev"), ("prefill --kind mamba", "mamba"),
-    ("when", "--ctx"), ("when --ctx 9 --ms -1", "--ms"), ("when --ctx 200001", "200000"),
-    ("when --ctx 10 --size 14b", "decode --size 14b"), ("when --ctx 10 --name nothing", "nothing"),
     ("train --device tpu", "tpu"), ("kernel --device meta", "meta"), ("figure --name none", "none"),
-    ("niah --model=", "--model"), ("ablate --teacher gpt2", "gpt2"), ("ablate --device cpu", "decode-x.json"),
+    ("figure --name=decode-x", "no figure"), ("niah --model=", "--model"), ("ablate --teacher gpt2", "gpt2"),
+    ("ablate --device cpu", "decode-x.json"),
     ("decode --size tiny --ctx 4000 --kind article", "2,048 that this model's chunks")])
 def test_bench_errors_are_one_line(given, word, results, capsys):
     """Bad input of bench.py ends with status 2 and one line that names it. A file in results/ that no table
     has written is never written over."""
-    bench.write_json(str(results / "decode-x.json"), dict(device="X", rows=CROSSING))
+    bench.write_json(str(results / "decode-x.json"), dict(device="X", rows=[]))
     if given.startswith("ablate --device"):
         (results / "decode-x.json").write_text("[1]")
         given += " --name decode-x"

@@ -58,7 +58,7 @@ FIRST = 2 ** 20                                      # tokens of a shard that ar
 
 SMALL = 2 ** 24                                      # characters; less text is encoded at every start
 BATCH = 2 ** 19                                      # characters that a thread encodes at once
-FORMAT = 1                                           # of the cache: count up if documents are cut otherwise
+FORMAT = 1                                           # of the cache: count up if the same text gets other ids
 INDEX = [("n_ids", "<i8"), ("is_held_out", "?")]     # of each document in the cache
 
 
@@ -329,25 +329,26 @@ def state_of(files):
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32], changed / 1e9
 
 
-def mapped(file, kind):
-    """A function that maps a file of ids anew at each call: pages that were read count as memory of this
-    process as long as they are mapped."""
-    return lambda: np.asarray(np.memmap(file, kind, "r"))
+def encoded_in(file, index, tokenizer, sha256):
+    """The Encoded of a file of ids. Each call of ids() maps the file anew, because pages that were read count
+    as memory of this process as long as they are mapped."""
+    kind = id_type(tokenizer)
+    return Encoded(lambda: np.asarray(np.memmap(file, kind, "r")), index["n_ids"].copy(),
+                   index["is_held_out"].copy(), sha256)
 
 
 def open_shard(name, sha256, tokenizer):
     """The Encoded of a shard in the cache, or None if no whole one is there."""
     path = shard_path(name, tokenizer)
-    kind = id_type(tokenizer)
     try:
         index = np.load(path + ".npy").astype(INDEX)
         file = open(path + ".ids", "rb")                            # stays open, should the cache be removed
     except (OSError, ValueError, EOFError):
         return None
-    if os.fstat(file.fileno()).st_size != index["n_ids"].sum() * kind.itemsize:
+    if os.fstat(file.fileno()).st_size != index["n_ids"].sum() * id_type(tokenizer).itemsize:
         file.close()
         return None
-    return Encoded(mapped(file, kind), index["n_ids"].copy(), index["is_held_out"].copy(), sha256)
+    return encoded_in(file, index, tokenizer, sha256)
 
 
 def write_shard(name, sha256, tokenizer, write):
@@ -375,8 +376,7 @@ def write_shard(name, sha256, tokenizer, write):
               "folder with room", file=sys.stderr)
         file = tempfile.TemporaryFile()
         index = write(file)
-    kind = id_type(tokenizer)
-    return Encoded(mapped(file, kind), index["n_ids"].copy(), index["is_held_out"].copy(), sha256)
+    return encoded_in(file, index, tokenizer, sha256)
 
 
 def load_text(files, tokenizer):
@@ -666,15 +666,13 @@ class Corpus:
     def windows(self, rng, batch, length, prose=False):
         """(batch, length) int64: stretches of held-out text from random places. Prose is short: a longer
         stretch begins anew at the end of the prose."""
-        if prose:
-            starts = rng.integers(0, len(self.prose), batch)
-            rows = [self.prose.take(np.arange(s, s + length), mode="wrap") for s in starts]
-            return np.stack(rows).astype(np.int64)
-        if len(self.held_out) < length:
-            raise ValueError(f"the held-out text has {len(self.held_out):,} tokens, too few for a sequence "
-                             f"of {length:,}; give more --data (1/16 of text, shards with val in the name)")
-        starts = rng.integers(0, len(self.held_out) - length + 1, batch)
-        return np.stack([self.held_out[s:s + length] for s in starts]).astype(np.int64)
+        ids = self.prose if prose else self.held_out
+        n_places = len(ids) if prose else len(ids) - length + 1
+        if n_places < 1:
+            raise ValueError(f"the held-out text has {len(ids):,} tokens, too few for a sequence of "
+                             f"{length:,}; give more --data (1/16 of text, shards with val in the name)")
+        starts = rng.integers(0, n_places, batch)
+        return np.stack([ids.take(np.arange(s, s + length), mode="wrap") for s in starts]).astype(np.int64)
 
     def held_out_batches(self, length, count, seed=0):
         """[(idx, targets)]: `count` sequences of held-out text, (b,length) each, the same at every call."""

@@ -19,11 +19,7 @@ BYTES = '{\n "type": "bytes"\n}\n'                  # the tokenizer.json of one 
 
 def repaired(text):
     """The text, each lone surrogate replaced by U+FFFD, because UTF-8 has no bytes for a lone surrogate."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def content(token):
@@ -84,10 +80,6 @@ class Tokenizer:
             if bos is None and config.get("add_bos_token"):
                 bos = ids.get(content(config.get("bos_token")))
         return bos, [end for end in dict.fromkeys(ends) if end is not None]
-
-    def __reduce__(self):
-        """Pickled by its files: the library would forget how to treat special tokens."""
-        return type(self), (self.spec, self.configs)
 
     @classmethod
     def bytes(cls):

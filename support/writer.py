@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -143,8 +142,8 @@ def teacher_documents(model, tokenizer, n_tokens, seed=0, rows=None):
 
 
 def name_of(path, tokenizer, n_tokens, seed):
-    """A name for what a teacher writes: hashes of its files, what it was asked for, and the code's commit.
-    The name of a shard has the tokenizer's digest besides."""
+    """A name for what a teacher writes: hashes of its files, and what it was asked for. The name of a shard
+    has the tokenizer's digest and the FORMAT of the cache besides."""
     path = fetch(path)
     files = [path]
     if os.path.isdir(path):
@@ -154,12 +153,6 @@ def name_of(path, tokenizer, n_tokens, seed):
     facts = ["teacher", n_tokens, seed, LENGTH, sorted(tokenizer.stops), template]
     for file in files:
         facts += [os.path.basename(file), hashlib.sha256(np.memmap(file, "u1", "r")).hexdigest()]
-    try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-        facts.append(git.stdout.strip())
-    except OSError:                                                 # no git here
-        facts.append("")
     return json.dumps(facts)
 
 
