@@ -92,6 +92,9 @@ SIZES = {
     "14b": Size("Qwen3-14B", HypeNetConfig(
         "A" * 40, n_embd=5120, n_head=40, n_hidden=17408, tied=False, **QWEN3),
         contexts=(32768, 131072, 524288)),
+    "smollm2": Size("SmolLM2-135M", HypeNetConfig(
+        "A" * 30, n_embd=576, n_head=9, n_kv_head=3, head_dim=64, n_hidden=1536, vocab_size=49152,
+        max_len=8192, rope_theta=1e5, norm_eps=1e-5, **FAMILIES["llama"])),
     "tiny": Size("the tiny teacher", halo.TEACHERS["tiny"], kinds=ALL, contexts=(256, 1024),
                  batches=((4, 256), (0, 1024))),
 }
@@ -685,7 +688,7 @@ def train_operations(stage, teacher, student, T):
 def bench_train(args):
     device = torch.device(args.device)
     if device.type == "cuda" and not args.plain:
-        fast.fuse()
+        fast.fuse((vars(halo), "token_losses"))
     peak = args.peak or PEAKS.get(machine(device)[1])
     table = Table(
         args, device, keys="size stage",
