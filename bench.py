@@ -688,7 +688,7 @@ def train_operations(stage, teacher, student, T):
 def bench_train(args):
     device = torch.device(args.device)
     if device.type == "cuda" and not args.plain:
-        fast.fuse((vars(halo), "token_losses"))
+        fast.fuse((vars(halo), "relative_error"))
     peak = args.peak or PEAKS.get(machine(device)[1])
     table = Table(
         args, device, keys="size stage",

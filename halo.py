@@ -56,6 +56,7 @@ from hypenet import (  # noqa: E402
     DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention, locate)
 from support import fast, pretrained  # noqa: E402
 from support.common import Parser, command_line, default_device, number, write_json  # noqa: E402
+from support.loss import loss_and_gradient  # noqa: E402
 from support.recall import has_room, plant, recall, training_rows  # noqa: E402
 from support.run import (  # noqa: E402
     Probe, Run, bf16, by_slices, change_plans, check_disk, cpu_hours, loss_by_slices, new_folder, options_of,
@@ -343,12 +344,10 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
     with torch.no_grad():
         xt = teacher.hidden(idx).flatten(0, 1) if alpha < 1 else xs.detach()
 
-    def work(weight, xs, xt, y):
-        with torch.no_grad():
-            logits_t = teacher.head(xt) if alpha < 1 else None
-        return token_losses(F.linear(xs, weight.to(xs.dtype)), logits_t, y, kl, alpha)         # (n,V)
-    total = loss_by_slices(work, student.config.vocab_size, student.head_weight(), xs, xt, targets.flatten(),
-                           elements=slice_elements)
+    def work(logits_s, xt, y):
+        logits_t = teacher.head(xt) if alpha < 1 else None                        # (n,V)
+        return loss_and_gradient(token_losses, logits_s, logits_t, y, kl, alpha)
+    total = loss_by_slices(work, student.head_weight(), xs, xt, targets.flatten(), elements=slice_elements)
     return total / len(xs)
 
 
@@ -477,9 +476,14 @@ def align(run, teacher, config, corpus, plan, args):
 
     def loss_fn(idx, targets):
         for twin, square, (_, x, where, y) in zip(twins, squares, teacher_layers(teacher, config, idx)):
-            yield (twin(x, where).float() - y.float()).square().mean() / square
+            yield relative_error(twin(x, where), y, square)
     train(run, "align", plan, corpus, twins, [list(twin.parameters()) for twin in twins], loss_fn)
     return twins
+
+
+def relative_error(out, target, square):
+    """The mean squared error of a layer's output, in units of the target's mean square."""
+    return (out.float() - target.float()).square().mean() / square
 
 
 def select(run, teacher, twins, config, corpus, args):
@@ -1124,7 +1128,7 @@ def run_main(argv):
         make_teacher(args)
         if args.dry_run:
             return
-    fast.fuse((globals(), "token_losses"), backend="inductor" if args.fused else None)
+    fast.fuse((globals(), "relative_error"), backend="inductor" if args.fused else None)
     name = os.path.basename(os.path.normpath(args.teacher))
     folder = args.resume or new_folder(args.out, os.path.join("out", f"{name}-{args.recipe}"))
     if args.pretrain:
