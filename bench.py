@@ -651,7 +651,7 @@ class TrialStage(ProbeStage):
         if self.name not in args.stage:
             return
         yield from super().steps(corpus, rows_of)                  # finds what fits at once
-        speed, self.replay = self.run.found[self.name][1], None
+        speed = self.run.found[self.name][1]
         whole = max(1, int(args.seconds * speed / (self.at_once * plan.length)))
         batch = min(plan.batch, self.at_once * whole)
         device = next(self.module.parameters()).device

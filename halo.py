@@ -59,7 +59,7 @@ from support.common import Parser, command_line, default_device, number, write_j
 from support.loss import loss_and_gradient  # noqa: E402
 from support.recall import has_room, plant, recall, training_rows  # noqa: E402
 from support.run import (  # noqa: E402
-    Probe, Run, bf16, by_slices, change_plans, check_disk, cpu_hours, loss_by_slices, new_folder, options_of,
+    Probe, Run, beside, bf16, by_slices, change_plans, check_disk, cpu_hours, loss_by_slices, new_folder, options_of,
     peak_gb, print_plan, read_set, refuse, teacher_argv)
 from support.text import Corpus  # noqa: E402
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
@@ -340,9 +340,17 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
     """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
     "reverse": KL(student, teacher), the article's. Full logits would not fit
     memory, so the head runs on slices of tokens, of about slice_elements logits."""
-    xs = student.hidden(idx, offset=offset).flatten(0, 1)                         # (N,C)
-    with torch.no_grad():
-        xt = teacher.hidden(idx).flatten(0, 1) if alpha < 1 else xs.detach()
+    @torch.no_grad()
+    def teach():
+        return teacher.hidden(idx).flatten(0, 1)
+
+    def learn():
+        return student.hidden(idx, offset=offset).flatten(0, 1)                   # (N,C)
+    if alpha < 1:
+        xs, xt = beside(idx, learn, teach)
+    else:
+        xs = learn()
+        xt = xs.detach()
 
     def work(logits_s, xt, y):
         logits_t = teacher.head(xt) if alpha < 1 else None                        # (n,V)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import hypenet
+from support import heads
 from hypenet import DECAYS, Attention, Block, HypeNet, LinearAttention, attend, normed, sample, store
 from kernel import (
     block_size, card, ceil_div, dot, dot_dtype, exp, load_tile, output_dtype, store_tile, triton)
@@ -389,6 +390,13 @@ def compiled(f, backend):
     return call
 
 
+def fused_heads(x, norm, cos_sin, embd, s_t, dtype):
+    """make_heads by the kernels of support/heads.py, where they serve."""
+    if (norm or cos_sin) and heads.serves(x, embd, s_t, dtype):
+        return heads.Heads.apply(x, *(norm or (None, 0.0)), *(cos_sin or (None, None)))
+    return PLAIN["compiled heads"](x, norm, cos_sin, embd, s_t, dtype)
+
+
 def fuse(*more, backend="inductor"):
     """Let torch.compile make one kernel (and one for gradients) of each function between matrix products, for
     all models of this process. more: pairs (globals of a module, name of a function there) to compile as
@@ -406,6 +414,9 @@ def fuse(*more, backend="inductor"):
         plain = PLAIN.setdefault((space["__name__"], name), space[name])
         written = cast_normed if backend and plain is normed else plain
         space[name] = compiled(written, backend) if backend else plain
+    if backend:
+        PLAIN["compiled heads"] = hypenet.make_heads
+        hypenet.make_heads = fused_heads
     for owner, name, fast in ((Block, "forward", fused_block), (HypeNet, "hidden", fused_hidden)):
         plain = PLAIN.setdefault(f"{owner.__name__}.{name}", getattr(owner, name))
         setattr(owner, name, fast if backend else plain)

@@ -112,7 +112,8 @@ if triton:
                 D = tl.sum(apart * exp(top_t - top), 0) / below - lse_t + lse_s
             loss += (1 - alpha) * D
         tl.store(loss_ptr + row, loss)
-        for first in range(0, V, BLOCK):
+        for back in range(0, V, BLOCK):         # the columns read last are nearest in the cache
+            first = (V - 1) // BLOCK * BLOCK - back
             s = load_logits(s_ptr, first + at, V)
             q = exp(s - lse_s)
             gradient = alpha * (q - tl.where(first + at == target, 1.0, 0.0))

@@ -23,7 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -406,6 +406,26 @@ class SlicedLoss(torch.autograd.Function):
         grads = [g if g is None else g.mul_(grad) for g in ctx.grads]
         ctx.grads = None                              # in place, so that no second copy is made
         return None, None, *grads, *[None] * ctx.n_others
+
+
+def beside(x, first, second):
+    """first() and second(); on a GPU at the same time, second on a stream of its own. x lies there."""
+    import os
+    if not x.is_cuda or os.environ.get("NO_SIDE"):
+        return first(), second()
+    main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        b = second()
+    a = first()
+    main.wait_stream(side)
+    b.record_stream(main)
+    return a, b
+
+
+@lru_cache
+def side_stream(device):
+    return torch.cuda.Stream(device)
 
 
 def peak_gb(device):
