@@ -59,8 +59,8 @@ from support.common import Parser, command_line, default_device, number, write_j
 from support.loss import loss_and_gradient  # noqa: E402
 from support.recall import has_room, plant, recall, training_rows  # noqa: E402
 from support.run import (  # noqa: E402
-    Probe, Run, beside, bf16, by_slices, change_plans, check_disk, cpu_hours, loss_by_slices, new_folder, options_of,
-    peak_gb, print_plan, read_set, refuse, teacher_argv)
+    Probe, Run, beside, bf16, by_slices, change_plans, check_disk, cpu_hours, loss_by_slices, new_folder,
+    options_of, peak_gb, print_plan, read_set, refuse, teacher_argv)
 from support.text import Corpus  # noqa: E402
 from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
 from support.writer import teacher_text  # noqa: E402

@@ -22,34 +22,30 @@ class Heads(torch.autograd.Function):
     def forward(ctx, x, weight, eps, cos, sin):
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.eps = eps
-        out = x.new_empty(x.shape)
-        launch(heads_kernel, x, weight, eps, (cos, sin), x, out, None)
-        return out
+        return launch(x, None, weight, eps, cos, sin)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, dy):
         x, weight, cos, sin = ctx.saved_tensors
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        dx = x.new_empty(x.shape)
-        dweight = None if weight is None else x.new_empty(n_programs(x), x.size(-1), dtype=torch.float32)
-        launch(heads_gradient_kernel, x, weight, ctx.eps, (cos, sin), dout, dx, dweight)
+        dx, dweight = launch(x, dy, weight, ctx.eps, cos, sin)
         return dx, None if weight is None else dweight.sum(0).to(weight.dtype), None, None, None
 
 
-def n_programs(x):
-    return min(ceil_div(x[..., 0].numel(), ROWS), 16 * card(x.device)[1])
-
-
-def launch(kernel, x, weight, eps, rope, y, out, dweight):
-    """y: the tensor that goes through the kernel, x or the gradient of the output."""
-    (B, T, H, D), (cos, sin) = x.shape, rope
-    assert x.stride(3) == y.stride(3) == 1 and (cos is None or cos.is_contiguous() and sin.is_contiguous())
+def launch(x, dy, weight, eps, cos, sin):
+    """The output and None; given dy, the gradient by the output, those by x and, in parts, by weight."""
+    (B, T, H, D), n_programs = x.shape, min(ceil_div(x[..., 0].numel(), ROWS), 16 * card(x.device)[1])
+    y = x if dy is None else dy if dy.stride(3) == 1 else dy.contiguous()
+    assert x.stride(3) == 1 and (cos is None or cos.is_contiguous() and sin.is_contiguous())
+    out, dweight = x.new_empty(x.shape), None
+    if dy is not None and weight is not None:
+        dweight = x.new_empty(n_programs, D, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        kernel[(n_programs(x),)](
+        heads_kernel[(n_programs,)](
             x, y, weight, cos, sin, out, dweight, B * T * H, T, H, eps, *x.stride()[:3], *y.stride()[:3],
             T * (D // 2) if cos is not None and len(cos) > 1 else 0, D=D, HALF=block_size(D // 2), ROWS=ROWS,
-            num_warps=4)
+            BACKWARD=dy is not None, num_warps=4)
+    return out, dweight
 
 
 def serves(x, embd, s_t, dtype):
@@ -60,78 +56,58 @@ def serves(x, embd, s_t, dtype):
 
 if triton:
     @triton.jit
-    def load_halves(ptr, at, channel, D: tl.constexpr, mask):
-        a = tl.load(ptr + at + channel, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(ptr + at + channel + D // 2, mask=mask, other=0.0).to(tl.float32)
+    def load_halves(ptr, channel, D: tl.constexpr, mask):
+        a = tl.load(ptr + channel, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(ptr + channel + D // 2, mask=mask, other=0.0).to(tl.float32)
         return a, b
 
     @triton.jit
-    def load_tile_of_heads(
-        first, x_ptr, y_ptr, cos_ptr, sin_ptr, n, T, H, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt,
-        stride_yh, stride_rope, channel, D: tl.constexpr, ROWS: tl.constexpr,
-    ):
-        """ROWS heads from the first on: where they stand in the output, the mask, both halves of x and of y,
-        and cos and sin."""
-        row = first + tl.arange(0, ROWS)
-        b, t, h = row // (T * H), row // H % T, row % H
-        mask = (row < n)[:, None] & (channel < D // 2)
-        a, c = load_halves(x_ptr, (b * stride_xb + t * stride_xt + h * stride_xh)[:, None], channel, D, mask)
-        ya, yb = load_halves(y_ptr, (b * stride_yb + t * stride_yt + h * stride_yh)[:, None], channel, D, mask)
-        cos, sin = tl.full(mask.shape, 1.0, tl.float32), tl.zeros(mask.shape, tl.float32)
-        if cos_ptr is not None:
-            at = (b * stride_rope + t * (D // 2))[:, None] + channel
-            cos, sin = tl.load(cos_ptr + at, mask=mask, other=0.0), tl.load(sin_ptr + at, mask=mask, other=0.0)
-        return row[:, None] * D + channel, mask, a, c, ya, yb, cos, sin
-
-    @triton.jit
     def heads_kernel(
-        x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, dweight_ptr, n, T, H, eps, stride_xb, stride_xt,
+        x_ptr, dy_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, dweight_ptr, n, T, H, eps, stride_xb, stride_xt,
         stride_xh, stride_yb, stride_yt, stride_yh, stride_rope, D: tl.constexpr, HALF: tl.constexpr,
-        ROWS: tl.constexpr,
+        ROWS: tl.constexpr, BACKWARD: tl.constexpr,
     ):
-        """RoPE(RMSNorm(x)), a tile after another."""
+        """y = RoPE(x r weight) with r = 1 / rms(x), one tile of ROWS heads after another. BACKWARD: from dy,
+        the gradient by y, the one by x, and this program's share of the one by weight. With u = x r and dy
+        turned back: g = dy weight, dx = r (g - u mean(g u)), dweight = sum dy u."""
         channel = tl.arange(0, HALF)[None, :]
         if weight_ptr is not None:
-            weight_a, weight_b = load_halves(weight_ptr, 0, channel, D, channel < D // 2)
-        for first in range(tl.program_id(0).to(tl.int64) * ROWS, n, tl.num_programs(0) * ROWS):
-            at, mask, a, b, _, _, cos, sin = load_tile_of_heads(
-                first, x_ptr, y_ptr, cos_ptr, sin_ptr, n, T, H, stride_xb, stride_xt, stride_xh, stride_yb,
-                stride_yt, stride_yh, stride_rope, channel, D, ROWS)
-            if weight_ptr is not None:
-                r = tl.rsqrt(tl.sum(a * a + b * b, 1) / D + eps)[:, None]
-                a, b = a * r * weight_a, b * r * weight_b
-            tl.store(out_ptr + at, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(out_ptr + at + D // 2, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def heads_gradient_kernel(
-        x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, dweight_ptr, n, T, H, eps, stride_xb, stride_xt,
-        stride_xh, stride_yb, stride_yt, stride_yh, stride_rope, D: tl.constexpr, HALF: tl.constexpr,
-        ROWS: tl.constexpr,
-    ):
-        """The gradient by x, from y, the gradient by the output; each program's share of the one by weight.
-        With x^ = x r, r = 1 / rms, and g = y' * weight, where y' is y turned back:
-        dx = r (g - x^ mean(g x^)), dweight = sum y' x^."""
-        channel = tl.arange(0, HALF)[None, :]
-        if weight_ptr is not None:
-            weight_a, weight_b = load_halves(weight_ptr, 0, channel, D, channel < D // 2)
+            weight_a, weight_b = load_halves(weight_ptr, channel, D, channel < D // 2)
             sum_a, sum_b = tl.zeros((ROWS, HALF), tl.float32), tl.zeros((ROWS, HALF), tl.float32)
         for first in range(tl.program_id(0).to(tl.int64) * ROWS, n, tl.num_programs(0) * ROWS):
-            at, mask, a, b, ya, yb, cos, sin = load_tile_of_heads(
-                first, x_ptr, y_ptr, cos_ptr, sin_ptr, n, T, H, stride_xb, stride_xt, stride_xh, stride_yb,
-                stride_yt, stride_yh, stride_rope, channel, D, ROWS)
-            ya, yb = ya * cos + yb * sin, yb * cos - ya * sin
+            row = first + tl.arange(0, ROWS)
+            b, t, h = row // (T * H), row // H % T, row % H
+            mask = (row < n)[:, None] & (channel < D // 2)
+            at = (b * stride_xb + t * stride_xt + h * stride_xh)[:, None]
+            x_a, x_b = load_halves(x_ptr + at, channel, D, mask)
+            if cos_ptr is not None:
+                at = (b * stride_rope + t * (D // 2))[:, None] + channel
+                cos = tl.load(cos_ptr + at, mask=mask, other=0.0)
+                sin = tl.load(sin_ptr + at, mask=mask, other=0.0)
             if weight_ptr is not None:
-                r = tl.rsqrt(tl.sum(a * a + b * b, 1) / D + eps)[:, None]
-                a, b = a * r, b * r
-                sum_a += ya * a
-                sum_b += yb * b
-                ya, yb = ya * weight_a, yb * weight_b
-                mean = (tl.sum(ya * a + yb * b, 1) / D)[:, None]
-                ya, yb = r * (ya - a * mean), r * (yb - b * mean)
-            tl.store(out_ptr + at, ya.to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(out_ptr + at + D // 2, yb.to(out_ptr.dtype.element_ty), mask=mask)
-        if weight_ptr is not None:
+                r = tl.rsqrt(tl.sum(x_a * x_a + x_b * x_b, 1) / D + eps)[:, None]
+                x_a, x_b = x_a * r, x_b * r
+            if BACKWARD:
+                at = (b * stride_yb + t * stride_yt + h * stride_yh)[:, None]
+                y_a, y_b = load_halves(dy_ptr + at, channel, D, mask)
+                if cos_ptr is not None:
+                    y_a, y_b = y_a * cos + y_b * sin, y_b * cos - y_a * sin
+                if weight_ptr is not None:
+                    sum_a += y_a * x_a
+                    sum_b += y_b * x_b
+                    y_a, y_b = y_a * weight_a, y_b * weight_b
+                    mean = (tl.sum(y_a * x_a + y_b * x_b, 1) / D)[:, None]
+                    y_a, y_b = r * (y_a - x_a * mean), r * (y_b - x_b * mean)
+            else:
+                y_a, y_b = x_a, x_b
+                if weight_ptr is not None:
+                    y_a, y_b = y_a * weight_a, y_b * weight_b
+                if cos_ptr is not None:
+                    y_a, y_b = y_a * cos - y_b * sin, y_b * cos + y_a * sin
+            at = out_ptr + row[:, None] * D + channel
+            tl.store(at, y_a.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(at + D // 2, y_b.to(out_ptr.dtype.element_ty), mask=mask)
+        if BACKWARD and weight_ptr is not None:
             at = dweight_ptr + tl.program_id(0) * D + tl.arange(0, HALF)
             tl.store(at, tl.sum(sum_a, 0), mask=tl.arange(0, HALF) < D // 2)
             tl.store(at + D // 2, tl.sum(sum_b, 0), mask=tl.arange(0, HALF) < D // 2)
