@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 
 import hypenet
-from support import heads
 from hypenet import DECAYS, Attention, Block, HypeNet, LinearAttention, attend, normed, sample, store
 from kernel import (
     block_size, card, ceil_div, dot, dot_dtype, exp, load_tile, output_dtype, store_tile, triton)
+from support import heads
 
 if triton:
     import triton.language as tl
@@ -390,11 +390,13 @@ def compiled(f, backend):
     return call
 
 
-def fused_heads(x, norm, cos_sin, embd, s_t, dtype):
-    """make_heads by the kernels of support/heads.py, where they serve."""
-    if (norm or cos_sin) and heads.serves(x, embd, s_t, dtype):
-        return heads.Heads.apply(x, *(norm or (None, 0.0)), *(cos_sin or (None, None)))
-    return PLAIN["compiled heads"](x, norm, cos_sin, embd, s_t, dtype)
+def heads_by_kernel(otherwise):
+    """make_heads by the kernel of support/heads.py where it serves, else by the function `otherwise`."""
+    def call(x, norm, cos_sin, embd, s_t, dtype):
+        if (norm or cos_sin) and heads.serves(x, embd, s_t, dtype):
+            return heads.Heads.apply(x, *(norm or (None, 0.0)), *(cos_sin or (None, None)))
+        return otherwise(x, norm, cos_sin, embd, s_t, dtype)
+    return call
 
 
 def fuse(*more, backend="inductor"):
@@ -415,8 +417,7 @@ def fuse(*more, backend="inductor"):
         written = cast_normed if backend and plain is normed else plain
         space[name] = compiled(written, backend) if backend else plain
     if backend:
-        PLAIN["compiled heads"] = hypenet.make_heads
-        hypenet.make_heads = fused_heads
+        hypenet.make_heads = heads_by_kernel(hypenet.make_heads)
     for owner, name, fast in ((Block, "forward", fused_block), (HypeNet, "hidden", fused_hidden)):
         plain = PLAIN.setdefault(f"{owner.__name__}.{name}", getattr(owner, name))
         setattr(owner, name, fast if backend else plain)
