@@ -45,7 +45,7 @@ def launch(logits_s, logits_t, targets, kl, alpha):
         loss_kernel[(n,)](
             logits_s, logits_t, targets, loss, V, logits_s.stride(0),
             logits_t.stride(0) if with_teacher else 0, targets.stride(0), float(alpha), TEACHER=with_teacher,
-            REVERSE=kl == "reverse", BLOCK=1024 if interpreted() else 8192, num_warps=16)
+            REVERSE=kl == "reverse", BLOCK=1024 if interpreted() else 8192, num_warps=32)
     return loss.sum()
 
 
