@@ -340,17 +340,13 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
     """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
     "reverse": KL(student, teacher), the article's. Full logits would not fit
     memory, so the head runs on slices of tokens, of about slice_elements logits."""
-    @torch.no_grad()
-    def teach():
-        return teacher.hidden(idx).flatten(0, 1)
-
     def learn():
         return student.hidden(idx, offset=offset).flatten(0, 1)                   # (N,C)
-    if alpha < 1:
-        xs, xt = beside(idx, learn, teach)
-    else:
-        xs = learn()
-        xt = xs.detach()
+
+    @torch.no_grad()
+    def teach():
+        return teacher.hidden(idx).flatten(0, 1) if alpha < 1 else targets.flatten()      # or not used
+    xs, xt = beside(idx, learn, teach)
 
     def work(logits_s, xt, y):
         logits_t = teacher.head(xt) if alpha < 1 else None                        # (n,V)

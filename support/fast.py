@@ -369,9 +369,7 @@ def fused_hidden(self, idx, state=None, offset=None):
     if state is not None or not all(type(block) is Block for block in self.blocks):
         return PLAIN["HypeNet.hidden"](self, idx, state, offset)
     where = self.place(idx, offset=offset)
-    import os
-    x = self.embed(idx, where)
-    x = (x.to(product_dtype(x)) if os.environ.get("BF16RES") else x), None
+    x = self.embed(idx, where), None
     for block in self.blocks:
         x = block(x, where)
     n = self.norm

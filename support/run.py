@@ -408,10 +408,15 @@ class SlicedLoss(torch.autograd.Function):
         return None, None, *grads, *[None] * ctx.n_others
 
 
+@lru_cache
+def side_stream(device):
+    return torch.cuda.Stream(device)
+
+
 def beside(x, first, second):
-    """first() and second(); on a GPU at the same time, second on a stream of its own. x lies there."""
-    import os
-    if not x.is_cuda or os.environ.get("NO_SIDE"):
+    """first() and second(), tensors where x lies. On a GPU both run at the same time, because one of them
+    often waits for memory while the other multiplies."""
+    if not x.is_cuda:
         return first(), second()
     main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
     side.wait_stream(main)
@@ -421,11 +426,6 @@ def beside(x, first, second):
     main.wait_stream(side)
     b.record_stream(main)
     return a, b
-
-
-@lru_cache
-def side_stream(device):
-    return torch.cuda.Stream(device)
 
 
 def peak_gb(device):
