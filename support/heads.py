@@ -11,7 +11,7 @@ from kernel import block_size, card, ceil_div, triton
 if triton:
     import triton.language as tl
 
-ROWS = 64                                   # heads in a tile
+TILE = 2048                                 # pairs of channels per program: more would not fit the registers
 
 
 class Heads(torch.autograd.Function):
@@ -34,7 +34,9 @@ class Heads(torch.autograd.Function):
 
 def launch(x, dy, weight, eps, cos, sin):
     """The output and None; given dy, the gradient by the output, those by x and, in parts, by weight."""
-    (B, T, H, D), n_programs = x.shape, min(ceil_div(x[..., 0].numel(), ROWS), 16 * card(x.device)[1])
+    (B, T, H, D), HALF = x.shape, block_size(x.size(-1) // 2)
+    ROWS = max(1, TILE // HALF)
+    n_programs = min(ceil_div(B * T * H, ROWS), 16 * card(x.device)[1])
     y = x if dy is None else dy if dy.stride(3) == 1 else dy.contiguous()
     assert x.stride(3) == 1 and (cos is None or cos.is_contiguous() and sin.is_contiguous())
     out, dweight = x.new_empty(x.shape), None
@@ -43,7 +45,7 @@ def launch(x, dy, weight, eps, cos, sin):
     with torch.cuda.device_of(x):
         heads_kernel[(n_programs,)](
             x, y, weight, cos, sin, out, dweight, B * T * H, T, H, eps, *x.stride()[:3], *y.stride()[:3],
-            T * (D // 2) if cos is not None and len(cos) > 1 else 0, D=D, HALF=block_size(D // 2), ROWS=ROWS,
+            T * (D // 2) if cos is not None and len(cos) > 1 else 0, D=D, HALF=HALF, ROWS=ROWS,
             BACKWARD=dy is not None, num_warps=4)
     return out, dweight
 
