@@ -338,8 +338,8 @@ def assemble(source, config, mixers):
 
 def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
     """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
-    "reverse": KL(student, teacher), the article's. Full logits would not fit
-    memory, so the head runs on slices of tokens, of about slice_elements logits."""
+    "reverse": KL(student, teacher), the article's. Full logits would not fit memory, so the head runs on
+    slices of tokens, of about slice_elements logits. token_losses defines what loss_and_gradient computes."""
     def learn():
         return student.hidden(idx, offset=offset).flatten(0, 1)                   # (N,C)
 

@@ -1,11 +1,11 @@
 """The loss of the head and its gradient, from logits, in one kernel.
 
-halo.token_losses is the definition: alpha CE + (1 - alpha) KL. A vocabulary is wide, so the plain form passes
-ten times over tensors as large as half of the model's activations, mostly in float32. loss_kernel reads the
-logits of student and teacher from memory once. Each program has one token. Its first pass finds the
-denominators of both softmaxes, and the KL. Its second pass finds the logits in the cache, and writes the
-gradient over the student's. Let log q = s - lse_s and log p = t - lse_t be the logs of the student's and the
-teacher's softmax:
+halo.token_losses is the definition: alpha CE + (1 - alpha) KL. A vocabulary is wide, so logits are the
+largest tensors of a step. The plain form reads and writes them many times, mostly in float32. Each program of
+loss_kernel has one token. The first pass finds the denominators of both softmaxes, and the KL. The second
+pass, from the last column to the first, finds most logits in the cache. The pass writes the gradient over the
+student's logits. Let log q = s - lse_s and log p = t - lse_t be the logs of the student's and the teacher's
+softmax:
 
     term             loss                                   gradient by s
     CE               lse_s - s[target]                      q - onehot(target)
