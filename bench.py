@@ -82,6 +82,9 @@ SIZES = {
     "14b": Size("Qwen3-14B", HypeNetConfig(
         "A" * 40, n_embd=5120, n_head=40, n_hidden=17408, tied=False, **QWEN3),
         contexts=(32768, 131072, 524288)),
+    "smollm2": Size("SmolLM2-135M", HypeNetConfig(
+        "A" * 30, n_embd=576, n_head=9, n_kv_head=3, head_dim=64, n_hidden=1536, vocab_size=49152,
+        max_len=8192, rope_theta=1e5, norm_eps=1e-5, **FAMILIES["llama"])),
     "tiny": Size("the tiny teacher", halo.TEACHERS["tiny"], kinds=ALL, contexts=(256, 1024),
                  batches=((4, 256), (0, 1024))),
 }
@@ -489,7 +492,6 @@ class TrialStage(ProbeStage):
             return
         yield from super().steps(corpus, rows_of)                  # finds what fits at once
         speed = self.run.found[self.name][1]
-        self.replay = None
         whole = max(1, int(options["seconds"] * speed / (self.at_once * plan.length)))
         batch = min(plan.batch, self.at_once * whole)
         device = next(self.module.parameters()).device
@@ -524,7 +526,7 @@ def bench_train(args):
     Use: share of the peak. Hours: for all tokens of the plan."""
     device = args.device
     if device.type == "cuda":
-        fast.fuse()
+        fast.fuse((vars(halo), "relative_error"))
     peak = args.peak or PEAKS.get(machine(device)[1])
     table = Table(args, "size stage",
                   "size stage length batch plan_batch at_once checkpoint seconds tok_s used peak_gb hours",

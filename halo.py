@@ -54,9 +54,10 @@ from hypenet import DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, 
 from hypenet import locate  # noqa: E402
 from support import options  # noqa: E402
 from support.common import number  # noqa: E402
+from support.loss import loss_and_gradient  # noqa: E402
 from support.recall import recall, training_rows  # noqa: E402
 from support.report import losses, print_scores, save_usable  # noqa: E402
-from support.run import bf16, loss_by_slices  # noqa: E402
+from support.run import beside, bf16, loss_by_slices  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -335,22 +336,25 @@ def assemble(source, config, mixers):
 
 def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
     """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
-    "reverse": KL(student, teacher), the article's. Full logits would not fit
-    memory, so the head runs on slices of tokens, of about slice_elements logits."""
-    xs = student.hidden(idx, offset=offset).flatten(0, 1)                         # (N,C)
-    with torch.no_grad():
-        xt = teacher.hidden(idx).flatten(0, 1) if alpha < 1 else xs.detach()
+    "reverse": KL(student, teacher), the article's. The logits of all tokens would not fit memory, so the head
+    runs on slices of tokens, of about slice_elements logits."""
+    def learn():
+        return student.hidden(idx, offset=offset).flatten(0, 1)                   # (N,C)
 
-    def work(weight, xs, xt, y):
-        with torch.no_grad():
-            logits_t = teacher.head(xt) if alpha < 1 else None
-        return token_losses(F.linear(xs, weight.to(xs.dtype)), logits_t, y, kl, alpha)         # (n,V)
-    total = loss_by_slices(work, student.config.vocab_size, student.head_weight(), xs, xt, targets.flatten(),
+    @torch.no_grad()
+    def teach():
+        return teacher.hidden(idx).flatten(0, 1)                                  # (N,C)
+    xs, *xt = beside(idx, learn, teach) if alpha < 1 else [learn()]               # xt is empty without KL
+
+    def of_slice(logits_s, y, *xt):                                               # (n,V), (n,), (n,C)
+        logits_t = teacher.head(*xt) if xt else None
+        return loss_and_gradient(sum_of_losses, logits_s, logits_t, y, kl, alpha)
+    total = loss_by_slices(of_slice, student.head_weight(), xs, targets.flatten(), *xt,
                            elements=slice_elements)
     return total / len(xs)
 
 
-def token_losses(logits_s, logits_t, targets, kl, alpha):
+def sum_of_losses(logits_s, logits_t, targets, kl, alpha):
     """Sum over tokens of alpha CE + (1 - alpha) KL, from logits (n,V) of student and teacher (None: CE)."""
     log_s = logits_s.float().log_softmax(-1)
     loss = 0.0
@@ -358,8 +362,8 @@ def token_losses(logits_s, logits_t, targets, kl, alpha):
         loss = alpha * F.nll_loss(log_s, targets, reduction="sum")
     if logits_t is not None:
         log_t = logits_t.float().log_softmax(-1)
-        p, log_q = (log_t, log_s) if kl == "forward" else (log_s, log_t)
-        loss = loss + (1 - alpha) * F.kl_div(log_q, p, reduction="sum", log_target=True)
+        log_p, log_q = (log_t, log_s) if kl == "forward" else (log_s, log_t)
+        loss = loss + (1 - alpha) * F.kl_div(log_q, log_p, reduction="sum", log_target=True)   # KL(p, q)
     return loss
 
 
@@ -477,9 +481,14 @@ def align(run, teacher, config, corpus, plan, args):
 
     def loss_fn(idx, targets):
         for twin, square, (_, x, where, y) in zip(twins, squares, teacher_layers(teacher, config, idx)):
-            yield (twin(x, where).float() - y.float()).square().mean() / square
+            yield relative_error(twin(x, where), y, square)
     train(run, "align", plan, corpus, twins, [list(twin.parameters()) for twin in twins], loss_fn)
     return twins
+
+
+def relative_error(out, target, square):
+    """The mean squared error of a layer's output, in units of the target's mean square."""
+    return (out.float() - target.float()).square().mean() / square
 
 
 def select(run, teacher, twins, config, corpus, args):

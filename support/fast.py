@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 
 import hypenet
-from hypenet import DECAYS, Attention, Block, LinearAttention, attend, normed, sample, store
+from hypenet import DECAYS, Attention, Block, HypeNet, LinearAttention, attend, normed, sample, store
 from kernel import (
     block_size, card, ceil_div, dot, dot_dtype, exp, load_tile, output_dtype, store_tile, triton)
+from support import heads
 
 if triton:
     import triton.language as tl
@@ -350,13 +351,52 @@ def add_normed(x, y, weight, bias, eps):
 
 
 def fused_block(self, x, where, cache=None):
-    """Block.forward, with the first sum and the norm after the sum as one kernel."""
+    """Block.forward, with each sum and the norm after the sum as one kernel. x may be a pair, whose sum is
+    the input (the second None: no sum yet). Then the output is such a pair."""
+    is_pair = isinstance(x, tuple)
+    x, y = x if is_pair else (x, None)
+    n = self.norm1
+    x, h = (x, n(x)) if y is None else add_normed(x, y, n.weight, n.bias, n.eps)
     n = self.norm2
-    x, h = add_normed(x, self.mixer(self.norm1(x), where, cache), n.weight, n.bias, n.eps)
-    return x + self.mlp(h)
+    x, h = add_normed(x, self.mixer(h, where, cache), n.weight, n.bias, n.eps)
+    y = self.mlp(h)
+    return (x, y) if is_pair else x + y
+
+
+def fused_hidden(self, idx, state=None, offset=None):
+    """HypeNet.hidden of whole sequences: the last sum of a block and the first norm of the next are one
+    kernel."""
+    if state is not None or not all(type(block) is Block for block in self.blocks):
+        return PLAIN["HypeNet.hidden"](self, idx, state, offset)
+    where = self.place(idx, offset=offset)
+    x = self.embed(idx, where), None
+    for block in self.blocks:
+        x = block(x, where)
+    n = self.norm
+    return add_normed(*x, n.weight, n.bias, n.eps)[1]
 
 
 PLAIN = {}                           # the functions as written, by module and name
+
+
+def compiled(f, backend):
+    """f by torch.compile. A call whose optional arguments are None computes nothing, and stays outside:
+    torch gives a function up for good if it finds nothing to compile."""
+    fast = torch.compile(f, backend=backend)
+
+    def call(x, *args):
+        idle = all(arg is None for arg in args[:4])
+        return f(x, *args) if idle else fast(x, *args)
+    return call
+
+
+def heads_by_kernel(otherwise):
+    """make_heads by the kernel of support/heads.py where it serves, else by the function `otherwise`."""
+    def call(x, norm, cos_sin, embd, s_t, dtype):
+        if (norm or cos_sin) and heads.serves(x, embd, s_t, dtype):
+            return heads.Heads.apply(x, *(norm or (None, 0.0)), *(cos_sin or (None, None)))
+        return otherwise(x, norm, cos_sin, embd, s_t, dtype)
+    return call
 
 
 def fuse(*more, backend="inductor"):
@@ -375,9 +415,12 @@ def fuse(*more, backend="inductor"):
     for space, name in (*of_model, (globals(), "add_normed"), (globals(), "merged"), *more):
         plain = PLAIN.setdefault((space["__name__"], name), space[name])
         written = cast_normed if backend and plain is normed else plain
-        space[name] = torch.compile(written, backend=backend) if backend else plain
-    plain = PLAIN.setdefault("Block.forward", Block.forward)
-    Block.forward = fused_block if backend else plain
+        space[name] = compiled(written, backend) if backend else plain
+    if backend:
+        hypenet.make_heads = heads_by_kernel(hypenet.make_heads)
+    for owner, name, fast in ((Block, "forward", fused_block), (HypeNet, "hidden", fused_hidden)):
+        plain = PLAIN.setdefault(f"{owner.__name__}.{name}", getattr(owner, name))
+        setattr(owner, name, fast if backend else plain)
 
 
 # ---- the three functions of a token ------------------------------------------------------------------------

@@ -443,7 +443,7 @@ def run_main(halo, argv):
         make_teacher(halo, args)
         if args.dry_run:
             return
-    fast.fuse((vars(halo), "token_losses"), backend="inductor" if args.fused else None)
+    fast.fuse((vars(halo), "relative_error"), backend="inductor" if args.fused else None)
     name = os.path.basename(os.path.normpath(args.teacher))
     folder = args.resume or new_folder(args.out, os.path.join("out", f"{name}-{args.recipe}"))
     teacher = None if args.pretrain else load_teacher(halo, plans, args)

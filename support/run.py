@@ -21,14 +21,16 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from hypenet import write_file
 from support.common import write_json
+from support.loss import fused
 
 # ---- a run -------------------------------------------------------------------------------------------------
 
@@ -362,28 +364,36 @@ def by_slices(work, n_vocab, *tensors, elements=None):
     return [work(*part) for part in zip(*slices)]
 
 
-def loss_by_slices(work, n_vocab, weight, xs, *others, elements=None):
-    """The sum of work(weight, slice of xs, slices of others): a loss of tokens xs (N,C) behind a head, whose
-    weight is (n_vocab,C). All logits (N,n_vocab) may need more memory than the model. So the gradient of a
-    slice is taken as soon as its loss is known, and its logits are dropped."""
-    return SlicedLoss.apply(work, n_vocab, elements, weight, xs, *others)
+def loss_by_slices(work, weight, xs, *others, elements=None):
+    """The loss of tokens xs (N,C) behind a head with weight (V,C): the sum over slices of the tokens of
+    work(logits, slices of others), which returns the loss and its gradient by the logits (n,V). All logits
+    may need more memory than the model. So each slice is taken back to xs and the weight at once."""
+    if elements is None and fused(xs):
+        elements = 2 ** 29                            # the kernel makes no copies of the logits
+    return SlicedLoss.apply(work, elements, weight, xs, *others)
 
 
 class SlicedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, work, n_vocab, elements, weight, xs, *others):
-        weight = weight.detach().requires_grad_(ctx.needs_input_grad[3])
-        xs = xs.detach()
+    def forward(ctx, work, elements, weight, xs, *others):
+        train_weight, train_xs = ctx.needs_input_grad[2:4]
+        autocast = xs.is_cuda and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else xs.dtype
+        w = weight.to(dtype)
+        losses, dxs, dweight = [], [], None
 
         def one(x, *others):
-            x.requires_grad_(ctx.needs_input_grad[4])
-            with torch.enable_grad():
-                loss = work(weight, x, *others)
-            if loss.requires_grad:
-                loss.backward()
-            return loss.detach(), x.grad
-        losses, grads = zip(*by_slices(one, n_vocab, xs, *others, elements=elements))
-        ctx.grads = weight.grad, torch.cat(grads) if ctx.needs_input_grad[4] else None
+            nonlocal dweight
+            loss, dlogits = work(F.linear(x, w), *others)
+            losses.append(loss)
+            if train_xs:
+                dxs.append(dlogits @ w)
+            if train_weight and dweight is None:
+                dweight = (dlogits.T @ x).to(weight.dtype)
+            elif train_weight:
+                dweight += dlogits.T @ x
+        by_slices(one, len(weight), xs.to(dtype), *others, elements=elements)
+        ctx.grads = dweight, torch.cat(dxs).to(xs.dtype) if train_xs else None
         ctx.n_others = len(others)
         return sum(losses)
 
@@ -392,7 +402,27 @@ class SlicedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grads = [g if g is None else g.mul_(grad) for g in ctx.grads]
         ctx.grads = None                              # in place, so that no second copy is made
-        return None, None, None, *grads, *[None] * ctx.n_others
+        return None, None, *grads, *[None] * ctx.n_others
+
+
+@lru_cache
+def side_stream(device):
+    return torch.cuda.Stream(device)
+
+
+def beside(x, first, second):
+    """first() and second(), tensors where x lies. On a GPU both run at the same time, because one of them
+    often waits for memory while the other multiplies."""
+    if not x.is_cuda:
+        return first(), second()
+    main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        b = second()
+    a = first()
+    main.wait_stream(side)
+    b.record_stream(main)
+    return a, b
 
 
 def peak_gb(device):
