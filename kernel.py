@@ -424,35 +424,22 @@ if triton:
     #
     #     dg_t  =  sum_{s = t .. M} (q_s * dq_s - k_s * dk_s)  +  sum_V S_M * dS_M       (0 where g_t = -inf)
     #
-    # The sum starts anew in every chunk, so its rounding errors do not grow with T. finish_kernel computes
-    # the sum for one decay per channel. One decay per head can afford a sum without differences, which lose
-    # digits. Sum every path that crosses token t, from a token or S_0 to a token or S_M:
+    # The sum starts anew in every chunk, so its rounding errors do not grow with T. Its last term needs both
+    # states, so the scan for dq stores S_0 of every chunk in marks_ptr for the scan for dk, which knows dS_M:
     #
-    #     dg_t  =  sum_{j < t <= i} X_ij  +  sum_{i >= t} Y_i  +  sum_{j < t} Z_j  +  W
-    #     X_ij  =  e^(G_ij) (q_i . k_j) (do_i . v_j)      from k_j to q_i
-    #     Y_i   =  e^(P_i) q_i S_0 . do_i                 from S_0 to q_i
-    #     Z_j   =  e^(F_j) k_j dS_M . v_j                 from k_j to S_M
-    #     W     =  e^(P_M) sum S_0 * dS_M                 from S_0 to S_M
+    #     sum_V S_M * dS_M  =  W  +  sum_j k_j * (e^(F_j) * v_j dS_M^T)          W = e^(P_M) * sum_V S_0 * dS_M
     #
-    # The scan for dq knows S_0 and stores it in marks_ptr. The scan for dk knows dS_M and computes dg.
-    @triton.jit
-    def head_gate_gradient(q, k, do, S_0, W, dA, dk_from_S, past, tokens, scale, DTYPE: tl.constexpr):
-        """dg (M,) of one chunk, one decay per head. S_0 is transposed, W not yet summed over its columns,
-        dA[j,i] = scale * e^(G_ij) (v_j . do_i), dk_from_S = scale * e^(F_j) v_j dS_M^T."""
-        s, t = tokens[None, :], tokens[:, None]
-        X = tl.trans(dA) * dot(q, tl.trans(k), DTYPE)
-        X = sums(s >= t, X, DTYPE, DTYPE == tl.float32)                     # over i >= t
-        Y = scale * exp(past) * tl.sum(q * dot(do, S_0, DTYPE), 1)
-        Z = tl.sum(k * dk_from_S, 1)
-        X = tl.where(s < t, X + Z[None, :], 0.0)                            # j < t
-        return tl.sum(X, 1) + tl.cumsum(Y, 0, reverse=True) + tl.sum(W, 0)
-
+    # The second term is the part of dk that comes through dS_M. The differences lose no digits. A path from
+    # token j to token i of the chunk is in q_i * dq_i and in k_j * dk_j. Both scans round the same dA_ij, so
+    # paths that do not cross token t cancel up to float32. So do paths into S_M from tokens after t. One
+    # decay per channel: finish_kernel computes the sum. One decay per head: dg is one sum over the channels
+    # too. The scan for dq stores q_s . dq_s in dg_ptr. The scan for dk turns these numbers into dg.
     @triton.jit
     def scan_kernel(
         read_ptr, write_ptr, value_ptr, g_ptr, A_ptr, start_ptr, local_ptr, total_ptr, out_ptr, final_ptr,
-        marks_ptr, k_ptr, dg_ptr, T, H, n_chunks, n_segments, per_segment, scale,
+        marks_ptr, x_ptr, dg_ptr, T, H, n_chunks, n_segments, per_segment, scale,
         stride_rb, stride_rt, stride_rh, stride_wb, stride_wt, stride_wh, stride_vb, stride_vt, stride_vh,
-        stride_gb, stride_gt, stride_gh, stride_kb, stride_kt, stride_kh, stride_sk, stride_sv,
+        stride_gb, stride_gt, stride_gh, stride_xb, stride_xt, stride_xh, stride_sk, stride_sv,
         K: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
         BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):
@@ -461,7 +448,8 @@ if triton:
         g_ptr      g of each token (SIDE "head"), else the sums of each chunk
         out_ptr    None: this is the first pass, which gives local_ptr and total_ptr
         marks_ptr  S_0 of every chunk. The scan for dq writes marks_ptr, and the scan for dk reads marks_ptr
-        dg_ptr     where the scan for dk writes dg (SIDE "head", computed with k_ptr) or W (SIDE "value")
+        x_ptr      SIDE "head": q in the scan for dq, k in the scan for dk
+        dg_ptr     SIDE "head": dg, see above. SIDE "value": where the scan for dk writes W
         """
         FIRST_PASS: tl.constexpr = out_ptr is None
         N_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -518,23 +506,33 @@ if triton:
             if not FIRST_PASS:
                 read = load_tile(read_ptr + first * stride_rt, tokens, stride_rt, rows, left, K)
                 out = scale * dot(read, S, DTYPE)
-                if dg_ptr is not None:
-                    S_0 = tl.load(marks_ptr + at_chunk * K * V + at_mark, mask=in_S, other=0.0)
-                    W = scale * exp(sum_g) * tl.sum(S_0 * S, 0)
+                if marks_ptr is not None:
+                    mark = marks_ptr + at_chunk * K * V + at_mark
+                    if REVERSE:
+                        W = scale * exp(sum_g) * tl.sum(tl.load(mark, mask=in_S, other=0.0) * S, 0)
+                    else:
+                        tl.store(mark, S.to(marks_ptr.dtype.element_ty), mask=in_S)
                 if SIDE == "head":
                     out *= exp(past)[:, None]
                     A = scale * dot(read, tl.trans(write), DTYPE) * E
                     if dg_ptr is not None:
-                        k = load_tile(k_ptr + b * stride_kb + h * stride_kh + first * stride_kt, tokens,
-                                      stride_kt, cols, left, V)
-                        dg = head_gate_gradient(
-                            q=value, k=k, do=write, S_0=S_0, W=W, dA=A, dk_from_S=out, past=future,
-                            tokens=tokens, scale=scale, DTYPE=DTYPE)        # this scan's future is the past
-                        g = tl.load(g_ptr + (first + tokens) * stride_gt, mask=tokens < left, other=0.0)
-                        part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)    # one per block
-                        tl.store(dg_ptr + part + at + tokens * H, tl.where(g == float("-inf"), 0.0, dg),
-                                 mask=tokens < left)
+                        x = load_tile(x_ptr + b * stride_xb + h * stride_xh + first * stride_xt, tokens,
+                                      stride_xt, cols, left, V)
+                        from_S = tl.sum(x * out, 1)
+                        itself = tokens[:, None] == tokens[None, :]         # paths that cross no token
+                        A_ii, A = tl.sum(tl.where(itself, A, 0.0), 1), tl.where(itself, 0.0, A)
                     out += dot(A, value, DTYPE)
+                    if dg_ptr is not None:
+                        part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)    # one per block
+                        at_dg, inside = dg_ptr + part + at + tokens * H, tokens < left
+                        dg = tl.sum(x * out, 1)
+                        if REVERSE:
+                            dg = tl.cumsum(tl.load(at_dg, mask=inside, other=0.0) - dg, 0, reverse=True)
+                            g = tl.load(g_ptr + (first + tokens) * stride_gt, mask=inside, other=0.0)
+                            dg += tl.sum(W, 0) + tl.sum(from_S, 0)
+                            dg = tl.where(g == float("-inf"), 0.0, dg)
+                        tl.store(at_dg, dg, mask=inside)
+                        out += A_ii[:, None] * value
                 elif SIDE == "key":
                     i = tokens[None, :] if REVERSE else tokens[:, None]
                     j = tokens[:, None] if REVERSE else tokens[None, :]
@@ -542,12 +540,10 @@ if triton:
                     out += scale * dot(A, value, DTYPE)
                     if DTYPE != tl.float32:
                         out += scale * dot(rounding_error(A, DTYPE), value, DTYPE)
-                elif dg_ptr is not None:
+                elif REVERSE and dg_ptr is not None:
                     tl.store(dg_ptr + at_chunk * V + cols, W, mask=cols < V)
                 store_tile(out_ptr + at * V, tokens, H * V, cols, left, V, out)
 
-            if marks_ptr is not None and dg_ptr is None:
-                tl.store(marks_ptr + at_chunk * K * V + at_mark, S.to(marks_ptr.dtype.element_ty), mask=in_S)
             decay = exp(sum_g)
             if SIDE == "key":
                 S = decay[:, None] * S + added
@@ -695,7 +691,7 @@ def _triton_backward(tensors, scale, do, dfinal, dg_wanted):
         transposed, dtype = gates, q.dtype
     else:
         transposed, dtype = Gates("value", gates.g), torch.float32          # _finish adds to dq and dk
-    dq, _ = _scan((do, v, write), transposed, (state.mT, *forwards), scale, dtype, extras=(marks, None, None))
+    dq, _ = _scan((do, v, write), transposed, (state.mT, *forwards), scale, dtype, extras=(marks, q, dg))
     dk, _ = _scan((v, do, read), transposed, (dS.mT, *backwards), scale, dtype, True, extras=(marks, k, dg))
     dv, dstate = _scan((write, read, do), gates, (dS, *backwards), scale, do.dtype, reverse=True)
     if gates.side == "key":
@@ -763,7 +759,7 @@ def _segments(write, value, gates, reverse=False):
 
 
 def _scan(tensors, gates, start, scale, dtype, reverse=False, extras=(None, None, None)):
-    """One scan. tensors: read, write, value. start: the start state, local, total. extras: marks, k, dg, for
+    """One scan. tensors: read, write, value. start: the start state, local, total. extras: marks, x, dg, for
     the gradient of log_decay. Returns out and the final state, in the memory layout of the start state."""
     value = tensors[2]
     results = value.new_empty(value.shape, dtype=dtype), torch.empty_like(start[0])
@@ -772,7 +768,7 @@ def _scan(tensors, gates, start, scale, dtype, reverse=False, extras=(None, None
 
 
 def _launch_scan(tensors, gates, start, results, scale, reverse, extras=(None, None, None)):
-    (_, write, value), k = tensors, extras[1]
+    (_, write, value), x = tensors, extras[1]
     (B, T, H, K), V, s = write.shape, value.shape[-1], _layout(write, value, gates.side)
     first_pass = results[0] is None
     if first_pass and s.BLOCK_T == 64:      # the first pass has fewer products, and runs best on half chunks
@@ -780,7 +776,7 @@ def _launch_scan(tensors, gates, start, results, scale, reverse, extras=(None, N
     scan_kernel[(B * H * s.n_blocks, s.n_segments - first_pass)](
         *tensors, gates.g, gates.A, *start, *results, *extras,
         T, H, s.n_chunks, s.n_segments, s.per_segment, scale,
-        *_strides(*tensors, gates.g, write if k is None else k), start[0].stride(-2), start[0].stride(-1),
+        *_strides(*tensors, gates.g, write if x is None else x), start[0].stride(-2), start[0].stride(-1),
         K=K, V=V, SIDE=gates.side, REVERSE=reverse, DTYPE=dot_dtype(value), BLOCK_T=s.BLOCK_T,
         BLOCK_K=s.BLOCK_K, BLOCK_V=s.BLOCK_V, num_warps=4, num_stages=s.stages)
 
