@@ -509,7 +509,8 @@ if triton:
                 if marks_ptr is not None:
                     mark = marks_ptr + at_chunk * K * V + at_mark
                     if REVERSE:
-                        W = scale * exp(sum_g) * tl.sum(tl.load(mark, mask=in_S, other=0.0) * S, 0)
+                        W = tl.load(mark, mask=in_S, other=0.0) * S
+                        W = scale * exp(sum_g) * tl.sum(W, None if SIDE == "head" else 0)
                     else:
                         tl.store(mark, S.to(marks_ptr.dtype.element_ty), mask=in_S)
                 if SIDE == "head":
@@ -518,7 +519,8 @@ if triton:
                     if dg_ptr is not None:
                         x = load_tile(x_ptr + b * stride_xb + h * stride_xh + first * stride_xt, tokens,
                                       stride_xt, cols, left, V)
-                        from_S = tl.sum(x * out, 1)
+                        if REVERSE:
+                            W += tl.sum(x * out)
                         itself = tokens[:, None] == tokens[None, :]         # paths that cross no token
                         A_ii, A = tl.sum(tl.where(itself, A, 0.0), 1), tl.where(itself, 0.0, A)
                     out += dot(A, value, DTYPE)
@@ -529,8 +531,7 @@ if triton:
                         if REVERSE:
                             dg = tl.cumsum(tl.load(at_dg, mask=inside, other=0.0) - dg, 0, reverse=True)
                             g = tl.load(g_ptr + (first + tokens) * stride_gt, mask=inside, other=0.0)
-                            dg += tl.sum(W, 0) + tl.sum(from_S, 0)
-                            dg = tl.where(g == float("-inf"), 0.0, dg)
+                            dg = tl.where(g == float("-inf"), 0.0, dg + W)
                         tl.store(at_dg, dg, mask=inside)
                         out += A_ii[:, None] * value
                 elif SIDE == "key":
