@@ -507,33 +507,33 @@ if triton:
                 read = load_tile(read_ptr + first * stride_rt, tokens, stride_rt, rows, left, K)
                 out = scale * dot(read, S, DTYPE)
                 if marks_ptr is not None:
-                    mark = marks_ptr + at_chunk * K * V + at_mark
-                    if REVERSE:
-                        W = tl.load(mark, mask=in_S, other=0.0) * S
-                        W = scale * exp(sum_g) * tl.sum(W, None if SIDE == "head" else 0)
-                    else:
-                        tl.store(mark, S.to(marks_ptr.dtype.element_ty), mask=in_S)
+                    W = tl.zeros_like(sum_g)
+                    if SIDE == "value" or sum_g > -20:                      # else W is below float32's digits
+                        mark = marks_ptr + at_chunk * K * V + at_mark
+                        if REVERSE:
+                            W = tl.load(mark, mask=in_S, other=0.0) * S
+                            W = scale * exp(sum_g) * tl.sum(W, None if SIDE == "head" else 0)
+                        else:
+                            tl.store(mark, S.to(marks_ptr.dtype.element_ty), mask=in_S)
                 if SIDE == "head":
                     out *= exp(past)[:, None]
                     A = scale * dot(read, tl.trans(write), DTYPE) * E
                     if dg_ptr is not None:
-                        x = load_tile(x_ptr + b * stride_xb + h * stride_xh + first * stride_xt, tokens,
-                                      stride_xt, cols, left, V)
-                        if REVERSE:
-                            W += tl.sum(x * out)
-                        itself = tokens[:, None] == tokens[None, :]         # paths that cross no token
-                        A_ii, A = tl.sum(tl.where(itself, A, 0.0), 1), tl.where(itself, 0.0, A)
-                    out += dot(A, value, DTYPE)
-                    if dg_ptr is not None:
                         part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)    # one per block
                         at_dg, inside = dg_ptr + part + at + tokens * H, tokens < left
-                        dg = tl.sum(x * out, 1)
+                        x = load_tile(x_ptr + b * stride_xb + h * stride_xh + first * stride_xt, tokens,
+                                      stride_xt, cols, left, V)
+                        X = tl.where(tokens[:, None] == tokens[None, :], 0.0,       # X_tt crosses no token
+                                     A * dot(x, tl.trans(value), DTYPE))
+                        through_S = tl.sum(x * out, 1)                      # Y or Z
+                        dg = through_S + tl.sum(X, 1)
                         if REVERSE:
-                            dg = tl.cumsum(tl.load(at_dg, mask=inside, other=0.0) - dg, 0, reverse=True)
+                            W += tl.sum(through_S, 0)
+                            dg = tl.cumsum(tl.load(at_dg, mask=inside, other=0.0) - dg, 0, reverse=True) + W
                             g = tl.load(g_ptr + (first + tokens) * stride_gt, mask=inside, other=0.0)
-                            dg = tl.where(g == float("-inf"), 0.0, dg + W)
+                            dg = tl.where(g == float("-inf"), 0.0, dg)
                         tl.store(at_dg, dg, mask=inside)
-                        out += A_ii[:, None] * value
+                    out += dot(A, value, DTYPE)
                 elif SIDE == "key":
                     i = tokens[None, :] if REVERSE else tokens[:, None]
                     j = tokens[:, None] if REVERSE else tokens[None, :]
