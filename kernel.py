@@ -334,10 +334,13 @@ if triton:
         return out
 
     @triton.jit
-    def head_decay(g_ptr, tokens, stride, left, REVERSE: tl.constexpr, DTYPE: tl.constexpr):
-        """One decay per head, one chunk: the sum of g; P and F (M,), in the order of the scan; E (M,M)."""
+    def load_gates(g_ptr, tokens, stride, T):
+        return tl.load(g_ptr + tokens * stride, mask=tokens < T, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def head_decay(g, tokens, REVERSE: tl.constexpr, DTYPE: tl.constexpr):
+        """One decay per head, one chunk: the sum of g (M,); P, F (M,), in the order of the scan; E (M,M)."""
         i, j = tokens[:, None], tokens[None, :]
-        g = tl.load(g_ptr + tokens * stride, mask=tokens < left, other=0.0).to(tl.float32)
         if DTYPE == tl.float32:
             g = tl.maximum(g, -1e4)                                         # finite, and e^-1e4 is 0
             after_j = tl.where(i > j, g[:, None], 0.0)
@@ -495,8 +498,10 @@ if triton:
                     S += tl.load(local_ptr + at * K * V + at_S, mask=in_S, other=0.0)
         total = tl.zeros_like(gates).to(tl.float32)
         begin, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, n_chunks)
-        if SIDE != "head":
-            chunk = tl.cast(n_chunks - 1 - begin if REVERSE else begin, tl.int64)
+        chunk = tl.cast(n_chunks - 1 - begin if REVERSE else begin, tl.int64)
+        if SIDE == "head":                                                  # g is loaded one chunk ahead
+            g_next = load_gates(g_ptr, chunk * BLOCK_T + tokens, stride_gt, T)
+        else:
             sum_next = tl.load(g_ptr + chunk * stride_gt + gates, mask=gates < N_G, other=0.0)
 
         for n in range(begin, end):                                         # the n-th chunk of the scan
@@ -510,23 +515,29 @@ if triton:
             at = (b * T + first) * H + h                                    # in contiguous tensors
             write = load_tile(write_ptr + first * stride_wt, here, stride_wt, rows, left, K)
             value = load_tile(value_ptr + first * stride_vt, here, stride_vt, cols, left, V)
+            after = tl.minimum(n + 1, n_chunks - 1)
+            after = tl.cast(n_chunks - 1 - after if REVERSE else after, tl.int64)
             if SIDE == "head":
-                sum_g, past, future, E = head_decay(g_ptr + first * stride_gt, tokens, stride_gt, left,
-                                                    REVERSE, DTYPE)
+                g = g_next
+                g_next = load_gates(g_ptr, after * BLOCK_T + tokens, stride_gt, T)
+                sum_g, past, future, E = head_decay(g, tokens, REVERSE, DTYPE)
                 added = dot(tl.trans(write), value * exp(future)[:, None], DTYPE)
             else:
-                sum_g = sum_next                                            # loaded one chunk ahead
-                after = tl.minimum(n + 1, n_chunks - 1)
-                after = tl.cast(n_chunks - 1 - after if REVERSE else after, tl.int64)
+                sum_g = sum_next
                 sum_next = tl.load(g_ptr + after * stride_gt + gates, mask=gates < N_G, other=0.0)
                 added = dot(tl.trans(write), value, DTYPE)
 
             if not FIRST_PASS:
+                if SIDE == "head" and dg_ptr is not None:                   # one part of dg per block
+                    part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)
+                    at_dg, inside = dg_ptr + part + at + tokens * H, tokens < left
+                    if REVERSE:
+                        qdq = tl.load(at_dg, mask=inside, other=0.0)
                 read = load_tile(read_ptr + first * stride_rt, here, stride_rt, rows, left, K)
                 out = scale * dot(read, S, DTYPE)
                 if marks_ptr is not None:
                     W = tl.zeros_like(sum_g)
-                    if SIDE == "value" or sum_g > -20:                      # else W is below float32's digits
+                    if SIDE == "value" or sum_g > (-40 if DTYPE == tl.float32 else -20):    # else W is tiny
                         mark = marks_ptr + (at_chunk * N_BLOCKS + block) * BLOCK_K * BLOCK_V + at_mark
                         if REVERSE:
                             W = tl.load(mark) * S
@@ -537,8 +548,6 @@ if triton:
                     out *= exp(past)[:, None]
                     A = scale * dot(read, tl.trans(write), DTYPE) * E
                     if dg_ptr is not None:
-                        part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)    # one per block
-                        at_dg, inside = dg_ptr + part + at + tokens * H, tokens < left
                         x = load_tile(x_ptr + b * stride_xb + h * stride_xh + first * stride_xt, here,
                                       stride_xt, cols, left, V)
                         X = tl.where(tokens[:, None] == tokens[None, :], 0.0,       # X_tt crosses no token
@@ -547,8 +556,7 @@ if triton:
                         dg = through_S + tl.sum(X, 1)
                         if REVERSE:
                             W += tl.sum(through_S, 0)
-                            dg = tl.cumsum(tl.load(at_dg, mask=inside, other=0.0) - dg, 0, reverse=True) + W
-                            g = tl.load(g_ptr + (first + tokens) * stride_gt, mask=inside, other=0.0)
+                            dg = tl.cumsum(qdq - dg, 0, reverse=True) + W
                             dg = tl.where(g == float("-inf"), 0.0, dg)
                         tl.store(at_dg, dg, mask=inside)
                     out += dot(A, value, DTYPE)
@@ -561,7 +569,7 @@ if triton:
                         out += scale * dot(rounding_error(A, DTYPE), value, DTYPE)
                 elif REVERSE and dg_ptr is not None:
                     tl.store(dg_ptr + at_chunk * V + cols, W, mask=cols < V)
-                store_tile(out_ptr + at * V, here, H * V, cols, left, V, out)
+                store_tile(out_ptr + at * V, tokens, H * V, cols, left, V, out)
 
             decay = exp(sum_g)
             if SIDE == "key":
