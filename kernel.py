@@ -193,12 +193,16 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     must = backend == "triton"              # else PyTorch stands in where Triton cannot compile
     backend = _pick_backend(backend, q, v, dtype)
-    state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
     if backend == "triton":
         if v.dtype == torch.float16 and not q.dtype == k.dtype == torch.float16:
             v = v.float()                   # q and k take the dtype of v, and could overflow in float16
+        state = state if state is None else state.float()
+        tensors = q.to(v.dtype), k.to(v.dtype), v, log_decay, state
         with torch.cuda.device_of(q):
-            return _TritonScan.apply(q.to(v.dtype), k.to(v.dtype), v, log_decay, state, float(scale), must)
+            if torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None):
+                return _TritonScan.apply(*tensors, float(scale), must)
+            return _forward(_laid_out(tensors), float(scale), must)
+    state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
     scan = scan_sequential if backend == "sequential" else scan_torch
     return _run(scan, (q, k, v, log_decay, state), scale, dtype)
 
@@ -336,10 +340,13 @@ if triton:
         return out
 
     @triton.jit
-    def head_decay(g_ptr, tokens, stride, left, REVERSE: tl.constexpr, DTYPE: tl.constexpr):
-        """One decay per head, one chunk: the sum of g; P and F (M,), in the order of the scan; E (M,M)."""
+    def load_gates(g_ptr, tokens, stride, T):
+        return tl.load(g_ptr + tokens * stride, mask=tokens < T, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def head_decay(g, tokens, REVERSE: tl.constexpr, DTYPE: tl.constexpr):
+        """One decay per head, one chunk: the sum of g (M,); P, F (M,), in the order of the scan; E (M,M)."""
         i, j = tokens[:, None], tokens[None, :]
-        g = tl.load(g_ptr + tokens * stride, mask=tokens < left, other=0.0).to(tl.float32)
         if DTYPE == tl.float32:
             g = tl.maximum(g, -1e4)                                         # finite, and e^-1e4 is 0
             after_j = tl.where(i > j, g[:, None], 0.0)
@@ -430,44 +437,43 @@ if triton:
     #
     #     dg_t  =  sum_{s = t .. M} (q_s * dq_s - k_s * dk_s)  +  sum_V S_M * dS_M       (0 where g_t = -inf)
     #
-    # The sum starts anew in every chunk, so its rounding errors do not grow with T. finish_kernel computes
-    # the sum for one decay per channel. One decay per head can afford a sum without differences, which lose
-    # digits. Sum every path that crosses token t, from a token or S_0 to a token or S_M:
+    # The sum starts anew in every chunk, so its rounding errors do not grow with T. Its last term needs both
+    # states. The scan for dq stores S_0 of every chunk in marks_ptr. The scan for dk knows dS_M, and adds the
+    # paths into S_M from S_0 and from each token j of the chunk:
     #
-    #     dg_t  =  sum_{j < t <= i} X_ij  +  sum_{i >= t} Y_i  +  sum_{j < t} Z_j  +  W
-    #     X_ij  =  e^(G_ij) (q_i . k_j) (do_i . v_j)      from k_j to q_i
-    #     Y_i   =  e^(P_i) q_i S_0 . do_i                 from S_0 to q_i
-    #     Z_j   =  e^(F_j) k_j dS_M . v_j                 from k_j to S_M
-    #     W     =  e^(P_M) sum S_0 * dS_M                 from S_0 to S_M
+    #     sum_V S_M * dS_M  =  W + sum_j Z_j
+    #     W    =  e^(P_M) * sum_V S_0 * dS_M              from S_0 to S_M
+    #     Z_j  =  k_j * e^(F_j) v_j dS_M^T                from j to S_M
     #
-    # The scan for dq knows S_0 and stores it in marks_ptr. The scan for dk knows dS_M and computes dg.
-    @triton.jit
-    def head_gate_gradient(q, k, do, S_0, W, dA, dk_from_S, past, tokens, scale, DTYPE: tl.constexpr):
-        """dg (M,) of one chunk, one decay per head. S_0 is transposed, W not yet summed over its columns,
-        dA[j,i] = scale * e^(G_ij) (v_j . do_i), dk_from_S = scale * e^(F_j) v_j dS_M^T."""
-        s, t = tokens[None, :], tokens[:, None]
-        X = tl.trans(dA) * dot(q, tl.trans(k), DTYPE)
-        X = sums(s >= t, X, DTYPE, DTYPE == tl.float32)                     # over i >= t
-        Y = scale * exp(past) * tl.sum(q * dot(do, S_0, DTYPE), 1)
-        Z = tl.sum(k * dk_from_S, 1)
-        X = tl.where(s < t, X + Z[None, :], 0.0)                            # j < t
-        return tl.sum(X, 1) + tl.cumsum(Y, 0, reverse=True) + tl.sum(W, 0)
-
+    # finish_kernel computes the sum for one decay per channel. One decay per head has one dg for all
+    # channels, so dot products replace the products per channel. Split q . dq and k . dk by paths:
+    #
+    #     q_i . dq_i  =  Y_i + sum_{j <= i} X_ij
+    #     k_j . dk_j  =  Z_j + sum_{i >= j} X_ij
+    #     Y_i   =  e^(P_i) q_i S_0 . do_i                 from S_0 to i
+    #     X_ij  =  e^(G_ij) (q_i . k_j) (do_i . v_j)      from j to i
+    #
+    # Both scans make the same X from dA and Q K^T in float32. So a path that does not cross token t is in
+    # both sums and cancels, up to float32. X_tt never crosses a token and stays out of both sums. Then the
+    # difference is as exact as a sum without differences, for slow and fast decays. The scan for dq stores
+    # q . dq in dg_ptr. The scan for dk turns q . dq into dg.
     @triton.jit
     def scan_kernel(
         read_ptr, write_ptr, value_ptr, g_ptr, A_ptr, start_ptr, local_ptr, total_ptr, out_ptr, final_ptr,
-        marks_ptr, k_ptr, dg_ptr, T, H, n_chunks, n_segments, per_segment, scale,
+        marks_ptr, x_ptr, dg_ptr, T, H, n_chunks, n_segments, per_segment, scale,
         stride_rb, stride_rt, stride_rh, stride_wb, stride_wt, stride_wh, stride_vb, stride_vt, stride_vh,
-        stride_gb, stride_gt, stride_gh, stride_kb, stride_kt, stride_kh, stride_sk, stride_sv,
-        K: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, REVERSE: tl.constexpr, DTYPE: tl.constexpr,
-        BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+        stride_gb, stride_gt, stride_gh, stride_xb, stride_xt, stride_xh,
+        K: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, TURNED: tl.constexpr, REVERSE: tl.constexpr,
+        DTYPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):
         """One of the four scans over one segment. S is K x V here: for dq and dk the layer's V x K.
 
         g_ptr      g of each token (SIDE "head"), else the sums of each chunk
+        TURNED     the scan is for dq or dk: in memory the states are V x K
         out_ptr    None: this is the first pass, which gives local_ptr and total_ptr
         marks_ptr  S_0 of every chunk. The scan for dq writes marks_ptr, and the scan for dk reads marks_ptr
-        dg_ptr     where the scan for dk writes dg (SIDE "head", computed with k_ptr) or W (SIDE "value")
+        x_ptr      SIDE "head": q in the scan for dq, k in the scan for dk
+        dg_ptr     SIDE "head": dg, see above. SIDE "value": where the scan for dk writes W
         """
         FIRST_PASS: tl.constexpr = out_ptr is None
         N_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -483,13 +489,13 @@ if triton:
         value_ptr += b * stride_vb + h * stride_vh
         g_ptr += b * stride_gb + h * stride_gh
         in_S = (rows < K)[:, None] & (cols < V)[None, :]
-        at_S = rows[:, None] * stride_sk + cols[None, :] * stride_sv
-        at_mark = rows[:, None] * V + cols[None, :]
+        at_S = rows[:, None] + cols[None, :] * K if TURNED else rows[:, None] * V + cols[None, :]
+        at_mark = rows[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
 
-        if FIRST_PASS:
-            S = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-        else:
-            S = tl.load(start_ptr + bh * K * V + at_S, mask=in_S, other=0.0)
+        S = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+        if not FIRST_PASS:
+            if start_ptr is not None:
+                S = tl.load(start_ptr + bh * K * V + at_S, mask=in_S, other=0.0)
             if local_ptr is not None:
                 for earlier in range(segment):
                     at = bh * n_segments + earlier
@@ -498,8 +504,10 @@ if triton:
                     S += tl.load(local_ptr + at * K * V + at_S, mask=in_S, other=0.0)
         total = tl.zeros_like(gates).to(tl.float32)
         begin, end = segment * per_segment, tl.minimum((segment + 1) * per_segment, n_chunks)
-        if SIDE != "head":
-            chunk = tl.cast(n_chunks - 1 - begin if REVERSE else begin, tl.int64)
+        chunk = tl.cast(n_chunks - 1 - begin if REVERSE else begin, tl.int64)
+        if SIDE == "head":                                                  # g is loaded one chunk ahead
+            g_next = load_gates(g_ptr, chunk * BLOCK_T + tokens, stride_gt, T)
+        else:
             sum_next = tl.load(g_ptr + chunk * stride_gt + gates, mask=gates < N_G, other=0.0)
 
         for n in range(begin, end):                                         # the n-th chunk of the scan
@@ -507,39 +515,56 @@ if triton:
             at_chunk = bh * n_chunks + chunk
             first = chunk * BLOCK_T
             left = (T - first).to(tl.int32)
+            # Inside the sequence here = tokens. The minimum differs from chunk to chunk, so that the compiler
+            # keeps no offsets in registers from one chunk to the next. The registers are full.
+            here = tl.minimum(tokens, left)
             at = (b * T + first) * H + h                                    # in contiguous tensors
-            write = load_tile(write_ptr + first * stride_wt, tokens, stride_wt, rows, left, K)
-            value = load_tile(value_ptr + first * stride_vt, tokens, stride_vt, cols, left, V)
+            write = load_tile(write_ptr + first * stride_wt, here, stride_wt, rows, left, K)
+            value = load_tile(value_ptr + first * stride_vt, here, stride_vt, cols, left, V)
+            after = tl.minimum(n + 1, n_chunks - 1)
+            after = tl.cast(n_chunks - 1 - after if REVERSE else after, tl.int64)
             if SIDE == "head":
-                sum_g, past, future, E = head_decay(g_ptr + first * stride_gt, tokens, stride_gt, left,
-                                                    REVERSE, DTYPE)
+                g = g_next
+                g_next = load_gates(g_ptr, after * BLOCK_T + tokens, stride_gt, T)
+                sum_g, past, future, E = head_decay(g, tokens, REVERSE, DTYPE)
                 added = dot(tl.trans(write), value * exp(future)[:, None], DTYPE)
             else:
-                sum_g = sum_next                                            # loaded one chunk ahead
-                after = tl.minimum(n + 1, n_chunks - 1)
-                after = tl.cast(n_chunks - 1 - after if REVERSE else after, tl.int64)
+                sum_g = sum_next
                 sum_next = tl.load(g_ptr + after * stride_gt + gates, mask=gates < N_G, other=0.0)
                 added = dot(tl.trans(write), value, DTYPE)
 
             if not FIRST_PASS:
-                read = load_tile(read_ptr + first * stride_rt, tokens, stride_rt, rows, left, K)
+                if SIDE == "head" and dg_ptr is not None:                   # one part of dg per block
+                    part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)
+                    at_dg, inside = dg_ptr + part + at + tokens * H, tokens < left
+                    if REVERSE:
+                        qdq = tl.load(at_dg, mask=inside, other=0.0)
+                read = load_tile(read_ptr + first * stride_rt, here, stride_rt, rows, left, K)
                 out = scale * dot(read, S, DTYPE)
-                if dg_ptr is not None:
-                    S_0 = tl.load(marks_ptr + at_chunk * K * V + at_mark, mask=in_S, other=0.0)
-                    W = scale * exp(sum_g) * tl.sum(S_0 * S, 0)
+                if marks_ptr is not None:
+                    W = tl.zeros_like(sum_g)
+                    if SIDE == "value" or sum_g > (-40 if DTYPE == tl.float32 else -20):    # else W is tiny
+                        mark = marks_ptr + (at_chunk * N_BLOCKS + block) * BLOCK_K * BLOCK_V + at_mark
+                        if REVERSE:
+                            W = tl.load(mark) * S
+                            W = scale * exp(sum_g) * tl.sum(W, None if SIDE == "head" else 0)
+                        else:
+                            tl.store(mark, S.to(marks_ptr.dtype.element_ty))
                 if SIDE == "head":
                     out *= exp(past)[:, None]
                     A = scale * dot(read, tl.trans(write), DTYPE) * E
                     if dg_ptr is not None:
-                        k = load_tile(k_ptr + b * stride_kb + h * stride_kh + first * stride_kt, tokens,
-                                      stride_kt, cols, left, V)
-                        dg = head_gate_gradient(
-                            q=value, k=k, do=write, S_0=S_0, W=W, dA=A, dk_from_S=out, past=future,
-                            tokens=tokens, scale=scale, DTYPE=DTYPE)        # this scan's future is the past
-                        g = tl.load(g_ptr + (first + tokens) * stride_gt, mask=tokens < left, other=0.0)
-                        part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)    # one per block
-                        tl.store(dg_ptr + part + at + tokens * H, tl.where(g == float("-inf"), 0.0, dg),
-                                 mask=tokens < left)
+                        x = load_tile(x_ptr + b * stride_xb + h * stride_xh + first * stride_xt, here,
+                                      stride_xt, cols, left, V)
+                        X = tl.where(tokens[:, None] == tokens[None, :], 0.0,       # X_tt crosses no token
+                                     A * dot(x, tl.trans(value), DTYPE))
+                        through_S = tl.sum(x * out, 1)                      # Y or Z
+                        dg = through_S + tl.sum(X, 1)
+                        if REVERSE:
+                            W += tl.sum(through_S, 0)
+                            dg = tl.cumsum(qdq - dg, 0, reverse=True) + W
+                            dg = tl.where(g == float("-inf"), 0.0, dg)
+                        tl.store(at_dg, dg, mask=inside)
                     out += dot(A, value, DTYPE)
                 elif SIDE == "key":
                     i = tokens[None, :] if REVERSE else tokens[:, None]
@@ -548,12 +573,10 @@ if triton:
                     out += scale * dot(A, value, DTYPE)
                     if DTYPE != tl.float32:
                         out += scale * dot(rounding_error(A, DTYPE), value, DTYPE)
-                elif dg_ptr is not None:
+                elif REVERSE and dg_ptr is not None:
                     tl.store(dg_ptr + at_chunk * V + cols, W, mask=cols < V)
                 store_tile(out_ptr + at * V, tokens, H * V, cols, left, V, out)
 
-            if marks_ptr is not None and dg_ptr is None:
-                tl.store(marks_ptr + at_chunk * K * V + at_mark, S.to(marks_ptr.dtype.element_ty), mask=in_S)
             decay = exp(sum_g)
             if SIDE == "key":
                 S = decay[:, None] * S + added
@@ -568,7 +591,7 @@ if triton:
             tl.store(local_ptr + at * K * V + at_S, S, mask=in_S)
             tl.store(total_ptr + at * N_G + gates, total, mask=gates < N_G)
         else:
-            if segment == n_segments - 1:
+            if final_ptr is not None and segment == n_segments - 1:
                 tl.store(final_ptr + bh * K * V + at_S, S, mask=in_S)
 
     @triton.jit
@@ -628,19 +651,32 @@ class _TritonScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, state, scale, must):
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        tensors = q, k, v, log_decay, state.contiguous()
+        tensors = _laid_out((q, k, v, log_decay, state))
         ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)    # None, not zeros, is the gradient of a result without use
         ctx.scale, ctx.must = scale, must
-        return _triton_or_torch(_triton_forward, _torch_forward, must, tensors, scale)
+        return _forward(tensors, scale, must)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal):
-        tensors, dg_wanted = ctx.saved_tensors, ctx.needs_input_grad[3]
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        if do is None:
+            do = torch.zeros_like(tensors[2], dtype=output_dtype(tensors[2]))
         grads = _triton_or_torch(_triton_backward, _torch_backward, ctx.must,
-                                 tensors, ctx.scale, do, dfinal, dg_wanted)
+                                 tensors, ctx.scale, do, dfinal, wanted[3], wanted[4])
         return *grads, None, None
+
+
+def _laid_out(tensors):
+    """The tensors as the kernels read them: channels side by side, the state contiguous."""
+    *rows, log_decay, state = tensors
+    rows = (x if x.stride(-1) == 1 else x.contiguous() for x in rows)
+    return *rows, log_decay, None if state is None else state.contiguous()
+
+
+def _forward(tensors, scale, must):
+    return _triton_or_torch(_triton_forward, _torch_forward, must, tensors, scale)
 
 
 _not_compiled = set()                       # the kinds of scan that Triton has failed to compile
@@ -664,14 +700,19 @@ def _triton_or_torch(in_triton, in_torch, must, tensors, *args):
 
 
 def _torch_forward(tensors, scale):
-    return _run(scan_torch, tensors, scale, torch.float32)
+    *others, state = tensors
+    (B, _, H, K), V = others[0].shape, others[2].shape[-1]
+    state = others[0].new_zeros(B, H, K, V, dtype=torch.float32) if state is None else state
+    return _run(scan_torch, (*others, state), scale, torch.float32)
 
 
-def _torch_backward(tensors, scale, do, dfinal, dg_wanted):
+def _torch_backward(tensors, scale, do, dfinal, dg_wanted, dstate_wanted):
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in tensors]
-        results = _run(scan_torch, leaves, scale, torch.float32)
-    return torch.autograd.grad(results, leaves, (do, dfinal))
+        leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
+        o, final = _torch_forward(leaves, scale)
+    dfinal = torch.zeros_like(final) if dfinal is None else dfinal
+    grads = torch.autograd.grad((o, final), [x for x in leaves if x is not None], (do, dfinal))
+    return grads if leaves[4] is not None else (*grads, None)
 
 
 class Gates(NamedTuple):
@@ -684,14 +725,17 @@ class Gates(NamedTuple):
 def _triton_forward(tensors, scale):
     q, k, v, log_decay, state = tensors
     read, write, gates = _prepare(q, k, _per_token(log_decay, q))
-    return _scan((read, write, v), gates, (state, *_segments(write, v, gates)), scale, output_dtype(v))
+    start, (B, _, H, K) = (state, *_segments(write, v, gates)), q.shape
+    final = q.new_empty(B, H, K, v.shape[-1], dtype=torch.float32)
+    return _scan((read, write, v), gates, start, scale, output_dtype(v), final=final)
 
 
-def _triton_backward(tensors, scale, do, dfinal, dg_wanted):
+def _triton_backward(tensors, scale, do, dfinal, dg_wanted, dstate_wanted):
     """The gradients of q, k, v, log_decay and the start state."""
     q, k, v, log_decay, state = tensors
+    (B, _, H, K), V = q.shape, v.shape[-1]
     do = do if do.stride(-1) == 1 else do.contiguous()
-    dS = dfinal.contiguous() / scale
+    dS = None if dfinal is None else dfinal.contiguous() / scale
     g = _per_token(log_decay, q)
     read, write, gates = _prepare(q, k, g)
     forwards = _segments(write, v, gates)
@@ -701,16 +745,17 @@ def _triton_backward(tensors, scale, do, dfinal, dg_wanted):
         transposed, dtype = gates, q.dtype
     else:
         transposed, dtype = Gates("value", gates.g), torch.float32          # _finish adds to dq and dk
-    dq, _ = _scan((do, v, write), transposed, (state.mT, *forwards), scale, dtype, extras=(marks, None, None))
-    dk, _ = _scan((v, do, read), transposed, (dS.mT, *backwards), scale, dtype, True, extras=(marks, k, dg))
-    dv, dstate = _scan((write, read, do), gates, (dS, *backwards), scale, do.dtype, reverse=True)
+    dq, _ = _scan((do, v, write), transposed, (state, *forwards), scale, dtype, extras=(marks, q, dg))
+    dk, _ = _scan((v, do, read), transposed, (dS, *backwards), scale, dtype, True, extras=(marks, k, dg))
+    dstate = v.new_empty(B, H, K, V, dtype=torch.float32) if dstate_wanted else None
+    dv, dstate = _scan((write, read, do), gates, (dS, *backwards), scale, do.dtype, True, final=dstate)
     if gates.side == "key":
         dq, dk, dg = _finish((q, k, v, g, do), (dq, dk, dg), scale)
     elif dg_wanted:
         dg = dg.sum(0).to(g.dtype)
     if dg_wanted and log_decay.dim() < 4:
         dg = dg[..., 0].sum_to_size(log_decay.shape)                        # a constant decay has one for all
-    return dq, dk, dv, dg, dstate * scale
+    return dq, dk, dv, dg, dstate * scale if dstate_wanted else None
 
 
 def _per_token(log_decay, q):
@@ -750,8 +795,8 @@ def _finish(inputs, partial, scale):
 
 def _room_for_dg(write, v, g, side):
     """Empty tensors: marks, and dg in one part per block of columns (side "head") or W (side "key")."""
-    (B, _, H, K), V, s = write.shape, v.shape[-1], _layout(v, write, side)
-    marks = write.new_empty(B, H, s.n_chunks, V, K, dtype=_stored_dtype(write))
+    (B, _, H, K), s = write.shape, _layout(v, write, side)
+    marks = write.new_empty(B, H, s.n_chunks, s.n_blocks, s.BLOCK_K * s.BLOCK_V, dtype=_stored_dtype(write))
     shape = (s.n_blocks, *g.shape) if side == "head" else (B, H, s.n_chunks, K)
     return marks, g.new_empty(shape, dtype=torch.float32)
 
@@ -763,22 +808,22 @@ def _segments(write, value, gates, reverse=False):
         return None, None
     local = write.new_empty(B, H, n, K, value.shape[-1], dtype=torch.float32)
     total = write.new_empty(B, H, n, gates.g.shape[-1], dtype=torch.float32)
-    start = local[:, :, 0], local, total
-    _launch_scan((write, write, value), gates._replace(A=None), start, (None, None), 1.0, reverse)
+    tensors = write, write, value
+    _launch_scan(tensors, gates._replace(A=None), (None, local, total), (None, None), 1.0, reverse)
     return local, total
 
 
-def _scan(tensors, gates, start, scale, dtype, reverse=False, extras=(None, None, None)):
-    """One scan. tensors: read, write, value. start: the start state, local, total. extras: marks, k, dg, for
-    the gradient of log_decay. Returns out and the final state, in the memory layout of the start state."""
+def _scan(tensors, gates, start, scale, dtype, reverse=False, extras=(None, None, None), final=None):
+    """One scan. tensors: read, write, value. start: the start state (None: zeros), local, total. extras:
+    marks, x, dg, for the gradient of log_decay. Returns out, and final with the last state if it is given."""
     value = tensors[2]
-    results = value.new_empty(value.shape, dtype=dtype), torch.empty_like(start[0])
+    results = value.new_empty(value.shape, dtype=dtype), final
     _launch_scan(tensors, gates, start, results, scale, reverse, extras)
     return results
 
 
 def _launch_scan(tensors, gates, start, results, scale, reverse, extras=(None, None, None)):
-    (_, write, value), k = tensors, extras[1]
+    (_, write, value), x = tensors, extras[1]
     (B, T, H, K), V, s = write.shape, value.shape[-1], _layout(write, value, gates.side)
     first_pass = results[0] is None
     if first_pass and s.BLOCK_T == 64:      # the first pass has fewer products, and runs best on half chunks
@@ -786,8 +831,8 @@ def _launch_scan(tensors, gates, start, results, scale, reverse, extras=(None, N
     scan_kernel[(B * H * s.n_blocks, s.n_segments - first_pass)](
         *tensors, gates.g, gates.A, *start, *results, *extras,
         T, H, s.n_chunks, s.n_segments, s.per_segment, scale,
-        *_strides(*tensors, gates.g, write if k is None else k), start[0].stride(-2), start[0].stride(-1),
-        K=K, V=V, SIDE=gates.side, REVERSE=reverse, DTYPE=dot_dtype(value), BLOCK_T=s.BLOCK_T,
+        *_strides(*tensors, gates.g, write if x is None else x), K=K, V=V, SIDE=gates.side,
+        TURNED=x is not None, REVERSE=reverse, DTYPE=dot_dtype(value), BLOCK_T=s.BLOCK_T,
         BLOCK_K=s.BLOCK_K, BLOCK_V=s.BLOCK_V, num_warps=4, num_stages=s.stages)
 
 
