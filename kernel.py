@@ -340,6 +340,14 @@ if triton:
         return out
 
     @triton.jit
+    def sums_of_rows(x, picks, DTYPE: tl.constexpr):
+        """Sums of x (M,N) over the columns that each column of a 0/1 matrix picks (N,N)."""
+        out = dot(x, picks, DTYPE)
+        if DTYPE != tl.float32:
+            out += dot(rounding_error(x, DTYPE), picks, DTYPE)
+        return out
+
+    @triton.jit
     def load_gates(g_ptr, tokens, stride, T):
         return tl.load(g_ptr + tokens * stride, mask=tokens < T, other=0.0).to(tl.float32)
 
@@ -437,26 +445,19 @@ if triton:
     #
     #     dg_t  =  sum_{s = t .. M} (q_s * dq_s - k_s * dk_s)  +  sum_V S_M * dS_M       (0 where g_t = -inf)
     #
-    # The sum starts anew in every chunk, so its rounding errors do not grow with T. Its last term needs both
-    # states. The scan for dq stores S_0 of every chunk in marks_ptr. The scan for dk knows dS_M, and adds the
-    # paths into S_M from S_0 and from each token j of the chunk:
+    # The sum starts anew in every chunk, so its rounding errors do not grow with T. finish_kernel computes
+    # the sum for one decay per channel. One decay per head has one dg for all channels, and can afford a sum
+    # without differences, which lose digits. Sum every path that crosses token t, from a token j or S_0 to a
+    # token i or S_M:
     #
-    #     sum_V S_M * dS_M  =  W + sum_j Z_j
-    #     W    =  e^(P_M) * sum_V S_0 * dS_M              from S_0 to S_M
-    #     Z_j  =  k_j * e^(F_j) v_j dS_M^T                from j to S_M
-    #
-    # finish_kernel computes the sum for one decay per channel. One decay per head has one dg for all
-    # channels, so dot products replace the products per channel. Split q . dq and k . dk by paths:
-    #
-    #     q_i . dq_i  =  Y_i + sum_{j <= i} X_ij
-    #     k_j . dk_j  =  Z_j + sum_{i >= j} X_ij
-    #     Y_i   =  e^(P_i) q_i S_0 . do_i                 from S_0 to i
+    #     dg_t  =  sum_{j < t <= i} X_ij  +  sum_{i >= t} Y_i  +  sum_{j < t} Z_j  +  W
     #     X_ij  =  e^(G_ij) (q_i . k_j) (do_i . v_j)      from j to i
+    #     Y_i   =  q_i . e^(P_i) do_i S_0^T               from S_0 to i
+    #     Z_j   =  k_j . e^(F_j) v_j dS_M^T               from j to S_M
+    #     W     =  e^(P_M) * sum S_0 * dS_M               from S_0 to S_M
     #
-    # Both scans make the same X from dA and Q K^T in float32. So a path that does not cross token t is in
-    # both sums and cancels, up to float32. X_tt never crosses a token and stays out of both sums. Then the
-    # difference is as exact as a sum without differences, for slow and fast decays. The scan for dq stores
-    # q . dq in dg_ptr. The scan for dk turns q . dq into dg.
+    # The scan for dq knows S_0. It stores Y in dg_ptr, and S_0 in marks_ptr unless the decay makes W tiny.
+    # The scan for dk knows dS_M. It makes X from dA and turns Y into dg.
     @triton.jit
     def scan_kernel(
         read_ptr, write_ptr, value_ptr, g_ptr, A_ptr, start_ptr, local_ptr, total_ptr, out_ptr, final_ptr,
@@ -473,7 +474,7 @@ if triton:
         out_ptr    None: this is the first pass, which gives local_ptr and total_ptr
         marks_ptr  S_0 of every chunk. The scan for dq writes marks_ptr, and the scan for dk reads marks_ptr
         x_ptr      SIDE "head": q in the scan for dq, k in the scan for dk
-        dg_ptr     SIDE "head": dg, see above. SIDE "value": where the scan for dk writes W
+        dg_ptr     SIDE "head": Y, then dg, see above. SIDE "value": where the scan for dk writes W
         """
         FIRST_PASS: tl.constexpr = out_ptr is None
         N_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -538,7 +539,7 @@ if triton:
                     part = block.to(tl.int64) * T * (tl.num_programs(0) // N_BLOCKS)
                     at_dg, inside = dg_ptr + part + at + tokens * H, tokens < left
                     if REVERSE:
-                        qdq = tl.load(at_dg, mask=inside, other=0.0)
+                        Y = tl.load(at_dg, mask=inside, other=0.0)
                 read = load_tile(read_ptr + first * stride_rt, here, stride_rt, rows, left, K)
                 out = scale * dot(read, S, DTYPE)
                 if marks_ptr is not None:
@@ -556,13 +557,12 @@ if triton:
                     if dg_ptr is not None:
                         x = load_tile(x_ptr + b * stride_xb + h * stride_xh + first * stride_xt, here,
                                       stride_xt, cols, left, V)
-                        X = tl.where(tokens[:, None] == tokens[None, :], 0.0,       # X_tt crosses no token
-                                     A * dot(x, tl.trans(value), DTYPE))
-                        through_S = tl.sum(x * out, 1)                      # Y or Z
-                        dg = through_S + tl.sum(X, 1)
+                        dg = tl.sum(x * out, 1)                             # Y or Z
                         if REVERSE:
-                            W += tl.sum(through_S, 0)
-                            dg = tl.cumsum(qdq - dg, 0, reverse=True) + W
+                            j, t = tokens[:, None], tokens[None, :]
+                            X = A * dot(x, tl.trans(value), DTYPE)          # rows j, columns i
+                            X = sums_of_rows(X, j >= t, DTYPE) + dg[:, None]        # over i >= t
+                            dg = tl.sum(tl.where(j < t, X, 0.0), 0) + tl.cumsum(Y, 0, reverse=True) + W
                             dg = tl.where(g == float("-inf"), 0.0, dg)
                         tl.store(at_dg, dg, mask=inside)
                     out += dot(A, value, DTYPE)
