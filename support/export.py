@@ -37,7 +37,7 @@ def get_args(argv):
 
 
 def write_code(out):
-    """Copy the code. In the copies, modules of this project are imported as transformers wants: from .kernel"""
+    """Copy the code. A copy imports other copies as transformers wants: from .kernel, not from kernel."""
     for name, imports in (("support/modeling_hypenet.py", 0), ("kernel.py", 0), ("hypenet.py", 1)):
         with open(os.path.join(HOME, name), encoding="utf-8") as f:
             source, n = re.subn("^from kernel import ", "from .kernel import ", f.read(), flags=re.MULTILINE)
@@ -50,7 +50,7 @@ def write_code(out):
 
 
 def byte_spec():
-    """The tokenizer.json, as a dict, of one id per byte. Byte 0 ends a text; its token is the character "\\0".
+    """The tokenizer.json, as a dict, of one id per byte. Byte 0 ends a text; its token is the character \\0.
     GPT-2's name for byte 0 is a letter, and such a letter in a text would be taken for the end."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}     # GPT-2's names: bytes as they are
     others = (chr(i) for i in range(256, 512))                            # and these for the other bytes

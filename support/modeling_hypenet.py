@@ -99,7 +99,7 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
                 logits_to_keep=0, **others):
         """input_ids (B,T) -> logits (B,T,vocab_size), and the cache if use_cache. attention_mask (B, columns
         of the cache + T) is 0 for padding. At padding after a token, logits are those of the last token."""
-        wrong = [name for name in REFUSED if others.get(name) not in (None, False)]
+        wrong = [name for name in REFUSED if others.get(name) is not None and others[name] is not False]
         if wrong:
             raise ValueError(f"a HypeNet takes no {', '.join(wrong)}; leave it out")
         given = others.pop("cache", past_key_values)

@@ -1,0 +1,298 @@
+"""Score a student beside its teacher on small tasks. No network is needed.
+
+    python -m support.evaluate                              the newest run in out/, or the shipped student
+    python -m support.evaluate out/tiny-paper               a run, or any model that sample.py takes
+    python -m support.evaluate --tasks arc.jsonl piqa.jsonl tasks of your own
+    python -m support.evaluate --write tasks                write the built-in tasks as files for lm-eval
+    lm_eval --include_path tasks --tasks copy,recall --model hf --model_args pretrained=exported,...
+
+A question is a line of JSON. It has a context and a target, or a context, choices and gold, the index of the
+right choice. The built-in tasks are made of held-out text:
+
+    last_word   the last word of a passage: a rare word that stands earlier in the passage, but not near its end
+    agreement   the verb after two nouns, "The keys near the door" are; only the first noun decides
+    copy        words in random order, a second time
+    recall      one of two numbers that stand in a text
+
+Each task has two rows. The first measures log-probabilities, summed over the tokens of an answer, in nats. The
+second is the share of answers that greedy generation writes first. Errors are standard errors of the mean.
+"""
+import json
+import os
+import re
+import sys
+from argparse import Namespace
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from halo import teacher_path
+from hypenet import write_file
+from sample import load
+from support import fast
+from support.common import Parser, command_line, default_device, filled, number, read_text, write_json
+from support.recall import TASKS
+from support.text import Corpus
+
+NOUNS = "key door teacher letter window farmer picture doctor river signal engine author garden soldier table"
+PLACES = ("near", "behind", "beside", "with", "without", "for", "above", "under")
+VERBS = ((" is", " are"), (" was", " were"), (" has", " have"))
+IN_BATCH = 16384                     # tokens of a batch
+
+
+def get_args(argv):
+    p = Parser(prog="python -m support.evaluate", description=__doc__.split("\n\n")[0])
+    add = p.add_argument
+    add("model", nargs="?", type=filled, help="a run, or any model that sample.py takes")
+    add("--teacher", type=filled, help="the model beside it; default: the run's teacher; none: leave it out")
+    add("--tasks", nargs="+", type=filled, metavar="FILE.jsonl", help="questions; default: the built-in tasks")
+    add("--write", type=filled, metavar="FOLDER", help="write the built-in tasks for lm-eval, and end")
+    add("--questions", type=number(int, 2), default=200, help="questions in a task; default: %(default)s")
+    add("--length", type=number(int, 32), help="tokens of a context; default: 3/4 of the trained, at most 768")
+    add("--data", nargs="+", type=filled, help="text of the built-in tasks, as for halo.py; default: stdlib")
+    add("--seed", type=number(int, 0), default=0, help="seed of the built-in tasks; default: 0")
+    add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
+    args = p.parse_args(argv)
+    args.device = default_device(args.device)
+    return args
+
+
+# ---- questions ---------------------------------------------------------------------------------------------
+
+
+def passages(corpus, length):
+    """Held-out texts, and how many characters make up `length` tokens of it."""
+    ids = corpus.prose[:2 ** 21]
+    texts = [corpus.tokenizer.decode(part[1:].tolist())
+             for part in np.split(ids, np.flatnonzero(ids == corpus.tokenizer.end))]
+    return texts, int(length * sum(map(len, texts)) / len(ids))
+
+
+def last_word(texts, size, rng):
+    """A passage, and the word of four or more letters that follows. The word stands in the first three quarters
+    of the passage alone, and is none of the 300 commonest words."""
+    common = {word for word, _ in Counter(re.findall(r"[A-Za-z_]{4,}", " ".join(texts))).most_common(300)}
+    places = [(text, match) for text in texts for match in re.finditer(r"(?<=\S) ([A-Za-z_]{4,})\b", text)
+              if match.start() >= size and match[1] not in common]
+    for i in rng.permutation(len(places)):
+        text, match = places[i]
+        context = text[match.start() - size:match.start()]
+        early, late = context[:3 * size // 4], context[3 * size // 4:]
+        if re.search(rf"\b{match[1]}\b", early) and match[1] not in late:
+            yield dict(context=context, target=match[0])
+
+
+def agreement(texts, size, rng):
+    """A subject, a noun of the other number, and the two forms of a verb."""
+    nouns = NOUNS.split()
+    while True:
+        subject, other = (str(noun) for noun in rng.choice(nouns, 2, replace=False))
+        plural = int(rng.integers(2))
+        subject, other = (subject + "s", other) if plural else (subject, other + "s")
+        yield dict(context=f"The {subject} {rng.choice(PLACES)} the {other}",
+                   choices=list(VERBS[rng.integers(len(VERBS))]), gold=plural)
+
+
+def copy(texts, size, rng):
+    """Words in random order, and the words before a random place again. The target: the four words there."""
+    words = sorted(set(re.findall(r"\b[a-z]{3,8}\b", " ".join(texts))))
+    n = min(max(12, size // 8), len(words))
+    while True:
+        chosen = rng.choice(words, n, replace=False).tolist()
+        k = int(rng.integers(8, n - 3))
+        yield dict(context=f"{' '.join(chosen)}\n{' '.join(chosen[k - 8:k])}",
+                   target=" " + " ".join(chosen[k:k + 4]))
+
+
+def recall(texts, size, rng):
+    """Two names and their numbers at random places of a text, and the question for one of them."""
+    text, task = "\n".join(texts), TASKS["S2"]
+    while True:
+        names = rng.permutation(task.names)[:2]
+        values = ["".join(rng.choice(list(task.signs), task.size)) for _ in names]
+        needles = [task.needle.format(name=name, value=value) for name, value in zip(names, values)]
+        asked = rng.integers(2)
+        question = task.question.format(name=names[asked])
+        room = max(2, size - len("".join(needles) + question))
+        start = rng.integers(max(1, len(text) - room))
+        a, b = start + np.sort(rng.integers(0, room + 1, 2))
+        context = text[start:a] + needles[0] + text[a:b] + needles[1] + text[b:start + room] + question
+        yield dict(context=context, target=f" {values[asked]}")
+
+
+def built_in(corpus, args, length):
+    """{name of a task: list of questions}, made of held-out text. Both models get the same text."""
+    texts, size = passages(corpus, length)
+    tasks = {}
+    for make in (last_word, agreement, copy, recall):
+        questions = make(texts, size, np.random.default_rng([args.seed, len(tasks)]))
+        tasks[make.__name__] = list(islice(questions, args.questions))
+    if len(tasks["last_word"]) < 2:
+        raise ValueError(f"the held-out text has no passages of {length} tokens that end in a word of their "
+                         "own; give a shorter --length, or more --data")
+    return tasks
+
+
+def read_tasks(paths, most):
+    """{name of a file: its first questions}. ValueError, in one line, for a file of anything else."""
+    tasks = {}
+    for path in paths:
+        lines = [line for line in read_text(path).split("\n") if line.strip()][:most]
+        questions = [checked(line, f"{path}, question {i}") for i, line in enumerate(lines, 1)]
+        if len(questions) < 2 or len({"choices" in q for q in questions}) > 1:
+            raise ValueError(f"{path} has {len(questions)} questions; give at least 2, all with choices or "
+                             "all with a target")
+        tasks[os.path.splitext(os.path.basename(path))[0]] = questions
+    return tasks
+
+
+def checked(line, where):
+    """The question of a line of JSON."""
+    try:
+        q = json.loads(line)
+        answers = q.get("choices", [q.get("target")])
+        right = answers[q.get("gold", 0)]
+        if q.get("gold", 0) >= 0 and right and all(isinstance(text, str) for text in [q["context"], *answers]):
+            return q
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{where} is none; allowed: JSON with the texts context and target, or with context, "
+                     "choices (a list of texts) and gold (the index of the right one, from 0)")
+
+
+def write_tasks(tasks, folder):
+    """NAME.jsonl and NAME.yaml of each task, for lm_eval --include_path. JSON is YAML as well."""
+    os.makedirs(folder, exist_ok=True)
+    for name, questions in tasks.items():
+        path = os.path.join(os.path.abspath(folder), name)
+        write_file(f"{path}.jsonl", "".join(json.dumps(q) + "\n" for q in questions))
+        write_json(f"{path}.yaml", lm_eval_task(name, f"{path}.jsonl", "choices" in questions[0]))
+
+
+def lm_eval_task(name, path, has_choices):
+    """The configuration of a task for lm-eval: questions with choices, or with a target."""
+    kind = dict(output_type="multiple_choice", doc_to_choice="{{choices}}", doc_to_target="gold")
+    if not has_choices:
+        kind = dict(output_type="loglikelihood", doc_to_target="{{target}}")
+    return dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=path)),
+                test_split="test", doc_to_text="{{context}}", target_delimiter="", **kind)
+
+
+# ---- answers -----------------------------------------------------------------------------------------------
+
+
+def encoded(tokenizer, context, answer):
+    """Ids of context and answer, and how many are the answer's: as lm-eval does, spaces before it are its."""
+    start = context.rstrip()
+    bos = [tokenizer.end] if not start else []       # a text needs a token before its first
+    bos = bos if tokenizer.bos is None else [tokenizer.bos]
+    whole, first = bos + tokenizer.encode(context + answer), bos + tokenizer.encode(start)
+    return whole, max(1, len(whole) - len(first))
+
+
+@torch.no_grad()
+def log_probabilities(model, rows):
+    """[(ids, length of the answer)] -> the log-probability of each answer. Padding stands behind a text,
+    where no token of the text sees it."""
+    found, device = [], model.wte.weight.device
+    longest = max(len(ids) for ids, _ in rows)
+    for batch in batches(rows, max(1, IN_BATCH // longest)):
+        idx = torch.zeros(len(batch), longest, dtype=torch.int64)
+        for b, (ids, _) in enumerate(batch):
+            idx[b, :len(ids)] = torch.tensor(ids)
+        idx = idx.to(device)
+        x = model.hidden(idx)
+        for b, (ids, n) in enumerate(batch):
+            end = len(ids)
+            logp = model.head(x[b, end - 1 - n:end - 1]).float().log_softmax(-1)
+            found.append(logp.gather(-1, idx[b, end - n:end, None]).sum().item())
+    return found
+
+
+def batches(rows, size):
+    return [rows[start:start + size] for start in range(0, len(rows), size)]
+
+
+def continued(model, tokenizer, rows):
+    """[(ids, length of the answer)] -> the texts that greedy generation writes in place of the answers, with
+    two tokens more."""
+    texts = []
+    for batch in batches(rows, 16):
+        steps = fast.stream(model, [ids[:-n] for ids, n in batch], max(n for _, n in batch) + 2,
+                            n_vocab=tokenizer.n_vocab, never=tokenizer.holes)
+        texts += [tokenizer.decode(row) for row in torch.stack(list(steps), 1).tolist()]
+    return texts
+
+
+def score(model, tokenizer, questions):
+    """{measure: a value per question}."""
+    answers = [q.get("choices", [q.get("target")]) for q in questions]
+    gold = [q.get("gold", 0) for q in questions]
+    rows = [[encoded(tokenizer, q["context"], text) for text in texts] for q, texts in zip(questions, answers)]
+    flat = iter(log_probabilities(model, sum(rows, [])))
+    logp = [list(islice(flat, len(texts))) for texts in answers]
+    written = continued(model, tokenizer, [row[g] for row, g in zip(rows, gold)])
+    wanted = [re.escape(texts[g].strip()) + r"(?!\w)" for texts, g in zip(answers, gold)]
+    generated = [re.match(pattern, text.strip()) is not None for pattern, text in zip(wanted, written)]
+    if "choices" in questions[0]:
+        right = [int(np.argmax(values)) == g for values, g in zip(logp, gold)]
+        return {"likeliest choice": right, "generated": generated}
+    return {"log-probability": [values[0] for values in logp], "generated": generated}
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+def cell(measure, values):
+    mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+    if measure == "log-probability":
+        return f"{mean:.3f} ± {error:.3f}"
+    return f"{mean:.1%} ± {error:.1%}"
+
+
+def table(scores):
+    """scores {model: {task: {measure: values}}} -> lines of text."""
+    lines = [f"{'task':<16}{'questions':>9}  {'measure':<16}" + "".join(f"{name:>18}" for name in scores)]
+    for task, measures in next(iter(scores.values())).items():
+        for measure, values in measures.items():
+            cells = [f"{cell(measure, tasks[task][measure]):>18}" for tasks in scores.values()]
+            lines.append(f"{task:<16}{len(values):>9}  {measure:<16}{''.join(cells)}")
+    return lines
+
+
+def load_models(args):
+    """Yields name, tokenizer and model, the student first, so that one model at a time is in memory."""
+    given = Namespace(model=args.model, teacher=False, device=args.device, logit_base=None)
+    yield "student", *load(given)[:2]
+    if args.teacher is None:
+        given.teacher = True
+    else:
+        given.model = teacher_path(args.teacher)
+    if args.teacher != "none":
+        yield "teacher", *load(given)[:2]
+
+
+def run_main(argv):
+    args = get_args(argv)
+    tasks = read_tasks(args.tasks, args.questions) if args.tasks else None
+    scores = {}
+    for name, tokenizer, model in load_models(args):
+        if tasks is None:
+            length = args.length or 3 * min(model.config.max_len, 1024) // 4
+            tasks = built_in(Corpus(tokenizer, args.data), args, length)
+        if args.write:
+            return write_tasks(tasks, args.write)
+        bar = tqdm(tasks.items(), desc=name, file=sys.stderr)
+        scores[name] = {task: score(model, tokenizer, questions) for task, questions in bar}
+    print("\n".join(table(dict(reversed(scores.items())))))
+
+
+def main(argv=None):
+    command_line("support.evaluate", run_main, argv)
+
+
+if __name__ == "__main__":
+    main()
