@@ -9,13 +9,13 @@
 A question is a line of JSON. It has a context and a target, or a context, choices and gold, the index of the
 right choice. The built-in tasks are made of held-out text:
 
-    last_word   the last word of a passage: a rare word that stands earlier in the passage, but not near its end
-    agreement   the verb after two nouns, "The keys near the door" are; only the first noun decides
+    last_word   the last word of a passage, a rare word that also stands at the passage's beginning
+    agreement   the verb after two nouns: "The keys near the door" are. Only the first noun decides
     copy        words in random order, a second time
     recall      one of two numbers that stand in a text
 
-Each task has two rows. The first measures log-probabilities, summed over the tokens of an answer, in nats. The
-second is the share of answers that greedy generation writes first. Errors are standard errors of the mean.
+Each task has two rows. The first comes from log-probabilities, summed over the tokens of an answer, in nats.
+The second is the share of answers that greedy generation writes. Errors are standard errors of the mean.
 """
 import json
 import os
@@ -48,10 +48,10 @@ def get_args(argv):
     add = p.add_argument
     add("model", nargs="?", type=filled, help="a run, or any model that sample.py takes")
     add("--teacher", type=filled, help="the model beside it; default: the run's teacher; none: leave it out")
-    add("--tasks", nargs="+", type=filled, metavar="FILE.jsonl", help="questions; default: the built-in tasks")
+    add("--tasks", nargs="+", type=filled, metavar="FILE.jsonl", help="questions; default: built-in tasks")
     add("--write", type=filled, metavar="FOLDER", help="write the built-in tasks for lm-eval, and end")
     add("--questions", type=number(int, 2), default=200, help="questions in a task; default: %(default)s")
-    add("--length", type=number(int, 32), help="tokens of a context; default: 3/4 of the trained, at most 768")
+    add("--length", type=number(int, 32), help="tokens of a context; default: 3/4 of the trained length")
     add("--data", nargs="+", type=filled, help="text of the built-in tasks, as for halo.py; default: stdlib")
     add("--seed", type=number(int, 0), default=0, help="seed of the built-in tasks; default: 0")
     add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
@@ -64,36 +64,34 @@ def get_args(argv):
 
 
 def passages(corpus, length):
-    """Held-out texts, and how many characters make up `length` tokens of it."""
-    ids = corpus.prose[:2 ** 21]
-    texts = [corpus.tokenizer.decode(part[1:].tolist())
-             for part in np.split(ids, np.flatnonzero(ids == corpus.tokenizer.end))]
+    """Held-out documents, and how many characters make up `length` of their tokens."""
+    ids, tokenizer = corpus.prose[:2 ** 21], corpus.tokenizer
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.end))
+    texts = [tokenizer.decode(part[part != tokenizer.end].tolist()) for part in parts]
     return texts, int(length * sum(map(len, texts)) / len(ids))
 
 
 def last_word(texts, size, rng):
-    """A passage, and the word of four or more letters that follows. The word stands in the first three quarters
-    of the passage alone, and is none of the 300 commonest words."""
-    common = {word for word, _ in Counter(re.findall(r"[A-Za-z_]{4,}", " ".join(texts))).most_common(300)}
-    places = [(text, match) for text in texts for match in re.finditer(r"(?<=\S) ([A-Za-z_]{4,})\b", text)
-              if match.start() >= size and match[1] not in common]
+    """A passage, and the word of four letters or more that follows. The word stands in the passage's first
+    three quarters, not in its last, and is none of the 300 commonest words."""
+    common = dict(Counter(re.findall(r"[A-Za-z_]{4,}", " ".join(texts))).most_common(300))
+    places = [(text, match) for text in texts for match in re.finditer(r"(?<=\S) ([A-Za-z_]{4,})\b", text)]
     for i in rng.permutation(len(places)):
         text, match = places[i]
-        context = text[match.start() - size:match.start()]
+        context = text[:match.start()][-size:]
         early, late = context[:3 * size // 4], context[3 * size // 4:]
-        if re.search(rf"\b{match[1]}\b", early) and match[1] not in late:
+        known = re.search(rf"\b{match[1]}\b", early) and match[1] not in late
+        if known and len(context) == size and match[1] not in common:
             yield dict(context=context, target=match[0])
 
 
 def agreement(texts, size, rng):
     """A subject, a noun of the other number, and the two forms of a verb."""
-    nouns = NOUNS.split()
     while True:
-        subject, other = (str(noun) for noun in rng.choice(nouns, 2, replace=False))
+        subject, other = rng.choice(NOUNS.split(), 2, replace=False)
         plural = int(rng.integers(2))
-        subject, other = (subject + "s", other) if plural else (subject, other + "s")
-        yield dict(context=f"The {subject} {rng.choice(PLACES)} the {other}",
-                   choices=list(VERBS[rng.integers(len(VERBS))]), gold=plural)
+        context = f"The {subject}{'s' * plural} {rng.choice(PLACES)} the {other}{'s' * (1 - plural)}"
+        yield dict(context=context, choices=rng.choice(VERBS).tolist(), gold=plural)
 
 
 def copy(texts, size, rng):
@@ -153,9 +151,9 @@ def checked(line, where):
     """The question of a line of JSON."""
     try:
         q = json.loads(line)
-        answers = q.get("choices", [q.get("target")])
-        right = answers[q.get("gold", 0)]
-        if q.get("gold", 0) >= 0 and right and all(isinstance(text, str) for text in [q["context"], *answers]):
+        answers, gold = answers_of(q)
+        texts = [q["context"], *answers]
+        if answers[gold] and gold >= 0 and all(isinstance(text, str) for text in texts):
             return q
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
@@ -163,34 +161,35 @@ def checked(line, where):
                      "choices (a list of texts) and gold (the index of the right one, from 0)")
 
 
+def answers_of(q):
+    """The possible answers to a question, and the index of the right one."""
+    return q.get("choices", [q.get("target")]), q.get("gold", 0)
+
+
 def write_tasks(tasks, folder):
     """NAME.jsonl and NAME.yaml of each task, for lm_eval --include_path. JSON is YAML as well."""
     os.makedirs(folder, exist_ok=True)
     for name, questions in tasks.items():
         path = os.path.join(os.path.abspath(folder), name)
-        write_file(f"{path}.jsonl", "".join(json.dumps(q) + "\n" for q in questions))
-        write_json(f"{path}.yaml", lm_eval_task(name, f"{path}.jsonl", "choices" in questions[0]))
-
-
-def lm_eval_task(name, path, has_choices):
-    """The configuration of a task for lm-eval: questions with choices, or with a target."""
-    kind = dict(output_type="multiple_choice", doc_to_choice="{{choices}}", doc_to_target="gold")
-    if not has_choices:
         kind = dict(output_type="loglikelihood", doc_to_target="{{target}}")
-    return dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=path)),
-                test_split="test", doc_to_text="{{context}}", target_delimiter="", **kind)
+        if "choices" in questions[0]:
+            kind = dict(output_type="multiple_choice", doc_to_choice="{{choices}}", doc_to_target="gold")
+        write_file(f"{path}.jsonl", "".join(json.dumps(q) + "\n" for q in questions))
+        write_json(f"{path}.yaml", dict(
+            task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=f"{path}.jsonl")),
+            test_split="test", doc_to_text="{{context}}", target_delimiter="", **kind))
 
 
 # ---- answers -----------------------------------------------------------------------------------------------
 
 
 def encoded(tokenizer, context, answer):
-    """Ids of context and answer, and how many are the answer's: as lm-eval does, spaces before it are its."""
-    start = context.rstrip()
-    bos = [tokenizer.end] if not start else []       # a text needs a token before its first
-    bos = bos if tokenizer.bos is None else [tokenizer.bos]
-    whole, first = bos + tokenizer.encode(context + answer), bos + tokenizer.encode(start)
-    return whole, max(1, len(whole) - len(first))
+    """Ids of context and answer, and how many ids the answer has. As in lm-eval, spaces at the end of the
+    context count to the answer. A text begins with bos; without a bos, an empty context is the end id."""
+    context, whole = context.rstrip(), context + answer
+    start = [tokenizer.end] * (not context) if tokenizer.bos is None else [tokenizer.bos]
+    ids = tokenizer.encode(whole)
+    return start + ids, max(1, len(ids) - len(tokenizer.encode(context)))
 
 
 @torch.no_grad()
@@ -229,18 +228,20 @@ def continued(model, tokenizer, rows):
 
 def score(model, tokenizer, questions):
     """{measure: a value per question}."""
-    answers = [q.get("choices", [q.get("target")]) for q in questions]
-    gold = [q.get("gold", 0) for q in questions]
-    rows = [[encoded(tokenizer, q["context"], text) for text in texts] for q, texts in zip(questions, answers)]
+    answers = [answers_of(q) for q in questions]
+    rows = [[encoded(tokenizer, q["context"], text) for text in texts]
+            for q, (texts, _) in zip(questions, answers)]
+    written = continued(model, tokenizer, [row[gold] for row, (_, gold) in zip(rows, answers)])
     flat = iter(log_probabilities(model, sum(rows, [])))
-    logp = [list(islice(flat, len(texts))) for texts in answers]
-    written = continued(model, tokenizer, [row[g] for row, g in zip(rows, gold)])
-    wanted = [re.escape(texts[g].strip()) + r"(?!\w)" for texts, g in zip(answers, gold)]
-    generated = [re.match(pattern, text.strip()) is not None for pattern, text in zip(wanted, written)]
-    if "choices" in questions[0]:
-        right = [int(np.argmax(values)) == g for values, g in zip(logp, gold)]
-        return {"likeliest choice": right, "generated": generated}
-    return {"log-probability": [values[0] for values in logp], "generated": generated}
+    likeliest, logp, generated = [], [], []
+    for (texts, gold), text in zip(answers, written):
+        values = list(islice(flat, len(texts)))
+        likeliest.append(int(np.argmax(values)) == gold)
+        logp.append(values[gold])
+        pattern = re.escape(texts[gold].strip()) + r"(?!\w)"         # not the beginning of a longer word
+        generated.append(re.match(pattern, text.strip()) is not None)
+    first = {"likeliest choice": likeliest} if "choices" in questions[0] else {"log-probability": logp}
+    return first | {"generated": generated}
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -248,9 +249,7 @@ def score(model, tokenizer, questions):
 
 def cell(measure, values):
     mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
-    if measure == "log-probability":
-        return f"{mean:.3f} ± {error:.3f}"
-    return f"{mean:.1%} ± {error:.1%}"
+    return f"{mean:.3f} ± {error:.3f}" if measure == "log-probability" else f"{mean:.1%} ± {error:.1%}"
 
 
 def table(scores):
