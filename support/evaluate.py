@@ -40,7 +40,6 @@ from support.text import Corpus
 NOUNS = "key door teacher letter window farmer picture doctor river signal engine author garden soldier table"
 PLACES = ("near", "behind", "beside", "with", "without", "for", "above", "under")
 VERBS = ((" is", " are"), (" was", " were"), (" has", " have"))
-IN_BATCH = 16384                     # tokens of a batch
 
 
 def get_args(argv):
@@ -73,8 +72,9 @@ def passages(corpus, length):
 
 def last_word(texts, size, rng):
     """A passage, and the word of four letters or more that follows. The word stands in the passage's first
-    three quarters, not in its last, and is none of the 300 commonest words."""
-    common = dict(Counter(re.findall(r"[A-Za-z_]{4,}", " ".join(texts))).most_common(300))
+    three quarters, not in its last, and is none of the commonest tenth of words (at most 300)."""
+    counts = Counter(re.findall(r"[A-Za-z_]{4,}", " ".join(texts)))
+    common = dict(counts.most_common(min(300, len(counts) // 10)))
     places = [(text, match) for text in texts for match in re.finditer(r"(?<=\S) ([A-Za-z_]{4,})\b", text)]
     for i in rng.permutation(len(places)):
         text, match = places[i]
@@ -193,33 +193,18 @@ def encoded(tokenizer, context, answer):
 
 
 @torch.no_grad()
-def log_probabilities(model, rows):
-    """[(ids, length of the answer)] -> the log-probability of each answer. Padding stands behind a text,
-    where no token of the text sees it."""
-    found, device = [], model.wte.weight.device
-    longest = max(len(ids) for ids, _ in rows)
-    for batch in batches(rows, max(1, IN_BATCH // longest)):
-        idx = torch.zeros(len(batch), longest, dtype=torch.int64)
-        for b, (ids, _) in enumerate(batch):
-            idx[b, :len(ids)] = torch.tensor(ids)
-        idx = idx.to(device)
-        x = model.hidden(idx)
-        for b, (ids, n) in enumerate(batch):
-            end = len(ids)
-            logp = model.head(x[b, end - 1 - n:end - 1]).float().log_softmax(-1)
-            found.append(logp.gather(-1, idx[b, end - n:end, None]).sum().item())
-    return found
-
-
-def batches(rows, size):
-    return [rows[start:start + size] for start in range(0, len(rows), size)]
+def log_probability(model, ids, n):
+    """The log-probability of the last n ids after those before."""
+    idx = torch.tensor([ids], device=model.wte.weight.device)
+    logp = model.head(model.hidden(idx[:, :-1])[0, -n:]).float().log_softmax(-1)
+    return logp.gather(-1, idx[0, -n:, None]).sum().item()
 
 
 def continued(model, tokenizer, rows):
-    """[(ids, length of the answer)] -> the texts that greedy generation writes in place of the answers, with
-    two tokens more."""
+    """[(ids, length of the answer)] -> the texts that greedy generation writes in place of the answers."""
     texts = []
-    for batch in batches(rows, 16):
+    for start in range(0, len(rows), 16):
+        batch = rows[start:start + 16]
         steps = fast.stream(model, [ids[:-n] for ids, n in batch], max(n for _, n in batch) + 2,
                             n_vocab=tokenizer.n_vocab, never=tokenizer.holes)
         texts += [tokenizer.decode(row) for row in torch.stack(list(steps), 1).tolist()]
@@ -228,23 +213,19 @@ def continued(model, tokenizer, rows):
 
 def score(model, tokenizer, questions):
     """{measure: a value per question}."""
-    answers = [answers_of(q) for q in questions]
-    rows = [[encoded(tokenizer, q["context"], text) for text in texts]
-            for q, (texts, _) in zip(questions, answers)]
-    written = continued(model, tokenizer, [row[gold] for row, (_, gold) in zip(rows, answers)])
-    flat = iter(log_probabilities(model, sum(rows, [])))
-    likeliest, logp, generated = [], [], []
-    for (texts, gold), text in zip(answers, written):
-        values = list(islice(flat, len(texts)))
+    likeliest, logp, rows, wanted = [], [], [], []
+    for q in questions:
+        answers, gold = answers_of(q)
+        choices = [encoded(tokenizer, q["context"], text) for text in answers]
+        values = [log_probability(model, *row) for row in choices]
         likeliest.append(int(np.argmax(values)) == gold)
         logp.append(values[gold])
-        pattern = re.escape(texts[gold].strip()) + r"(?!\w)"         # not the beginning of a longer word
-        generated.append(re.match(pattern, text.strip()) is not None)
+        rows.append(choices[gold])
+        wanted.append(re.escape(answers[gold].strip()) + r"(?!\w)")   # not the beginning of a longer word
+    written = continued(model, tokenizer, rows)
+    generated = [re.match(answer, text.strip()) is not None for answer, text in zip(wanted, written)]
     first = {"likeliest choice": likeliest} if "choices" in questions[0] else {"log-probability": logp}
     return first | {"generated": generated}
-
-
-# ---- the table ---------------------------------------------------------------------------------------------
 
 
 def cell(measure, values):
