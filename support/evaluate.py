@@ -1,6 +1,5 @@
 """Score a student beside its teacher on small tasks. No network is needed.
 
-    python -m support.evaluate                              the newest run in out/, or the shipped student
     python -m support.evaluate out/tiny-paper               a run, or any model that sample.py takes
     python -m support.evaluate --tasks arc.jsonl piqa.jsonl tasks of your own
     python -m support.evaluate --write tasks                write the built-in tasks as files for lm-eval
@@ -15,12 +14,11 @@ right choice. The built-in tasks are made of held-out text:
     recall      one of two numbers that stand in a text
 
 Each task has two rows. The first comes from log-probabilities, summed over the tokens of an answer, in nats.
-The second is the share of answers that greedy generation writes. Errors are standard errors of the mean.
+The second is the share of right answers that greedy generation writes. Errors are standard errors.
 """
 import json
 import os
 import re
-import sys
 from argparse import Namespace
 from collections import Counter
 from itertools import islice
@@ -30,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from halo import teacher_path
-from hypenet import write_file
+from hypenet import refuse, write_file
 from sample import load
 from support import fast
 from support.common import Parser, command_line, default_device, filled, number, read_text, write_json
@@ -45,7 +43,7 @@ VERBS = ((" is", " are"), (" was", " were"), (" has", " have"))
 def get_args(argv):
     p = Parser(prog="python -m support.evaluate", description=__doc__.split("\n\n")[0])
     add = p.add_argument
-    add("model", nargs="?", type=filled, help="a run, or any model that sample.py takes")
+    add("model", nargs="?", type=filled, help="as for sample.py; default: the newest run in out/")
     add("--teacher", type=filled, help="the model beside it; default: the run's teacher; none: leave it out")
     add("--tasks", nargs="+", type=filled, metavar="FILE.jsonl", help="questions; default: built-in tasks")
     add("--write", type=filled, metavar="FOLDER", help="write the built-in tasks for lm-eval, and end")
@@ -54,20 +52,7 @@ def get_args(argv):
     add("--data", nargs="+", type=filled, help="text of the built-in tasks, as for halo.py; default: stdlib")
     add("--seed", type=number(int, 0), default=0, help="seed of the built-in tasks; default: 0")
     add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
-    args = p.parse_args(argv)
-    args.device = default_device(args.device)
-    return args
-
-
-# ---- questions ---------------------------------------------------------------------------------------------
-
-
-def passages(corpus, length):
-    """Held-out documents, and how many characters make up `length` of their tokens."""
-    ids, tokenizer = corpus.prose[:2 ** 21], corpus.tokenizer
-    parts = np.split(ids, np.flatnonzero(ids == tokenizer.end))
-    texts = [tokenizer.decode(part[part != tokenizer.end].tolist()) for part in parts]
-    return texts, int(length * sum(map(len, texts)) / len(ids))
+    return p.parse_args(argv)
 
 
 def last_word(texts, size, rng):
@@ -76,9 +61,8 @@ def last_word(texts, size, rng):
     counts = Counter(re.findall(r"[A-Za-z_]{4,}", " ".join(texts)))
     common = dict(counts.most_common(min(300, len(counts) // 10)))
     places = [(text, match) for text in texts for match in re.finditer(r"(?<=\S) ([A-Za-z_]{4,})\b", text)]
-    for i in rng.permutation(len(places)):
-        text, match = places[i]
-        context = text[:match.start()][-size:]
+    for text, match in (places[i] for i in rng.permutation(len(places))):
+        context = text[max(0, match.start() - size):match.start()]
         early, late = context[:3 * size // 4], context[3 * size // 4:]
         known = re.search(rf"\b{match[1]}\b", early) and match[1] not in late
         if known and len(context) == size and match[1] not in common:
@@ -96,7 +80,7 @@ def agreement(texts, size, rng):
 
 def copy(texts, size, rng):
     """Words in random order, and the words before a random place again. The target: the four words there."""
-    words = sorted(set(re.findall(r"\b[a-z]{3,8}\b", " ".join(texts))))
+    words = sorted({*TASKS["S2"].names, *re.findall(r"\b[a-z]{3,8}\b", " ".join(texts))})
     n = min(max(12, size // 8), len(words))
     while True:
         chosen = rng.choice(words, n, replace=False).tolist()
@@ -123,14 +107,16 @@ def recall(texts, size, rng):
 
 def built_in(corpus, args, length):
     """{name of a task: list of questions}, made of held-out text. Both models get the same text."""
-    texts, size = passages(corpus, length)
+    ids, tokenizer = corpus.prose[:2 ** 21], corpus.tokenizer
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.end))
+    texts = [tokenizer.decode(part[part != tokenizer.end].tolist()) for part in parts]
+    size = int(length * sum(map(len, texts)) / len(ids))             # characters in `length` tokens
     tasks = {}
     for make in (last_word, agreement, copy, recall):
         questions = make(texts, size, np.random.default_rng([args.seed, len(tasks)]))
         tasks[make.__name__] = list(islice(questions, args.questions))
-    if len(tasks["last_word"]) < 2:
-        raise ValueError(f"the held-out text has no passages of {length} tokens that end in a word of their "
-                         "own; give a shorter --length, or more --data")
+    refuse(len(tasks["last_word"]) < 2, f"the held-out text has no two passages of {length} tokens that end "
+           "in a word of their own; give a shorter --length, or more --data")
     return tasks
 
 
@@ -140,10 +126,11 @@ def read_tasks(paths, most):
     for path in paths:
         lines = [line for line in read_text(path).split("\n") if line.strip()][:most]
         questions = [checked(line, f"{path}, question {i}") for i, line in enumerate(lines, 1)]
-        if len(questions) < 2 or len({"choices" in q for q in questions}) > 1:
-            raise ValueError(f"{path} has {len(questions)} questions; give at least 2, all with choices or "
-                             "all with a target")
-        tasks[os.path.splitext(os.path.basename(path))[0]] = questions
+        refuse(len(questions) < 2 or len({"choices" in q for q in questions}) > 1,
+               f"{path} has {len(questions)} questions; give at least 2, all with choices or none")
+        name = os.path.splitext(os.path.basename(path))[0]
+        refuse(name in tasks, f"--tasks names {name} twice; give each file a name of its own")
+        tasks[name] = questions
     return tasks
 
 
@@ -152,8 +139,8 @@ def checked(line, where):
     try:
         q = json.loads(line)
         answers, gold = answers_of(q)
-        texts = [q["context"], *answers]
-        if answers[gold] and gold >= 0 and all(isinstance(text, str) for text in texts):
+        texts = isinstance(q["context"], str) and all(isinstance(text, str) and text for text in answers)
+        if texts and type(answers) is list and type(gold) is int and 0 <= gold < len(answers):
             return q
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
@@ -180,9 +167,6 @@ def write_tasks(tasks, folder):
             test_split="test", doc_to_text="{{context}}", target_delimiter="", **kind))
 
 
-# ---- answers -----------------------------------------------------------------------------------------------
-
-
 def encoded(tokenizer, context, answer):
     """Ids of context and answer, and how many ids the answer has. As in lm-eval, spaces at the end of the
     context count to the answer. A text begins with bos; without a bos, an empty context is the end id."""
@@ -200,37 +184,27 @@ def log_probability(model, ids, n):
     return logp.gather(-1, idx[0, -n:, None]).sum().item()
 
 
-def continued(model, tokenizer, rows):
-    """[(ids, length of the answer)] -> the texts that greedy generation writes in place of the answers."""
-    texts = []
-    for start in range(0, len(rows), 16):
-        batch = rows[start:start + 16]
-        steps = fast.stream(model, [ids[:-n] for ids, n in batch], max(n for _, n in batch) + 2,
-                            n_vocab=tokenizer.n_vocab, never=tokenizer.holes)
-        texts += [tokenizer.decode(row) for row in torch.stack(list(steps), 1).tolist()]
-    return texts
+def writes(model, tokenizer, ids, n):
+    """Whether greedy generation after the other ids writes the text of the last n, and then ends the word."""
+    steps = fast.stream(model, [ids[:-n]], n + 2, n_vocab=tokenizer.n_vocab, never=tokenizer.holes,
+                        graph=False)
+    text = tokenizer.decode([id.item() for id in steps])
+    wanted = re.escape(tokenizer.decode(ids[-n:]).strip())
+    return re.match(rf"\s*{wanted}(?!\w)", text) is not None
 
 
 def score(model, tokenizer, questions):
     """{measure: a value per question}."""
-    likeliest, logp, rows, wanted = [], [], [], []
+    likeliest, logp, generated = [], [], []
     for q in questions:
         answers, gold = answers_of(q)
-        choices = [encoded(tokenizer, q["context"], text) for text in answers]
-        values = [log_probability(model, *row) for row in choices]
+        rows = [encoded(tokenizer, q["context"], answer) for answer in answers]
+        values = [log_probability(model, *row) for row in rows]
         likeliest.append(int(np.argmax(values)) == gold)
         logp.append(values[gold])
-        rows.append(choices[gold])
-        wanted.append(re.escape(answers[gold].strip()) + r"(?!\w)")   # not the beginning of a longer word
-    written = continued(model, tokenizer, rows)
-    generated = [re.match(answer, text.strip()) is not None for answer, text in zip(wanted, written)]
+        generated.append(writes(model, tokenizer, *rows[gold]))
     first = {"likeliest choice": likeliest} if "choices" in questions[0] else {"log-probability": logp}
     return first | {"generated": generated}
-
-
-def cell(measure, values):
-    mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean:.3f} ± {error:.3f}" if measure == "log-probability" else f"{mean:.1%} ± {error:.1%}"
 
 
 def table(scores):
@@ -243,14 +217,17 @@ def table(scores):
     return lines
 
 
+def cell(measure, values):
+    mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{mean:.3f} ± {error:.3f}" if measure == "log-probability" else f"{mean:.1%} ± {error:.1%}"
+
+
 def load_models(args):
     """Yields name, tokenizer and model, the student first, so that one model at a time is in memory."""
-    given = Namespace(model=args.model, teacher=False, device=args.device, logit_base=None)
+    given = Namespace(model=args.model, teacher=False, device=default_device(args.device), logit_base=None)
     yield "student", *load(given)[:2]
-    if args.teacher is None:
-        given.teacher = True
-    else:
-        given.model = teacher_path(args.teacher)
+    given.teacher = args.teacher is None
+    given.model = args.model if given.teacher else teacher_path(args.teacher)
     if args.teacher != "none":
         yield "teacher", *load(given)[:2]
 
@@ -265,8 +242,9 @@ def run_main(argv):
             tasks = built_in(Corpus(tokenizer, args.data), args, length)
         if args.write:
             return write_tasks(tasks, args.write)
-        bar = tqdm(tasks.items(), desc=name, file=sys.stderr)
+        bar = tqdm(tasks.items(), desc=name)
         scores[name] = {task: score(model, tokenizer, questions) for task, questions in bar}
+        del model                                    # before the next one is loaded
     print("\n".join(table(dict(reversed(scores.items())))))
 
 

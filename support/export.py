@@ -8,7 +8,6 @@ AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) loads the m
 same argument. Logits are those of HypeNet. generate never draws an id that no token has.
 """
 import json
-import math
 import os
 import re
 from dataclasses import asdict
@@ -33,9 +32,6 @@ def get_args(argv):
     return p.parse_args(argv)
 
 
-# ---- the code ----------------------------------------------------------------------------------------------
-
-
 def write_code(out):
     """Copy the code. A copy imports other copies as transformers wants: from .kernel, not from kernel."""
     for name, imports in (("support/modeling_hypenet.py", 0), ("kernel.py", 0), ("hypenet.py", 1)):
@@ -56,12 +52,11 @@ def byte_spec():
     others = (chr(i) for i in range(256, 512))                            # and these for the other bytes
     names = [chr(b) if b in printable else next(others) for b in range(256)]
     names[0] = "\0"
-    end = dict(id=0, content="\0", special=True, single_word=False, lstrip=False, rstrip=False,
-               normalized=False)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
     model = dict(type="BPE", vocab={name: b for b, name in enumerate(names)}, merges=[])
-    return dict(version="1.0", added_tokens=[end], normalizer=None, pre_tokenizer=level, post_processor=None,
-                decoder=level, model=model)
+    end = dict(flags, id=0, content="\0", special=True)
+    return dict(version="1.0", added_tokens=[end], pre_tokenizer=level, decoder=level, model=model)
 
 
 def name_of(tokenizer, id):
@@ -87,7 +82,7 @@ def write_tokenizer(tokenizer, out, longest):
     """tokenizer.json and tokenizer_config.json. The general class reads the first file as it is; a class of
     one family of models would make its own tokenizer of the vocabulary."""
     given = tokenizer.config
-    names = {name: content(token) for name, token in given.items() if name.endswith("_token") and token}
+    names = {name: content(token) for name, token in given.items() if name.endswith("_token")}
     tokens = {name: token for name, token in names.items() if isinstance(token, str)}
     end = name_of(tokenizer, tokenizer.end)
     config = dict({"pad_token": end} | tokens, eos_token=end, tokenizer_class="PreTrainedTokenizerFast",
@@ -95,8 +90,7 @@ def write_tokenizer(tokenizer, out, longest):
                   model_input_names=["input_ids", "attention_mask"])
     if tokenizer.bos is not None:
         config["bos_token"] = name_of(tokenizer, tokenizer.bos)
-    if given.get("chat_template"):
-        config["chat_template"] = given["chat_template"]
+    config["chat_template"] = given.get("chat_template")
     write_json(os.path.join(out, "tokenizer.json"), tokenizer_spec(tokenizer))
     write_json(os.path.join(out, "tokenizer_config.json"), config)
 
@@ -107,7 +101,7 @@ def write_tokenizer(tokenizer, out, longest):
 def longest_text(c):
     """The longest text, in tokens, for tools that want a number. A teacher has the length of its training."""
     known = c.max_len if c.attn_position and not c.chunk else LONGEST
-    return known if c.limit() == math.inf else c.limit()
+    return min(known, c.limit())
 
 
 def write_model(model, tokenizer, out):
@@ -145,8 +139,7 @@ def export(run, out, dtype="float32"):
 
 
 def run_main(argv):
-    args = get_args(argv)
-    export(args.run, args.out, args.dtype)
+    export(**vars(get_args(argv)))
 
 
 def main(argv=None):

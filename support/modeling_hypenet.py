@@ -16,8 +16,7 @@ from .hypenet import HypeNet, HypeNetConfig
 from .kernel import chunked_scan  # noqa: F401 (transformers copies only files that are imported here)
 
 SEGMENT = 1024                       # tokens read at a time: bounds the memory of attention's masks
-RESULTS = CausalLMOutputWithPast.__dataclass_fields__
-CACHE = "cache" if "cache" in RESULTS else "past_key_values"     # the name in this version of transformers
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"   # versions differ
 REFUSED = ("inputs_embeds", "position_ids", "output_attentions", "output_hidden_states")
 
 
@@ -30,12 +29,7 @@ class HypeNetCache(Cache):
     def __init__(self, max_tokens=0):
         """max_tokens: room to take at once. A cache that is full doubles its room."""
         super().__init__(layers=[])
-        self.max_tokens = max_tokens
-        self.reset()
-
-    def reset(self):
-        self.columns = 0
-        self.state = None
+        self.max_tokens, self.columns, self.state = max_tokens, 0, None
 
     def get_seq_length(self, layer_idx=0):
         return self.columns
@@ -59,8 +53,8 @@ class HypeNetCache(Cache):
             self.state = model.init_state(batch_size, max(needed, 2 * old.max_tokens))
             self.state.pos.copy_(old.pos)
             for layer, old_layer in zip(self.state.layers, old.layers):
-                for name, t in old_layer.items():        # a slot keeps its number: no ring has turned yet,
-                    layer[name][:, :t.size(1)] = t       # or the ring has its full size already
+                for name, t in old_layer.items():    # a slot keeps its number: a ring that has turned
+                    layer[name][:, :t.size(1)] = t   # is as large as the window, and does not grow
         return self.state
 
 
@@ -82,13 +76,10 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
-        """HypeNet has initialised its weights itself."""
+        """HypeNet has given its weights their first values."""
 
     def get_input_embeddings(self):
         return self.model.wte
-
-    def get_output_embeddings(self):
-        return getattr(self.model, "lm_head", None)      # None: the head is the embedding
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_tokens):
         if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
