@@ -6,6 +6,8 @@ The model itself is HypeNet. This file adds the arguments, cache and results tha
 A column of a batch may be padding. Padding never enters the model: each row is read without its padding, so
 every token stands at its own position. Therefore padding may stand on either side, or between tokens.
 """
+import copy
+
 import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -100,9 +102,8 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.read_whole(input_ids, mask) if cache is None else self.read_on(input_ids, mask, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(x[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.size(-1), **others)
+        loss = None if labels is None else self.loss_function(
+            logits=logits, labels=labels, vocab_size=logits.size(-1), **others)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def read_whole(self, idx, mask):
@@ -118,7 +119,8 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
     def read_on(self, idx, mask, cache):
         """x (B,T,C) of tokens that follow those in the cache. Rows with padding are read one by one."""
         def read(idx, state):
-            return torch.cat([self.model.hidden(part, state) for part in idx.split(SEGMENT, 1)], 1)
+            return torch.cat([self.model.hidden(part, used(state, part.size(1)))
+                              for part in idx.split(SEGMENT, 1)], 1)
         state = cache.make_room(self.model, *idx.shape)
         if mask is None:
             x = read(idx, state)
@@ -127,6 +129,15 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
             x = torch.stack([row[i] for row, i in zip(rows, token_numbers(mask))])
         cache.columns += idx.size(1)
         return x
+
+
+def used(state, n):
+    """A view of a State, with the slots that n more tokens use: empty slots cost time as full ones do."""
+    view = copy.copy(state)
+    n_slots = int(state.pos.max()) + n
+    view.layers = [{name: t if name == "S" else t[:, :n_slots] for name, t in layer.items()}
+                   for layer in state.layers]
+    return view
 
 
 def token_mask(idx, attention_mask, cache):
@@ -139,9 +150,8 @@ def token_mask(idx, attention_mask, cache):
     if attention_mask.shape != wanted:
         raise ValueError(f"attention_mask has shape {(*attention_mask.shape,)}; allowed: {wanted}")
     mask = attention_mask[:, -idx.size(1):] != 0
-    empty = (~mask.any(1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"attention_mask leaves no token in rows {empty}; give each row at least one")
+    if not mask.any(1).all():
+        raise ValueError("attention_mask leaves a row without tokens; give each row at least one")
     return None if mask.all() else mask
 
 

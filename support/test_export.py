@@ -147,6 +147,22 @@ def test_cache_of_transformers(kind, exported):
 
 
 @needs_transformers
+def test_long_contexts_are_read_in_segments(exported):
+    """Prompts of 1,500 and 2,600 tokens, left-padded, continue as each alone. The cache has the room that
+    generation needs, and the last token that is drawn takes none."""
+    ours, folder = exported("window")
+    theirs, tokenizer = auto(folder), auto_tokenizer(folder)
+    texts = ["".join(TEXTS) * 50, "".join(TEXTS[::-1]) * 80]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    longest = batch["input_ids"].size(1)
+    assert longest > 2500
+    found = theirs.generate(**batch, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert found.sequences[:, longest:].tolist() == [greedy(ours, text, 5) for text in texts]
+    cache = found.get("cache", found.get("past_key_values"))
+    assert cache.state.max_tokens == cache.get_seq_length() == longest + 4
+
+
+@needs_transformers
 def test_loss_and_a_saved_copy(exported, tmp_path):
     """labels give our loss and its gradient. save_pretrained writes a folder that loads as before."""
     ours, folder = exported("qwen3")
@@ -169,7 +185,7 @@ def test_arguments_that_a_hypenet_has_no_use_for_are_one_line(exported):
     theirs, ids = auto(exported("qwen3")[1]), torch.tensor([[1, 2, 3]] * 2)
     for word, options in {
             "(2, 3)": dict(attention_mask=torch.ones(2, 5)),
-            "rows [1]": dict(attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])),
+            "without tokens": dict(attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])),
             "position_ids": dict(position_ids=torch.arange(3)[None]),
             "output_attentions": dict(output_attentions=True),
             "DynamicCache": dict(past_key_values=DynamicCache())}.items():
