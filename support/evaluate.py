@@ -44,7 +44,7 @@ def get_args(argv):
     p = Parser(prog="python -m support.evaluate", description=__doc__.split("\n\n")[0])
     add = p.add_argument
     add("model", nargs="?", type=filled, help="as for sample.py; default: the newest run in out/")
-    add("--teacher", type=filled, help="the model beside it; default: the run's teacher; none: leave it out")
+    add("--teacher", type=filled, help="the model beside it; default: the teacher of the run; none: no other")
     add("--tasks", nargs="+", type=filled, metavar="FILE.jsonl", help="questions; default: built-in tasks")
     add("--write", type=filled, metavar="FOLDER", help="write the built-in tasks for lm-eval, and end")
     add("--questions", type=number(int, 2), default=200, help="questions in a task; default: %(default)s")
@@ -223,13 +223,16 @@ def cell(measure, values):
 
 
 def load_models(args):
-    """Yields name, tokenizer and model, the student first, so that one model at a time is in memory."""
-    given = Namespace(model=args.model, teacher=False, device=default_device(args.device), logit_base=None)
-    yield "student", *load(given)[:2]
-    given.teacher = args.teacher is None
-    given.model = args.model if given.teacher else teacher_path(args.teacher)
-    if args.teacher != "none":
-        yield "teacher", *load(given)[:2]
+    """Yields name, tokenizer and model: the teacher, if there is one, then the student."""
+    def one(model, teacher=False):
+        given = Namespace(model=model, teacher=teacher, device=default_device(args.device), logit_base=None)
+        return load(given)[:2]
+    is_run = args.model is None or os.path.exists(os.path.join(args.model, "report.json"))
+    if args.teacher is None and is_run:
+        yield "teacher", *one(args.model, teacher=True)
+    elif args.teacher not in (None, "none"):
+        yield "teacher", *one(teacher_path(args.teacher))
+    yield "student", *one(args.model)
 
 
 def run_main(argv):
@@ -245,7 +248,7 @@ def run_main(argv):
         bar = tqdm(tasks.items(), desc=name)
         scores[name] = {task: score(model, tokenizer, questions) for task, questions in bar}
         del model                                    # before the next one is loaded
-    print("\n".join(table(dict(reversed(scores.items())))))
+    print("\n".join(table(scores)))
 
 
 def main(argv=None):

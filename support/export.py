@@ -113,8 +113,7 @@ def write_model(model, tokenizer, out):
         model_type="hypenet", architectures=["HypeNetForCausalLM"], hypenet=asdict(c),
         auto_map={auto: f"modeling_hypenet.{name}" for auto, name in names.items()},
         vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=len(c.layers),
-        num_attention_heads=c.n_head, max_position_embeddings=longest_text(c), tie_word_embeddings=c.tied,
-        torch_dtype=str(model.wte.weight.dtype).removeprefix("torch.")))
+        num_attention_heads=c.n_head, max_position_embeddings=longest_text(c), tie_word_embeddings=c.tied))
     unused = tokenizer.holes + list(range(tokenizer.n_vocab, c.vocab_size))
     write_json(os.path.join(out, "generation_config.json"), dict(
         bos_token_id=tokenizer.bos, eos_token_id=[tokenizer.end, *sorted(tokenizer.stops - {tokenizer.end})],
