@@ -84,8 +84,8 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.wte
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_tokens):
-        if model_kwargs.get(CACHE) is None:
-            model_kwargs[CACHE] = HypeNetCache(max_tokens)       # takes no memory before forward uses it
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = HypeNetCache(max_tokens)
 
     @can_return_tuple
     def forward(self, input_ids, attention_mask=None, labels=None, use_cache=None, past_key_values=None,

@@ -209,7 +209,8 @@ def test_auto_tokenizer_gives_our_ids(family, tmp_path):
     if family == "bytes":
         ours = Tokenizer.bytes()
     else:
-        ours = our_tokenizer(family if family in TOKENIZERS else "gpt2", tmp_path)[1]
+        cut = dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0)
+        ours = our_tokenizer(family if family in TOKENIZERS else "gpt2", tmp_path, truncation=cut)[1]
         ours.config |= dict(chat_template="{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     if family == "bos asked for":
         ours = Tokenizer(ours.spec, [dict(ours.config, add_bos_token=True, bos_token="<|im_start|>")])
@@ -217,7 +218,7 @@ def test_auto_tokenizer_gives_our_ids(family, tmp_path):
     export.write_tokenizer(ours, str(tmp_path / "out"), 99)
     theirs = auto_tokenizer(tmp_path / "out")
     start = [] if ours.bos is None else [ours.bos]
-    for text in ["\0Ā\0", "Ġ", *random_texts(60)]:
+    for text in ["\0Ā\0", "Ġ", "isn 't it , this ?", *random_texts(60)]:
         ids = ours.encode(text, special=True)
         assert theirs(text)["input_ids"] == start + ids, text
         assert theirs.decode(ids) == ours.decode(ids), text
@@ -362,7 +363,7 @@ def test_built_in_tasks_have_their_answers_in_context(tasks):
 @pytest.mark.parametrize("line", [
     "no json", "[1]", '{"context": "a"}', '{"context": 1, "target": "b"}', '{"context": "a", "target": ""}',
     '{"context": "a", "choices": ["b"], "gold": 1}', '{"context": "a", "choices": ["b"], "gold": -1}',
-    '{"context": "a", "choices": "bc", "gold": "0"}', '{"context": "a", "choices": []}', "[" * 99999])
+    '{"context": "a", "choices": "bc", "gold": 0}', '{"context": "a", "choices": []}', "[" * 99999])
 def test_a_line_that_is_no_question_is_one_line(line, tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_text('{"context": "a", "target": "b"}\n' + line)
@@ -372,6 +373,9 @@ def test_a_line_that_is_no_question_is_one_line(line, tmp_path):
         path.write_text(text)
         with one_line(str(path), "at least 2"):
             evaluate.read_tasks([str(path)], 10)
+    path.write_text('{"context": "a", "target": "b"}\n' * 2)
+    with one_line("tasks twice"):
+        evaluate.read_tasks([str(path)] * 2, 10)
 
 
 @needs_transformers
