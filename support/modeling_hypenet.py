@@ -118,26 +118,27 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
 
     def read_on(self, idx, mask, cache):
         """x (B,T,C) of tokens that follow those in the cache. Rows with padding are read one by one."""
-        def read(idx, state):
-            return torch.cat([self.model.hidden(part, used(state, part.size(1)))
-                              for part in idx.split(SEGMENT, 1)], 1)
         state = cache.make_room(self.model, *idx.shape)
         if mask is None:
-            x = read(idx, state)
+            x = read(self.model, idx, state)
         else:
-            rows = [read(idx[b:b + 1, mask[b]], state.row(b))[0] for b in range(len(idx))]
+            rows = [read(self.model, idx[b:b + 1, mask[b]], state.row(b))[0] for b in range(len(idx))]
             x = torch.stack([row[i] for row, i in zip(rows, token_numbers(mask))])
         cache.columns += idx.size(1)
         return x
 
 
-def used(state, n):
-    """A view of a State, with the slots that n more tokens use: empty slots cost time as full ones do."""
-    view = copy.copy(state)
-    n_slots = int(state.pos.max()) + n
-    view.layers = [{name: t if name == "S" else t[:, :n_slots] for name, t in layer.items()}
-                   for layer in state.layers]
-    return view
+def read(model, idx, state):
+    """x (B,T,C) of tokens that follow those of a State. Empty slots cost as much time as full ones, so the
+    model gets a view of the State, with the slots that are full after the segment."""
+    parts = []
+    for part in idx.split(SEGMENT, 1):
+        n_slots = int(state.pos.max()) + part.size(1)
+        view = copy.copy(state)
+        view.layers = [{name: t if name == "S" else t[:, :n_slots] for name, t in layer.items()}
+                       for layer in state.layers]
+        parts.append(model.hidden(part, view))
+    return torch.cat(parts, 1)
 
 
 def token_mask(idx, attention_mask, cache):

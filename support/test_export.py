@@ -389,6 +389,7 @@ def test_lm_eval_gives_our_scores(tmp_path):
     ours, folder, tokenizer = HypeNet.from_pretrained(STUDENT), tmp_path / "out", Tokenizer.bytes()
     export.export(str(STUDENT), str(folder))
     targets, choices = questions_of(ours, tokenizer, 9)
+    targets.append(dict(context="import o", target="s"))
     evaluate.write_tasks(dict(own=targets, picked=choices), tmp_path)
     found = simple_evaluate(
         "hf", f"pretrained={folder},trust_remote_code=True,dtype=float32,device=cpu", tasks=["own", "picked"],
