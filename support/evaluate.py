@@ -8,7 +8,7 @@
 A question is a line of JSON. It has a context and a target, or a context, choices and gold, the index of the
 right choice. The built-in tasks are made of held-out text:
 
-    last_word   the last word of a passage, a rare word that also stands at the passage's beginning
+    last_word   the last word of a passage, a long word that also stands in the passage, not near its end
     agreement   the verb after two nouns: "The keys near the door" are. Only the first noun decides
     copy        words in random order, a second time
     recall      one of two numbers that stand in a text
@@ -20,7 +20,6 @@ import json
 import os
 import re
 from argparse import Namespace
-from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -56,16 +55,13 @@ def get_args(argv):
 
 
 def last_word(texts, size, rng):
-    """A passage, and the word of four letters or more that follows. The word stands in the passage's first
-    three quarters, not in its last, and is none of the commonest tenth of words (at most 300)."""
-    counts = Counter(re.findall(r"[A-Za-z_]{4,}", " ".join(texts)))
-    common = dict(counts.most_common(min(300, len(counts) // 10)))
-    places = [(text, match) for text in texts for match in re.finditer(r"(?<=\S) ([A-Za-z_]{4,})\b", text)]
+    """A passage, and the word of six letters or more that follows. The word stands in the passage's first
+    three quarters, not in its last."""
+    places = [(text, match) for text in texts for match in re.finditer(r"(?<=\S) ([A-Za-z_]{6,})\b", text)]
     for text, match in (places[i] for i in rng.permutation(len(places))):
         context = text[max(0, match.start() - size):match.start()]
         early, late = context[:3 * size // 4], context[3 * size // 4:]
-        known = re.search(rf"\b{match[1]}\b", early) and match[1] not in late
-        if known and len(context) == size and match[1] not in common:
+        if len(context) == size and re.search(rf"\b{match[1]}\b", early) and match[1] not in late:
             yield dict(context=context, target=match[0])
 
 

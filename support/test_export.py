@@ -287,6 +287,8 @@ def test_scores_are_what_they_say():
         assert abs(logp + nats[-n:].sum().item()) <= 1e-4
     assert found["generated"] == [i % 3 > 0 for i in range(9)]
     assert evaluate.score(model, tokenizer, choices)["likeliest choice"] == [i % 3 > 0 for i in range(9)]
+    tokenizer.holes = list(range(97, 123))           # without letters no such answer can be written
+    assert not any(evaluate.score(model, tokenizer, targets)["generated"])
 
 
 def test_context_and_answer_are_cut_as_lm_eval_cuts_them(tmp_path):
@@ -333,7 +335,7 @@ def tasks(tmp_path_factory):
     documents = [" ".join(rng.choice(words[i % 30 * 30:][:30], 400)) for i in range(200)]
     (folder / "text.jsonl").write_text("\n".join(json.dumps(dict(text=text)) for text in documents))
     evaluate.main([str(STUDENT), "--data", str(folder / "text.jsonl"), "--write", str(folder),
-                   "--questions", "20", "--length", "300"])
+                   "--questions", "20"])
     names = "last_word", "agreement", "copy", "recall"
     return {name: json_lines(folder / f"{name}.jsonl") for name in names}
 
@@ -344,6 +346,7 @@ def test_built_in_tasks_have_their_answers_in_context(tasks):
     assert {name: len(questions) for name, questions in tasks.items()} == dict.fromkeys(tasks, 20)
     for q in tasks["last_word"]:
         word = q["target"].strip()
+        assert len(word) == 6 and 180 < len(q["context"]) <= 3 * 256 / 4
         cut = 3 * len(q["context"]) // 4
         assert word in q["context"][:cut].split() and word not in q["context"][cut:]
     for q in tasks["agreement"]:
