@@ -1,0 +1,255 @@
+"""Score a student beside its teacher on small tasks. No network is needed.
+
+    python -m support.evaluate out/tiny-paper               a run, or any model that sample.py takes
+    python -m support.evaluate --tasks arc.jsonl piqa.jsonl tasks of your own
+    python -m support.evaluate --write tasks                write the built-in tasks as files for lm-eval
+    lm_eval --include_path tasks --tasks copy,recall --model hf --model_args pretrained=exported,...
+
+A question is a line of JSON. It has a context and a target, or a context, choices and gold, the index of the
+right choice. The built-in tasks are made of held-out text:
+
+    last_word   the last word of a passage, a long word that also stands in the passage, not near its end
+    agreement   the verb after two nouns: "The keys near the door" are. Only the first noun decides
+    copy        words in random order, a second time
+    recall      one of two numbers that stand in a text
+
+Each task has two rows. The first comes from log-probabilities, summed over the tokens of an answer, in nats.
+The second is the share of right answers that greedy generation writes. Errors are standard errors.
+"""
+import json
+import os
+import re
+from argparse import Namespace
+from itertools import islice
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from halo import teacher_path
+from hypenet import refuse, write_file
+from sample import load
+from support import fast
+from support.common import Parser, command_line, default_device, filled, number, read_text, write_json
+from support.recall import TASKS
+from support.text import Corpus
+
+NOUNS = "key door teacher letter window farmer picture doctor river signal engine author garden soldier table"
+PLACES = ("near", "behind", "beside", "with", "without", "for", "above", "under")
+VERBS = ((" is", " are"), (" was", " were"), (" has", " have"))
+
+
+def get_args(argv):
+    p = Parser(prog="python -m support.evaluate", description=__doc__.split("\n\n")[0])
+    add = p.add_argument
+    add("model", nargs="?", type=filled, help="as for sample.py; default: the newest run in out/")
+    add("--teacher", type=filled, help="the model beside it; default: the teacher of the run; none: no other")
+    add("--tasks", nargs="+", type=filled, metavar="FILE.jsonl", help="questions; default: built-in tasks")
+    add("--write", type=filled, metavar="FOLDER", help="write the built-in tasks for lm-eval, and end")
+    add("--questions", type=number(int, 2), default=200, help="questions in a task; default: %(default)s")
+    add("--length", type=number(int, 32), help="tokens of a context; default: 3/4 of the trained length")
+    add("--data", nargs="+", type=filled, help="text of the built-in tasks, as for halo.py; default: stdlib")
+    add("--seed", type=number(int, 0), default=0, help="seed of the built-in tasks; default: 0")
+    add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
+    return p.parse_args(argv)
+
+
+def last_word(texts, size, rng):
+    """A passage, and the word of six letters or more that follows. The word stands in the passage's first
+    three quarters, not in its last."""
+    places = [(text, match) for text in texts for match in re.finditer(r"(?<=\S) ([A-Za-z_]{6,})\b", text)]
+    for text, match in (places[i] for i in rng.permutation(len(places))):
+        context = text[max(0, match.start() - size):match.start()]
+        early, late = context[:3 * size // 4], context[3 * size // 4:]
+        if len(context) == size and re.search(rf"\b{match[1]}\b", early) and match[1] not in late:
+            yield dict(context=context, target=match[0])
+
+
+def agreement(texts, size, rng):
+    """A subject, a noun of the other number, and the two forms of a verb."""
+    while True:
+        subject, other = rng.choice(NOUNS.split(), 2, replace=False)
+        plural = int(rng.integers(2))
+        context = f"The {subject}{'s' * plural} {rng.choice(PLACES)} the {other}{'s' * (1 - plural)}"
+        yield dict(context=context, choices=rng.choice(VERBS).tolist(), gold=plural)
+
+
+def copy(texts, size, rng):
+    """Words in random order, and the words before a random place again. The target: the four words there."""
+    words = sorted({*TASKS["S2"].names, *re.findall(r"\b[a-z]{3,8}\b", " ".join(texts))})
+    n = min(max(12, size // 8), len(words))
+    while True:
+        chosen = rng.choice(words, n, replace=False).tolist()
+        k = int(rng.integers(8, n - 3))
+        yield dict(context=f"{' '.join(chosen)}\n{' '.join(chosen[k - 8:k])}",
+                   target=" " + " ".join(chosen[k:k + 4]))
+
+
+def recall(texts, size, rng):
+    """Two names and their numbers at random places of a text, and the question for one of them."""
+    text, task = "\n".join(texts), TASKS["S2"]
+    while True:
+        names = rng.permutation(task.names)[:2]
+        values = ["".join(rng.choice(list(task.signs), task.size)) for _ in names]
+        needles = [task.needle.format(name=name, value=value) for name, value in zip(names, values)]
+        asked = rng.integers(2)
+        question = task.question.format(name=names[asked])
+        room = max(2, size - len("".join(needles) + question))
+        start = rng.integers(max(1, len(text) - room))
+        a, b = start + np.sort(rng.integers(0, room + 1, 2))
+        context = text[start:a] + needles[0] + text[a:b] + needles[1] + text[b:start + room] + question
+        yield dict(context=context, target=f" {values[asked]}")
+
+
+def built_in(corpus, args, length):
+    """{name of a task: list of questions}, made of held-out text. Both models get the same text."""
+    ids, tokenizer = corpus.prose[:2 ** 21], corpus.tokenizer
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.end))
+    texts = [tokenizer.decode(part[part != tokenizer.end].tolist()) for part in parts]
+    size = int(length * sum(map(len, texts)) / len(ids))             # characters in `length` tokens
+    tasks = {}
+    for make in (last_word, agreement, copy, recall):
+        questions = make(texts, size, np.random.default_rng([args.seed, len(tasks)]))
+        tasks[make.__name__] = list(islice(questions, args.questions))
+    refuse(len(tasks["last_word"]) < 2, f"the held-out text has no two passages of {length} tokens that end "
+           "in a word of their own; give a shorter --length, or more --data")
+    return tasks
+
+
+def read_tasks(paths, most):
+    """{name of a file: its first questions}. ValueError, in one line, for a file of anything else."""
+    tasks = {}
+    for path in paths:
+        lines = [line for line in read_text(path).split("\n") if line.strip()][:most]
+        questions = [checked(line, f"{path}, question {i}") for i, line in enumerate(lines, 1)]
+        refuse(len(questions) < 2 or len({"choices" in q for q in questions}) > 1,
+               f"{path} has {len(questions)} questions; give at least 2, all with choices or none")
+        name = os.path.splitext(os.path.basename(path))[0]
+        refuse(name in tasks, f"--tasks names {name} twice; give each file a name of its own")
+        tasks[name] = questions
+    return tasks
+
+
+def checked(line, where):
+    """The question of a line of JSON."""
+    try:
+        q = json.loads(line)
+        answers, gold = answers_of(q)
+        texts = isinstance(q["context"], str) and all(isinstance(text, str) and text for text in answers)
+        if texts and type(answers) is list and type(gold) is int and 0 <= gold < len(answers):
+            return q
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{where} is none; allowed: JSON with the texts context and target, or with context, "
+                     "choices (a list of texts) and gold (the index of the right one, from 0)")
+
+
+def answers_of(q):
+    """The possible answers to a question, and the index of the right one."""
+    return q.get("choices", [q.get("target")]), q.get("gold", 0)
+
+
+def write_tasks(tasks, folder):
+    """NAME.jsonl and NAME.yaml of each task, for lm_eval --include_path. JSON is YAML as well."""
+    os.makedirs(folder, exist_ok=True)
+    for name, questions in tasks.items():
+        path = os.path.join(os.path.abspath(folder), name)
+        kind = dict(output_type="loglikelihood", doc_to_target="{{target}}")
+        if "choices" in questions[0]:
+            kind = dict(output_type="multiple_choice", doc_to_choice="{{choices}}", doc_to_target="gold")
+        write_file(f"{path}.jsonl", "".join(json.dumps(q) + "\n" for q in questions))
+        write_json(f"{path}.yaml", dict(
+            task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=f"{path}.jsonl")),
+            test_split="test", doc_to_text="{{context}}", target_delimiter="", **kind))
+
+
+def encoded(tokenizer, context, answer):
+    """Ids of context and answer, and how many ids the answer has. As in lm-eval, spaces at the end of the
+    context count to the answer. A text begins with bos; without a bos, an empty context is the end id."""
+    context, whole = context.rstrip(), context + answer
+    start = [tokenizer.end] * (not context) if tokenizer.bos is None else [tokenizer.bos]
+    ids = tokenizer.encode(whole)
+    return start + ids, max(1, len(ids) - len(tokenizer.encode(context)))
+
+
+@torch.no_grad()
+def log_probability(model, ids, n):
+    """The log-probability of the last n ids after those before."""
+    idx = torch.tensor([ids], device=model.wte.weight.device)
+    logp = model.head(model.hidden(idx[:, :-1])[0, -n:]).float().log_softmax(-1)
+    return logp.gather(-1, idx[0, -n:, None]).sum().item()
+
+
+def writes(model, tokenizer, ids, n):
+    """Whether greedy generation after the other ids writes the text of the last n, and then ends the word."""
+    steps = fast.stream(model, [ids[:-n]], n + 2, n_vocab=tokenizer.n_vocab, never=tokenizer.holes,
+                        graph=False)
+    text = tokenizer.decode([id.item() for id in steps])
+    wanted = re.escape(tokenizer.decode(ids[-n:]).strip())
+    return re.match(rf"\s*{wanted}(?!\w)", text) is not None
+
+
+def score(model, tokenizer, questions):
+    """{measure: a value per question}."""
+    likeliest, logp, generated = [], [], []
+    for q in questions:
+        answers, gold = answers_of(q)
+        rows = [encoded(tokenizer, q["context"], answer) for answer in answers]
+        values = [log_probability(model, *row) for row in rows]
+        likeliest.append(int(np.argmax(values)) == gold)
+        logp.append(values[gold])
+        generated.append(writes(model, tokenizer, *rows[gold]))
+    first = {"likeliest choice": likeliest} if "choices" in questions[0] else {"log-probability": logp}
+    return first | {"generated": generated}
+
+
+def table(scores):
+    """scores {model: {task: {measure: values}}} -> lines of text."""
+    lines = [f"{'task':<16}{'questions':>9}  {'measure':<16}" + "".join(f"{name:>18}" for name in scores)]
+    for task, measures in next(iter(scores.values())).items():
+        for measure, values in measures.items():
+            cells = [f"{cell(measure, tasks[task][measure]):>18}" for tasks in scores.values()]
+            lines.append(f"{task:<16}{len(values):>9}  {measure:<16}{''.join(cells)}")
+    return lines
+
+
+def cell(measure, values):
+    mean, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{mean:.3f} ± {error:.3f}" if measure == "log-probability" else f"{mean:.1%} ± {error:.1%}"
+
+
+def load_models(args):
+    """Yields name, tokenizer and model: the teacher, if there is one, then the student."""
+    def one(model, teacher=False):
+        given = Namespace(model=model, teacher=teacher, device=default_device(args.device), logit_base=None)
+        return load(given)[:2]
+    is_run = args.model is None or os.path.exists(os.path.join(args.model, "report.json"))
+    if args.teacher is None and is_run:
+        yield "teacher", *one(args.model, teacher=True)
+    elif args.teacher not in (None, "none"):
+        yield "teacher", *one(teacher_path(args.teacher))
+    yield "student", *one(args.model)
+
+
+def run_main(argv):
+    args = get_args(argv)
+    tasks = read_tasks(args.tasks, args.questions) if args.tasks else None
+    scores = {}
+    for name, tokenizer, model in load_models(args):
+        if tasks is None:
+            length = args.length or 3 * min(model.config.max_len, 1024) // 4
+            tasks = built_in(Corpus(tokenizer, args.data), args, length)
+        if args.write:
+            return write_tasks(tasks, args.write)
+        bar = tqdm(tasks.items(), desc=name)
+        scores[name] = {task: score(model, tokenizer, questions) for task, questions in bar}
+        del model                                    # before the next one is loaded
+    print("\n".join(table(scores)))
+
+
+def main(argv=None):
+    command_line("support.evaluate", run_main, argv)
+
+
+if __name__ == "__main__":
+    main()
