@@ -22,12 +22,13 @@ import torch.nn.functional as F
 
 import hypenet
 from hypenet import DECAYS, Attention, Block, HypeNet, LinearAttention, attend, normed, sample, store
-from kernel import (
-    block_size, card, ceil_div, dot, dot_dtype, exp, load_tile, output_dtype, store_tile, triton)
+from kernel import block_size, card, ceil_div, dot_dtype, output_dtype, triton
 from support import heads
 
 if triton:
     import triton.language as tl
+
+    from kernel import dot, exp, load_tile, store_tile
 
 TOKEN_DECAYS = ("constant", "none", "head", "channel")      # rows of hypenet.DECAYS that scan_token computes
 PAST = 65536                         # most past keys per attention call

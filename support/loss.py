@@ -14,10 +14,12 @@ softmax:
 """
 import torch
 
-from kernel import exp, interpreted, triton
+from kernel import interpreted, triton
 
 if triton:
     import triton.language as tl
+
+    from kernel import exp
 
 
 def fused(x):

@@ -2873,6 +2873,16 @@ def test_bench_errors_are_one_line(given, word, results, capsys):
     assert "--name decode-x" not in given or (results / "decode-x.json").read_text() == "[1]"
 
 
+def test_nothing_but_kernels_needs_triton():
+    """Where Triton cannot be had, every module imports, and none starts work."""
+    modules = [path.stem if path.parent == HERE else f"support.{path.stem}"
+               for folder in (HERE, HERE / "support") for path in sorted(folder.glob("*.py"))
+               if not path.stem.startswith("test_")]
+    script = "import sys; sys.modules['triton'] = None; import " + ", ".join(modules)
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert len(modules) > 15 and (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 # ---- the READMEs tell the truth ----------------------------------------------------------------------------
 #
 # Every result in README.md and results/README.md is compared with its file in results/. A comment before a
