@@ -52,7 +52,7 @@ from tqdm import tqdm  # noqa: E402
 
 from hypenet import DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention  # noqa: E402
 from hypenet import locate  # noqa: E402
-from support import options  # noqa: E402
+from support import options, world  # noqa: E402
 from support.common import number  # noqa: E402
 from support.recall import recall, training_rows  # noqa: E402
 from support.report import losses, print_scores, save_usable  # noqa: E402
@@ -389,13 +389,13 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
 
     def gradients(rows, at_once):
         optimizer.zero_grad()
-        loss = backward(loss_fn, rows, at_once)
-        norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
-        return torch.stack((loss, torch.stack(norms).max()))       # the maximum is NaN if any norm is
+        return backward(loss_fn, rows, at_once)
 
     progress = run.stage(stage, plan, module, optimizer, gradients)
     for step, rows in progress.steps(corpus, training_rows):
-        loss, norm = progress.compute(rows)                        # calls gradients; raises if not finite
+        loss = progress.compute(rows)                              # calls gradients, sums them over all GPUs
+        norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
+        loss, norm = progress.finite(loss, torch.stack(norms).max())            # NaN if any norm is
         lr = progress.rate(step)                                   # plan.rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -418,12 +418,13 @@ def only_train(module, groups):
 
 def backward(loss_fn, rows, at_once):
     """Add up gradients of rows (batch, length + 1) over micro-batches of at_once rows; returns the mean loss.
-    Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone."""
+    Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone. Of
+    several GPUs each takes its share of the rows; the sums over all GPUs are gradients and loss."""
     def forward(terms):
         with bf16():                                               # the forward pass alone
             return next(terms, None)
-    total = 0.0
-    for part in rows.split(at_once):
+    total = torch.zeros((), device=rows.device)
+    for part in world.parts(rows, at_once):
         terms = loss_fn(part[:, :-1], part[:, 1:])
         for term in iter(partial(forward, terms), None):
             term = term * (len(part) / len(rows))

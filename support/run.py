@@ -4,9 +4,12 @@
     value = run.once("name", work)                    work() is called once in the life of the run
     progress = run.stage("name", plan, module, optimizer, gradients)
     for step, rows in progress.steps(corpus, rows_of):     goes on where the stage stood
-        loss, norm = progress.compute(rows)           as many rows at once as memory holds
+        loss = progress.compute(rows)                 as many rows at once as memory holds
+        loss, norm = progress.finite(loss, norm)      after the caller has clipped the gradients
         ...                                           the caller updates the weights
         progress.done(step, loss, norm, lr)           one line of the log; sometimes a checkpoint
+
+Of several processes (support/world.py) the first writes all files. They go on, try again and stop together.
 
 A Probe has the interface of a Run. Its stages take a few steps on random ids, and measure what they cost.
 
@@ -28,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from hypenet import write_file
+from support import world
 from support.common import write_json
 
 # ---- a run -------------------------------------------------------------------------------------------------
@@ -41,10 +45,10 @@ class Run:
         self.folder = folder
         self.options = options
         self.done = {}                                # results by name, see once()
-        self.stop = False                             # whether a signal has asked for the end
+        self.asked = False                            # whether a signal has asked for the end
         self.tokens = 0                               # of all stages so far
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(self.path("run.json")):
+        if world.of_first(os.path.exists(self.path("run.json"))):
             with open(self.path("run.json"), encoding="utf-8") as f:
                 self.done = json.load(f)["done"]
         self.began = time.time() - self.done.get("seconds", 0.0)
@@ -56,13 +60,15 @@ class Run:
             signal.signal(sig, handler)
 
     def on_signal(self, *_):
-        if self.stop:                                 # the second signal ends the program at once
+        if self.asked:                                # the second signal ends the program at once
             raise KeyboardInterrupt
-        self.stop = True
-        print("\nstopping after this step or measurement; a second signal stops at once", file=sys.stderr)
+        self.asked = True
+        if world.SIZE == 1:                           # torchrun sends a signal also where a process failed
+            print("\nstopping after this step or measurement; a second signal stops at once",
+                  file=sys.stderr)
 
     def leave_if_asked(self):
-        if self.stop:
+        if any(world.any_of(self.asked)):
             print(f"\nstopped; go on with --resume {self.folder}", file=sys.stderr)
             raise SystemExit(130)
 
@@ -74,12 +80,13 @@ class Run:
 
     def save(self):
         self.done["seconds"] = self.seconds()
-        write_json(self.path("run.json"), dict(options=self.options, done=self.done))
+        if world.RANK == 0:
+            write_json(self.path("run.json"), dict(options=self.options, done=self.done))
 
     def once(self, name, work):
         """The result of work(), a JSON value. A run that goes on takes the result from run.json."""
         if name not in self.done:
-            self.done[name] = work()
+            self.done[name] = world.of_first(work())
             self.save()
             self.leave_if_asked()
         return self.done[name]
@@ -88,11 +95,15 @@ class Run:
         return Stage(self, name, plan, module, optimizer, gradients)
 
     def log(self, **record):
+        if world.RANK:
+            return
         with open(self.path("log.jsonl"), "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
 
     def trim_log(self, stage, step):
         """Drop the lines of a stage after this step: the run will write them again."""
+        if world.RANK:
+            return
         with open(self.path("log.jsonl"), "a+", encoding="utf-8") as f:
             f.seek(0)
             lines = []
@@ -137,8 +148,8 @@ def options_of(folder):
 class Stage:
     """The progress of one stage. A stage that was stopped goes on from its checkpoint; a stage that has ended
     is only loaded. gradients(rows, at_once) leaves gradients in the parameters that train, computed from so
-    many rows at once, and returns (loss, norm) as a tensor (2,). ValueError if the checkpoint is damaged, the
-    loss is not finite, or memory or disk run out."""
+    many rows at once, and returns the loss as a tensor. ValueError if the checkpoint is damaged, the loss is
+    not finite, memory or disk run out, or another process ends."""
 
     def __init__(self, run, name, plan, module, optimizer, gradients):
         self.run = run
@@ -147,7 +158,8 @@ class Stage:
         self.module = module
         self.optimizer = optimizer
         self.gradients = gradients
-        self.at_once = run.options["micro"] or min(plan.batch, max(1, 2 ** 17 // plan.length))
+        self.share = -(-plan.batch // world.SIZE)     # rows of a batch that this process takes, at most
+        self.at_once = run.options["micro"] or min(self.share, max(1, 2 ** 17 // plan.length))
         self.first = 0                                # steps done before this process
         self.computed = 0                             # steps done in this process
         self.mean = None                              # of the loss, over about 20 steps
@@ -155,6 +167,7 @@ class Stage:
         self.pause = 120.0                            # seconds between two checkpoints
         run.tokens += plan.total
         self.load()
+        world.equalise(module.parameters())
 
     def load(self):
         self.file = self.run.path(f"{self.name}.pt")
@@ -172,6 +185,8 @@ class Stage:
             self.run.trim_log(self.name, self.first)
 
     def save(self, step):
+        if world.RANK:
+            return
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         state = dict(step=step, mean=self.mean, module=trained)
         if step < self.plan.steps:                    # after the last step nobody needs the optimizer
@@ -198,19 +213,40 @@ class Stage:
         corpus.advance(self.plan)
 
     def compute(self, rows):
-        """Gradients of a batch; returns loss and norm. The first step compiles what there is to compile, and
-        finds how many rows fit; the third is recorded. ValueError if loss or norm is not finite."""
+        """Gradients of a batch, summed over the processes; returns the loss. The first step compiles what
+        there is to compile, and finds how many rows fit; the third is recorded."""
         self.computed += 1
-        if self.computed == 3 and self.at_once >= self.plan.batch:
+        if self.computed == 3 and self.at_once >= self.share and self.plan.batch >= world.SIZE:
             self.module.zero_grad()                   # the recording allocates gradients of its own
             work = partial(self.gradients, at_once=self.at_once)
             self.replay = recorded(work, rows, self.run.options["plain"])
+            if any(world.any_of(self.replay is None)):
+                self.replay = None
+        return self.together(self.first + self.computed - 1, partial(self.sum, rows))
+
+    def sum(self, rows):
         if self.replay:
-            result = self.replay(rows)
+            loss = self.replay(rows)
         else:
             work = partial(self.gradients, rows)
-            result, self.at_once = within_memory(self.name, self.module, self.at_once, work)
-        loss, norm = result.tolist()
+            loss, self.at_once = within_memory(self.name, self.module, self.at_once, work)
+        if world.SIZE > 1:
+            loss = torch.tensor(world.total(loss)[0])
+            world.sum_gradients([p for p in self.module.parameters() if p.requires_grad])
+        return loss
+
+    def together(self, step, work):
+        """work(), for which the processes wait for each other. If one has ended, its end is not the end of
+        the weights after this step."""
+        try:
+            return work()
+        except world.Lost as error:
+            self.save(step)
+            raise ValueError(f"{error}; go on with --resume {self.run.folder}") from None
+
+    def finite(self, loss, norm):
+        """Loss and norm of a step as numbers; ValueError if one is not finite."""
+        loss, norm = float(loss), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             kept = f"last checkpoint {self.file}" if os.path.exists(self.file) else "no checkpoint yet"
             raise ValueError(f"{self.name}: loss {loss:.3g}, gradient norm {norm:.3g} at step "
@@ -231,7 +267,8 @@ class Stage:
             tqdm.write(f"{self.name:9s}{step + 1:6,}/{steps:,} | loss {self.mean:.4f} | norm {norm:.2f} | "
                        f"lr {lr:.1e} | {ms:,.0f} ms | {speed:,.0f} tok/s")
         self.bar.set_postfix_str(f"loss {self.mean:.4f}", refresh=False)
-        if step + 1 == steps or self.run.stop or now - self.saved_at > self.pause:
+        due = world.RANK == 0 and now - self.saved_at > self.pause
+        if step + 1 == steps or self.together(step + 1, lambda: any(world.any_of(self.run.asked, due))):
             self.save(step + 1)
             self.run.leave_if_asked()
             self.saved_at = self.tick = time.time()
@@ -294,18 +331,24 @@ class ProbeStage(Stage):
         rows = torch.randint(self.run.n_vocab, shape, device=device)
         for step in range(5):
             if step < 3 or self.replay:
-                yield step, rows[:self.at_once]       # one part of a batch: the others cost the same
+                yield step, rows[:self.at_once * world.SIZE]      # one part of a batch: others cost the same
         checkpoint_blocks(self.module, on=False)
-        speed = self.at_once * self.plan.length / self.seconds
+        speed = self.at_once * world.SIZE * self.plan.length / self.seconds
         self.run.found[without_number(self.name)] = (self.at_once, speed, peak_gb(device.type))
 
     def compute(self, rows):
         if rows.is_cuda and not self.replay:          # a replay allocates nothing
             torch.cuda.reset_peak_memory_stats(rows.device)
-        began = time.time()
-        loss, norm = super().compute(rows)
-        self.seconds = time.time() - began
-        return loss, norm
+        self.began = time.time()
+        return super().compute(rows)
+
+    def finite(self, loss, norm):
+        found = super().finite(loss, norm)
+        self.seconds = time.time() - self.began
+        return found
+
+    def together(self, step, work):
+        return work()
 
     def done(self, step, loss, norm, lr):
         """A probe has no log."""
@@ -336,12 +379,16 @@ def checkpointed(module):
 
 def within_memory(stage, module, at_once, work):
     """work(at_once), and the rows at once that fitted. Where memory runs out, half the rows are tried; at one
-    row the blocks are checkpointed. work has changed no weight yet, so a second try gives the same result."""
+    row the blocks are checkpointed. work has changed no weight yet, so a second try gives the same result.
+    If one process must try again, all do."""
     while True:
+        found = None
         try:
-            return work(at_once), at_once
+            found = work(at_once)
         except torch.OutOfMemoryError:
             pass                                      # memory is freed only after the handler
+        if not any(world.any_of(found is None)):
+            return found, at_once
         module.zero_grad()
         torch.cuda.empty_cache()
         if at_once > 1:
