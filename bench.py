@@ -54,7 +54,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 import halo  # noqa: E402
 from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file  # noqa: E402
 from kernel import chunked_scan  # noqa: E402
-from support import fast, pretrained  # noqa: E402
+from support import fast, pretrained, world  # noqa: E402
 from support.common import (  # noqa: E402
     Parser, command_line, default_device, filled, number, read_json, write_json)
 from support.options import get_args as halo_args  # noqa: E402
@@ -305,8 +305,9 @@ class Table:
 
     def add(self, shown=None, **row):
         """Keep a row and print it. shown: cells that are printed and not kept."""
-        self.rows = [old for old in self.rows if any(old[key] != row[key] for key in self.keys)] + [row]
-        write_json(self.path, dict(**self.facts, rows=self.rows))
+        self.rows = [old for old in self.rows if any(old.get(key) != row[key] for key in self.keys)] + [row]
+        if world.RANK == 0:
+            write_json(self.path, dict(**self.facts, rows=self.rows))
         self.show(row | (shown or {}))
 
     def show(self, cells):
@@ -651,8 +652,9 @@ class TrialStage(ProbeStage):
             return
         yield from super().steps(corpus, rows_of)                  # finds what fits at once
         speed, self.replay = self.run.found[self.name][1], None
-        whole = max(1, int(args.seconds * speed / (self.at_once * plan.length)))
-        batch = min(plan.batch, self.at_once * whole)
+        at_once = self.at_once * world.SIZE
+        whole = max(1, int(args.seconds * speed / (at_once * plan.length)))
+        batch = min(plan.batch, at_once * whole)
         device = next(self.module.parameters()).device
         rows = torch.randint(self.run.n_vocab, (batch, plan.length + 1), device=device)
         for step in range(2):
@@ -690,13 +692,14 @@ def bench_train(args):
         fast.fuse()
     peak = args.peak or PEAKS.get(machine(device)[1])
     table = Table(
-        args, device, keys="size stage",
-        columns=dict(size="<9", stage="<9", length="7,", batch="6", plan_batch="5", at_once="8",
+        args, device, keys="size stage gpus",
+        columns=dict(size="<9", stage="<9", gpus="5", length="7,", batch="6", plan_batch="5", at_once="8",
                      checkpoint="11", seconds="9.2f", tok_s="10,.0f", used="7.1%", peak_gb="8.1f",
                      hours="8.2f"),
         about=f"""peak {f"{peak:.3g}" if peak else "unknown (--peak)"} operations per second
 One step of each stage of halo.py under the paper's plan.
-Batch: sequences of the step, of the plan's so many; at once: as many go through the models together.
+Batch: sequences of the step, of the plan's so many, shared by all GPUs. At once: so many go through the
+models of a GPU together.
 Checkpoint: activations are computed again in the backward pass.
 Use: share of the peak. Hours: for all tokens of the plan.""",
         peak=peak)
@@ -708,8 +711,8 @@ Use: share of the peak. Hours: for all tokens of the plan.""",
         def report(stage, plan, batch, seconds, **row):
             speed = batch * plan.length / seconds
             each = train_operations(stage, teacher, student, plan.length)
-            table.add(size=size, stage=stage, length=plan.length, plan_batch=plan.batch, batch=batch,
-                      seconds=seconds, tok_s=speed, operations=each, used=peak and each * speed / peak,
+            table.add(size=size, stage=stage, gpus=world.SIZE, length=plan.length, plan_batch=plan.batch, batch=batch,
+                      seconds=seconds, tok_s=speed, operations=each, used=peak and each * speed / peak / world.SIZE,
                       tokens=plan.total, hours=plan.total / speed / 3600, **row,
                       shown=dict(checkpoint="yes" if row["checkpoint"] else "no"))
         options = recipe("paper", layers=student.layers, device=args.device, report=report,
@@ -874,10 +877,10 @@ def last_loss(model, texts, count):
     earlier tokens are read."""
     logp = []
     with bf16():
-        for text in texts:
+        for text in world.split(texts):
             prompt = torch.from_numpy(text).to(model.wte.weight.device)[None]
-            logp.append(answers(model, prompt, count)[0])
-    return -torch.cat(logp).mean(1).cpu().numpy()
+            logp.append(answers(model, prompt, count)[0].cpu())
+    return -torch.cat(world.gather(logp)).mean(1).numpy()
 
 
 def readers(student, teacher):
@@ -969,7 +972,8 @@ Its interval is that of the difference to the first length.""",
         if reader.keep is None:
             add_losses(table, reader, texts, lengths)
     student.config.logit_base = logit_base
-    draw_niah(table.facts, table.rows, table.path.removesuffix("json") + "png")
+    if world.RANK == 0:
+        draw_niah(table.facts, table.rows, table.path.removesuffix("json") + "png")
     return table
 
 
@@ -1323,6 +1327,7 @@ def get_args(argv):
 def settle(args):
     """Check the device, and fill in the defaults that depend on it."""
     args.device = default_device(args.device or (None if torch.cuda.is_available() else "cpu"))
+    world.join(args.device)
     kind, _, index = args.device.partition(":")
     if kind not in ("cuda", "cpu"):
         raise ValueError(f"--device {args.device}: its times cannot be trusted; give cuda or cpu")
@@ -1338,6 +1343,8 @@ def settle(args):
 
 def run_main(argv):
     args = get_args(argv)
+    if world.SIZE > 1 and args.mode not in ("train", "niah"):
+        raise ValueError(f"{args.mode} needs no torchrun: it uses one GPU, ablate all that it finds")
     table = MODES[args.mode](args)
     if table:
         print(f"\nwritten to {os.path.relpath(table.path)}")

@@ -333,7 +333,7 @@ class ProbeStage(Stage):
             if step < 3 or self.replay:
                 yield step, rows[:self.at_once * world.SIZE]      # one part of a batch: others cost the same
         checkpoint_blocks(self.module, on=False)
-        speed = self.at_once * world.SIZE * self.plan.length / self.seconds
+        speed = self.at_once * world.SIZE * self.plan.length / world.of_first(self.seconds)
         self.run.found[without_number(self.name)] = (self.at_once, speed, peak_gb(device.type))
 
     def compute(self, rows):
