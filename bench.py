@@ -93,6 +93,9 @@ SIZES = {
     "14b": Size("Qwen3-14B", HypeNetConfig(
         "A" * 40, n_embd=5120, n_head=40, n_hidden=17408, tied=False, **QWEN3),
         contexts=(32768, 131072, 524288)),
+    "smollm2": Size("SmolLM2-135M", HypeNetConfig(
+        "A" * 30, n_embd=576, n_head=9, n_kv_head=3, head_dim=64, n_hidden=1536, vocab_size=49152,
+        max_len=8192, rope_theta=1e5, norm_eps=1e-5, **FAMILIES["llama"])),
     "tiny": Size("the tiny teacher", halo.TEACHERS["tiny"], kinds=ALL, contexts=(256, 1024),
                  batches=((4, 256), (0, 1024))),
 }
@@ -651,10 +654,11 @@ class TrialStage(ProbeStage):
         if self.name not in args.stage:
             return
         yield from super().steps(corpus, rows_of)                  # finds what fits at once
-        speed, self.replay = self.run.found[self.name][1], None
+        speed = self.run.found[self.name][1]
         at_once = self.at_once * world.SIZE
         whole = max(1, int(args.seconds * speed / (at_once * plan.length)))
         batch = min(plan.batch, at_once * whole)
+        self.replay = self.replay if batch == at_once else None
         device = next(self.module.parameters()).device
         rows = torch.randint(self.run.n_vocab, (batch, plan.length + 1), device=device)
         for step in range(2):
@@ -711,9 +715,10 @@ Use: share of the peak. Hours: for all tokens of the plan.""",
         def report(stage, plan, batch, seconds, **row):
             speed = batch * plan.length / seconds
             each = train_operations(stage, teacher, student, plan.length)
-            table.add(size=size, stage=stage, gpus=world.SIZE, length=plan.length, plan_batch=plan.batch, batch=batch,
-                      seconds=seconds, tok_s=speed, operations=each, used=peak and each * speed / peak / world.SIZE,
-                      tokens=plan.total, hours=plan.total / speed / 3600, **row,
+            table.add(size=size, stage=stage, gpus=world.SIZE, length=plan.length, plan_batch=plan.batch,
+                      batch=batch, seconds=seconds, tok_s=speed, operations=each,
+                      used=peak and each * speed / peak / world.SIZE, tokens=plan.total,
+                      hours=plan.total / speed / 3600, **row,
                       shown=dict(checkpoint="yes" if row["checkpoint"] else "no"))
         options = recipe("paper", layers=student.layers, device=args.device, report=report,
                          seconds=args.seconds, stage=args.stage, tokenizer=RandomText(teacher.vocab_size))
@@ -945,10 +950,10 @@ def bench_niah(args):
     report = read_json(args.model, "report.json", "report of halo.py")
     teacher_at = args.teacher or halo.teacher_path(report.get("teacher", "tiny"))
     student = pretrained.load(args.model, dtype_on(device), args.device)
-    teacher = pretrained.load(teacher_at, dtype_on(device), args.device)
+    teacher = world.in_turn(partial(pretrained.load, teacher_at, dtype_on(device), args.device))
     if not args.data and os.path.exists(os.path.join(args.model, "run.json")):
         args.data = read_json(args.model, "run.json", "run of halo.py")["options"]["data"]
-    corpus = Corpus(Tokenizer.load(teacher_at), args.data)
+    corpus = world.in_turn(partial(Corpus, Tokenizer.load(teacher_at), args.data))
     T = teacher.config.max_len
     layers = student.config.layers
     lengths = [T * n for n in (1, 2, 4, 16, 64, 256) if n <= args.times]

@@ -52,7 +52,7 @@ from tqdm import tqdm  # noqa: E402
 
 from hypenet import DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention  # noqa: E402
 from hypenet import locate  # noqa: E402
-from support import options, world  # noqa: E402
+from support import options, shard, world  # noqa: E402
 from support.common import number  # noqa: E402
 from support.recall import recall, training_rows  # noqa: E402
 from support.report import losses, print_scores, save_usable  # noqa: E402
@@ -380,7 +380,9 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
     """The one training loop (paper appendix B). groups are lists of the module's parameters: they train, and
     each list is clipped to a gradient norm of 1 by itself. loss_fn(idx, targets) yields terms of the loss,
     one by one; their sum is the loss. `run` keeps the log and the checkpoints: a stopped stage goes on."""
-    params = only_train(module, groups)
+    only_train(module, groups)
+    groups, make_whole = shard.share(module, groups)               # if they are too large for one GPU
+    params = [p for group in groups for p in group]
     matrices = [p for p in params if p.dim() > 1]
     vectors = [p for p in params if p.dim() < 2]
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=plan.weight_decay),
@@ -401,19 +403,19 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
             group["lr"] = lr
         optimizer.step()
         progress.done(step, loss, norm, lr)
+    optimizer.state.clear()                                        # its memory
     module.requires_grad_(False).zero_grad()
+    make_whole()
 
 
 def only_train(module, groups):
     """Let the parameters of the groups train, and freeze all others of module. On a GPU those that train are
-    float32, frozen ones bfloat16. Returns a list of those that train."""
-    params = [p for group in groups for p in group]
-    trained = set(map(id, params))
+    float32, frozen ones bfloat16."""
+    trained = {id(p) for group in groups for p in group}
     for p in module.parameters():
         p.requires_grad_(id(p) in trained)
         if p.device.type == "cuda":
             p.data = p.data.to(torch.float32 if p.requires_grad else torch.bfloat16)
-    return params
 
 
 def backward(loss_fn, rows, at_once):
@@ -446,21 +448,20 @@ def convert_staged(run, teacher, corpus, plans, args):
               for block, twin, kind in zip(teacher.blocks, twins, layers)]
     student = assemble(teacher, config, mixers)
     del twins, mixers                                              # frees the twins of attention layers
-    everything = [list(student.parameters())]
 
     # From here attention has no positions (HyPE). With RoPE the score of two tokens depends on their
     # distance, and at a distance that training never had the score is arbitrary. Without positions the
     # score depends on the two tokens alone, near or far. The order of tokens comes from the linear layers,
     # which keep RoPE. GPT-2's learned positions leave the whole residual stream here.
     distil = objective(student, teacher, args.kl, args.alpha)
-    train(run, "distil", plans["distil"], corpus, student, everything, distil)
+    train(run, "distil", plans["distil"], corpus, student, [list(student.parameters())], distil)
 
     # Stage 3 has long sequences, because attention must learn to find one key among thousands: stage 2 never
     # shows it so many. Stage 3 has no teacher: a small one cannot read such texts, a large one would cost
     # too much. The text itself is the target. So a student reads further than its teacher: attention ignores
     # distance, linear states saturate by decay, and training showed it texts 4 to 32 times as long.
     finetune = objective(student, None, args.kl, alpha=1.0)
-    train(run, "finetune", plans["finetune"], corpus, student, everything, finetune)
+    train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())], finetune)
     return student
 
 

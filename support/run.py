@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from hypenet import write_file
-from support import world
+from support import shard, world
 from support.common import write_json
 
 # ---- a run -------------------------------------------------------------------------------------------------
@@ -159,7 +159,14 @@ class Stage:
         self.optimizer = optimizer
         self.gradients = gradients
         self.share = -(-plan.batch // world.SIZE)     # rows of a batch that this process takes, at most
-        self.at_once = run.options["micro"] or min(self.share, max(1, 2 ** 17 // plan.length))
+        most = 2 ** 17
+        if shard.is_shared(module):
+            most = shard.TOKENS
+            checkpoint_blocks(module)
+            if plan.batch % world.SIZE:
+                raise ValueError(f"--plan {without_number(name)}.batch={plan.batch}: give a multiple of the "
+                                 f"{world.SIZE} GPUs, which share out the model")
+        self.at_once = run.options["micro"] or min(self.share, max(1, most // plan.length))
         self.first = 0                                # steps done before this process
         self.computed = 0                             # steps done in this process
         self.mean = None                              # of the loss, over about 20 steps
@@ -167,30 +174,30 @@ class Stage:
         self.pause = 120.0                            # seconds between two checkpoints
         run.tokens += plan.total
         self.load()
-        world.equalise(module.parameters())
+        if not shard.is_shared(module):
+            world.equalise(module.parameters())
 
     def load(self):
         self.file = self.run.path(f"{self.name}.pt")
         if os.path.exists(self.file):
             try:
                 saved = torch.load(self.file, map_location="cpu", weights_only=True)
-                self.module.load_state_dict(saved["module"], strict=False)
+                shard.load(self.module, self.optimizer, saved)
                 self.first = saved["step"]
                 self.mean = saved["mean"]
-                if "optimizer" in saved:
-                    self.optimizer.load_state_dict(saved["optimizer"])
             except Exception:                         # torch raises several types
                 raise ValueError(f"{self.file} is damaged; remove it to train this stage again") from None
         if self.first < self.plan.steps:
             self.run.trim_log(self.name, self.first)
 
     def save(self, step):
-        if world.RANK:
-            return
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         state = dict(step=step, mean=self.mean, module=trained)
         if step < self.plan.steps:                    # after the last step nobody needs the optimizer
             state["optimizer"] = self.optimizer.state_dict()
+        state = shard.whole(state)
+        if world.RANK:
+            return
         try:
             write_file(self.file, lambda tmp: torch.save(state, tmp))
         except (OSError, RuntimeError) as e:          # RuntimeError: torch's own on a full disk
@@ -216,7 +223,8 @@ class Stage:
         """Gradients of a batch, summed over the processes; returns the loss. The first step compiles what
         there is to compile, and finds how many rows fit; the third is recorded."""
         self.computed += 1
-        if self.computed == 3 and self.at_once >= self.share and self.plan.batch >= world.SIZE:
+        whole = self.at_once >= self.share and self.plan.batch >= world.SIZE
+        if self.computed == 3 and whole and not shard.is_shared(self.module):
             self.module.zero_grad()                   # the recording allocates gradients of its own
             work = partial(self.gradients, at_once=self.at_once)
             self.replay = recorded(work, rows, self.run.options["plain"])
@@ -227,6 +235,8 @@ class Stage:
     def sum(self, rows):
         if self.replay:
             loss = self.replay(rows)
+        elif shard.is_shared(self.module):            # a step that waits for others cannot be tried again
+            return torch.tensor(world.total(self.gradients(rows, self.at_once))[0])
         else:
             work = partial(self.gradients, rows)
             loss, self.at_once = within_memory(self.name, self.module, self.at_once, work)
@@ -241,7 +251,8 @@ class Stage:
         try:
             return work()
         except world.Lost as error:
-            self.save(step)
+            if not shard.is_shared(self.module):
+                self.save(step)
             raise ValueError(f"{error}; go on with --resume {self.run.folder}") from None
 
     def finite(self, loss, norm):

@@ -73,8 +73,8 @@ def stop_after(stage, step):
 def outs(home, tmp_path_factory):                                           # noqa: F811
     """A folder of runs, what torchrun printed, the seconds from the death of a process to the end, and the
     step of the checkpoint then. Of the paper's recipe one run is begun by one process and ended by two. The
-    other is begun by two, stopped by a signal to one of them, goes on, is stopped by the death of one of them,
-    and is ended by one."""
+    other is begun by two, stopped by a signal to one of them, goes on, is stopped by the death of one of
+    them, and is ended by one."""
     folder = tmp_path_factory.mktemp("world")
     for recipe in halo.RECIPES:
         halo.main(argv(home, folder / recipe, recipe))

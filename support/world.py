@@ -167,4 +167,4 @@ def equalise(params):
     """Give all processes the weights of process 0. GPUs may differ in the last bit of what they compute."""
     for p in params if SIZE > 1 else ():
         with talk():
-            dist.broadcast(p, 0)
+            dist.broadcast(p.detach(), 0)
