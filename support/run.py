@@ -37,15 +37,20 @@ from support.common import write_json
 # ---- a run -------------------------------------------------------------------------------------------------
 
 
+class BrokenOff(KeyboardInterrupt):
+    """A signal has ended the gradients of a step, which have changed no weight yet."""
+
+
 class Run:
     """A run and its folder. run.json holds the options, and the results of what is done. After Ctrl-C or
-    SIGTERM the training step in progress ends, a checkpoint is written, then the program leaves."""
+    SIGTERM a checkpoint of the last whole step is written, then the program leaves."""
 
     def __init__(self, folder, options):
         self.folder = folder
         self.options = options
         self.done = {}                                # results by name, see once()
         self.asked = False                            # whether a signal has asked for the end
+        self.can_break = False                        # whether the end need not wait
         self.tokens = 0                               # of all stages so far
         os.makedirs(folder, exist_ok=True)
         if world.of_first(os.path.exists(self.path("run.json"))):
@@ -64,8 +69,20 @@ class Run:
             raise KeyboardInterrupt
         self.asked = True
         if world.SIZE == 1:                           # torchrun sends a signal also where a process failed
-            print("\nstopping after this step or measurement; a second signal stops at once",
+            print("\nstopping; a second signal stops at once",
                   file=sys.stderr)
+        if self.can_break:
+            raise BrokenOff
+
+    def unless_asked(self, work, at_once):
+        """work(at_once), which a signal breaks off; then NaN."""
+        self.can_break = True
+        try:
+            return work(at_once)
+        except BrokenOff:
+            return torch.tensor(math.nan)
+        finally:
+            self.can_break = False
 
     def leave_if_asked(self):
         if any(world.any_of(self.asked)):
@@ -233,15 +250,22 @@ class Stage:
         return self.together(self.first + self.computed - 1, partial(self.sum, rows))
 
     def sum(self, rows):
+        """Gradients and loss. A signal to any process ends the run here, before the step changes a weight."""
+        work = partial(self.gradients, rows)
         if self.replay:
             loss = self.replay(rows)
         elif shard.is_shared(self.module):            # a step that waits for others cannot be tried again
-            return torch.tensor(world.total(self.gradients(rows, self.at_once))[0])
+            loss = work(self.at_once)
         else:
-            work = partial(self.gradients, rows)
+            work = partial(self.run.unless_asked, work)
             loss, self.at_once = within_memory(self.name, self.module, self.at_once, work)
+        asked = self.run.asked
         if world.SIZE > 1:
-            loss = torch.tensor(world.total(loss)[0])
+            loss, asked = torch.tensor(world.total(loss, asked))
+        if asked:
+            self.save(self.first + self.computed - 1)
+            self.run.leave_if_asked()
+        if not shard.is_shared(self.module):          # else they are sums already
             world.sum_gradients([p for p in self.module.parameters() if p.requires_grad])
         return loss
 
@@ -318,6 +342,11 @@ class Probe:
         self.n_vocab = n_vocab
         self.tokens = 0
         self.found = {}
+
+    asked = False                                     # a signal ends a probe at once
+
+    def unless_asked(self, work, at_once):
+        return work(at_once)
 
     def once(self, name, work):
         """A probe measures stages alone."""

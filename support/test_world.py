@@ -6,20 +6,20 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import count
 
 import pytest
 import torch
 
 import halo
 from hypenet import HypeNet
-from support import run
 from test_hypenet import data_of, home, log_of, rmse  # noqa: F401
 
 # What each process does: the runs of a file, one after the other. A process gets a signal after a step.
 PROGRAM = """
 import json, os, sys, time
 import halo
-from support import run, world
+from support import run, shard, world
 
 def log(a_run, plain=run.Run.log, **record):
     plain(a_run, **record)
@@ -28,6 +28,7 @@ def log(a_run, plain=run.Run.log, **record):
         os.kill(os.getpid(), job["signal"])
 run.Run.log = log
 for job in json.load(open(sys.argv[1])):
+    shard.too_large = lambda params: job["shared"]
     try:
         halo.main(job["argv"])
     except SystemExit as stop:
@@ -36,9 +37,9 @@ for job in json.load(open(sys.argv[1])):
 
 
 def argv(home, out, recipe):
-    """Stages of four steps. Of two processes one gets more rows than the other, in stage 3 it gets the only
+    """Stages of four steps. Of a group's three rows the first of two processes gets two, of stage 3 the only
     row."""
-    stages = dict(group=3) if recipe == "article" else dict(align=3, distil=3, finetune=1)
+    stages = dict(group=3) if recipe == "article" else dict(align=2, distil=2, finetune=1)
     plan = []
     for stage, batch in stages.items():
         plan += [f"{stage}.length=96", f"{stage}.batch={batch}", f"{stage}.tokens={4 * 96 * batch}"]
@@ -46,8 +47,8 @@ def argv(home, out, recipe):
             "--recipe", recipe, "--device", "cpu", "--plan", *plan, "--trials", "3", "--eval-windows", "180"]
 
 
-def job(argv, at=None, number=None):
-    return dict(argv=argv, at=at, signal=number)
+def job(argv, at=None, number=None, shared=False):
+    return dict(argv=argv, at=at, signal=number, shared=shared)
 
 
 def torchrun(folder, *jobs):
@@ -60,29 +61,31 @@ def torchrun(folder, *jobs):
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
-def stop_after(stage, step):
-    """A Run.log that asks for the end of the run."""
-    def log(a_run, plain=run.Run.log, **record):
-        plain(a_run, **record)
-        if (record["stage"], record["step"]) == (stage, step):
+def stop_within(step):
+    """A halo.backward that gets a signal within a step."""
+    def backward(*args, plain=halo.backward, steps=count(1)):
+        if next(steps) == step:
             signal.raise_signal(signal.SIGTERM)
-    return log
+        return plain(*args)
+    return backward
 
 
 @pytest.fixture(scope="module")
 def outs(home, tmp_path_factory):                                           # noqa: F811
     """A folder of runs, what torchrun printed, the seconds from the death of a process to the end, and the
-    step of the checkpoint then. Of the paper's recipe one run is begun by one process and ended by two. The
-    other is begun by two, stopped by a signal to one of them, goes on, is stopped by the death of one of
-    them, and is ended by one."""
+    step of the checkpoint then. Of the paper's recipe one run is begun by one process, which a signal stops
+    within a step. It goes on with two that share out the model, and is ended by two that do not. The other is
+    begun by two, stopped by a signal to one of them, goes on, is stopped by the death of one of them, and is
+    ended by one."""
     folder = tmp_path_factory.mktemp("world")
     for recipe in halo.RECIPES:
         halo.main(argv(home, folder / recipe, recipe))
     one_two, two_one = folder / "one, two", folder / "two, one"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(run.Run, "log", stop_after("align", 2))
+        patch.setattr(halo, "backward", stop_within(3))
         halo.main(argv(home, one_two, "paper"))
-    end = torchrun(folder, job(["--resume", str(one_two)]), job(argv(home, folder / "two", "article")),
+    end = torchrun(folder, job(["--resume", str(one_two)], [0, "distil", 2], signal.SIGTERM, shared=True),
+                   job(["--resume", str(one_two)]), job(argv(home, folder / "two", "article")),
                    job(argv(home, two_one, "paper"), [1, "align", 3], signal.SIGTERM),
                    job(["--resume", str(two_one)], [1, "distil", 2], signal.SIGKILL))
     seconds = time.time() - float((folder / "jobs.time").read_text())
@@ -95,7 +98,7 @@ def outs(home, tmp_path_factory):                                           # no
 @pytest.mark.parametrize("name, recipe", [("two", "article"), ("one, two", "paper"), ("two, one", "paper")])
 def test_two_processes_are_one(name, recipe, outs):
     """Losses, norms and weights of each stage, scores of layers, costs of bases and the report are those of
-    one process, also in a run that goes on with more processes or fewer."""
+    one process, also in a run that goes on with more processes or fewer, or with the model shared out."""
     mine, other = outs[0] / name, outs[0] / recipe
     for file in sorted(other.glob("*.pt")):
         saved, ref = (torch.load(folder / file.name)["module"] for folder in (mine, other))

@@ -11,6 +11,7 @@ Process 0 alone prints and writes files. Started without torchrun, nothing here 
     total, any_of, sum_gradients   sums over the processes
     of_first, in_turn, equalise    what process 0 decides, and what it does before the others
 """
+import atexit
 import datetime
 import itertools
 import os
@@ -23,6 +24,7 @@ import torch.distributed as dist
 MANY = dist.is_available() and dist.is_torchelastic_launched()
 RANK, SIZE, LOCAL_RANK = (int(os.environ[name]) if MANY else default for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+STORE = None                         # what torchrun keeps for all processes
 BUCKET = 2 ** 26                     # gradients that are summed at once
 WAIT = datetime.timedelta(days=1)    # for process 0, which may read much text; ended processes show at once
 
@@ -52,15 +54,18 @@ def join(device):
             raise ValueError(f"torchrun started more processes than this machine has GPUs, "
                              f"{torch.cuda.device_count()}; lower --nproc_per_node")
         torch.cuda.set_device(LOCAL_RANK)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=WAIT)
+    global STORE
+    STORE, *_ = next(dist.rendezvous("env://", timeout=WAIT))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=WAIT, store=STORE,
+                            rank=RANK, world_size=SIZE)
+    atexit.register(dist.destroy_process_group)
     return device
 
 
 def fail():
     """Before an error is printed: of all processes, let the first one that fails print alone."""
-    if SIZE > 1 and dist.is_initialized():
-        first = dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-        sys.stderr = sys.__stderr__ if first else open(os.devnull, "w")
+    if STORE:
+        sys.stderr = sys.__stderr__ if STORE.add("failed", 1) == 1 else open(os.devnull, "w")
 
 
 def leave(status):
@@ -155,10 +160,10 @@ def in_turn(work):
     """work() in every process, on each machine in one process before the others. What the first one downloads
     or keeps in a cache, the others find."""
     if LOCAL_RANK:
-        total()
+        total(0)
     result = work()
     if not LOCAL_RANK:
-        total()
+        total(0)
     return result
 
 
