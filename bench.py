@@ -54,7 +54,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 import halo  # noqa: E402
 from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file  # noqa: E402
 from kernel import chunked_scan  # noqa: E402
-from support import fast, pretrained, world  # noqa: E402
+from support import fast, pretrained, shard, world  # noqa: E402
 from support.common import (  # noqa: E402
     Parser, command_line, default_device, filled, number, read_json, write_json)
 from support.options import get_args as halo_args  # noqa: E402
@@ -93,6 +93,9 @@ SIZES = {
     "14b": Size("Qwen3-14B", HypeNetConfig(
         "A" * 40, n_embd=5120, n_head=40, n_hidden=17408, tied=False, **QWEN3),
         contexts=(32768, 131072, 524288)),
+    "qwen3-4b": Size("Qwen3-4B", HypeNetConfig("A" * 36, n_embd=2560, n_head=32, n_hidden=9728, **QWEN3)),
+    "qwen3-8b": Size("Qwen3-8B", HypeNetConfig(
+        "A" * 36, n_embd=4096, n_head=32, n_hidden=12288, tied=False, **QWEN3)),
     "smollm2": Size("SmolLM2-135M", HypeNetConfig(
         "A" * 30, n_embd=576, n_head=9, n_kv_head=3, head_dim=64, n_hidden=1536, vocab_size=49152,
         max_len=8192, rope_theta=1e5, norm_eps=1e-5, **FAMILIES["llama"])),
@@ -659,6 +662,7 @@ class TrialStage(ProbeStage):
         whole = max(1, int(args.seconds * speed / (at_once * plan.length)))
         batch = min(plan.batch, at_once * whole)
         self.replay = self.replay if batch == at_once else None
+        checkpoint_blocks(self.module, on=shard.is_shared(self.module))
         device = next(self.module.parameters()).device
         rows = torch.randint(self.run.n_vocab, (batch, plan.length + 1), device=device)
         for step in range(2):
@@ -698,8 +702,8 @@ def bench_train(args):
     table = Table(
         args, device, keys="size stage gpus",
         columns=dict(size="<9", stage="<9", gpus="5", length="7,", batch="6", plan_batch="5", at_once="8",
-                     checkpoint="11", seconds="9.2f", tok_s="10,.0f", used="7.1%", peak_gb="8.1f",
-                     hours="8.2f"),
+                     checkpoint="11", seconds="8.2f", tok_s="10,.0f", used="7.1%", peak_gb="8.1f",
+                     hours="7.2f"),
         about=f"""peak {f"{peak:.3g}" if peak else "unknown (--peak)"} operations per second
 One step of each stage of halo.py under the paper's plan.
 Batch: sequences of the step, of the plan's so many, shared by all GPUs. At once: so many go through the

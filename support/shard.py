@@ -6,11 +6,14 @@ import copy
 
 import torch
 import torch.nn as nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support import world
+
+DTensor = ()                         # of one process no tensor is shared
+if world.SIZE > 1:                   # these imports take a second
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
 ROOM = 0.8                           # of a GPU's memory: for weights, gradients and optimizer state
 TOKENS = 2 ** 13                     # that go through a shared module at once
@@ -31,9 +34,9 @@ def too_large(params):
 
 
 def share(module, groups):
-    """Share out a module that is too large to train on each GPU. groups are lists of its parameters, all that
-    it has. Returns the lists of the parameters that train now, and a function that makes the module whole
-    again, in place."""
+    """Share out a module that is too large to train on each GPU. groups are lists of all its parameters, and
+    are emptied. Returns lists of the parameters that train in their place, and a function that makes the
+    module whole again."""
     params = [p for group in groups for p in group]
     if not too_large(params):
         return groups, lambda: None
@@ -42,14 +45,16 @@ def share(module, groups):
                          "more --groups or a smaller --teacher")
     print(f"{sum(p.numel() for p in params):,} parameters train in {world.SIZE} parts, one on each GPU")
     names = {id(p): name for name, p in module.named_parameters()}
-    groups = [[names[id(p)] for p in group] for group in groups]
+    named_groups = [[names[id(p)] for p in group] for group in groups]
+    for group in groups:
+        group.clear()                                              # the whole weights, now free
+    params.clear()
     empty = without_weights(module)
-    mesh = init_device_mesh(params[0].device.type, (world.SIZE,))
+    mesh = init_device_mesh(next(module.parameters()).device.type, (world.SIZE,))
     root = None if isinstance(module, nn.ModuleList) else copy.copy(module)     # FSDP takes an object once
     for unit in [*module.blocks, root] if root else module:
         fully_shard(unit, mesh=mesh)
-        unit.set_gradient_divide_factor(1.0)                       # sums, not means
-        unit.set_force_sum_reduction_for_comms(True)
+        sum_gradients(unit)
     if root:
         register_fsdp_forward_method(root, "hidden")
         module.hidden = root.hidden
@@ -61,7 +66,15 @@ def share(module, groups):
         empty.load_state_dict(weights, assign=True)
         module.__dict__ = empty.__dict__
         module.requires_grad_(False)
-    return [[shared[name] for name in group] for group in groups], make_whole
+    return [[shared[name] for name in group] for group in named_groups], make_whole
+
+
+def sum_gradients(unit):
+    """Let FSDP sum gradients over the GPUs. Its default are means."""
+    divide_by = getattr(unit, "set_gradient_divide_factor", None) or unit.set_reduce_scatter_divide_factor
+    divide_by(1.0)
+    if hasattr(unit, "set_force_sum_reduction_for_comms"):          # gloo knows no other reduction
+        unit.set_force_sum_reduction_for_comms(True)
 
 
 def without_weights(module):
