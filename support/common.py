@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
+        world.fail()
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 

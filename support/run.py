@@ -69,8 +69,7 @@ class Run:
             raise KeyboardInterrupt
         self.asked = True
         if world.SIZE == 1:                           # torchrun sends a signal also where a process failed
-            print("\nstopping; a second signal stops at once",
-                  file=sys.stderr)
+            print("\nstopping; a second signal stops at once", file=sys.stderr)
         if self.can_break:
             raise BrokenOff
 
@@ -342,8 +341,7 @@ class Probe:
         self.n_vocab = n_vocab
         self.tokens = 0
         self.found = {}
-
-    asked = False                                     # a signal ends a probe at once
+        self.asked = False                            # a signal ends a probe at once
 
     def unless_asked(self, work, at_once):
         return work(at_once)

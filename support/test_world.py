@@ -15,11 +15,18 @@ import halo
 from hypenet import HypeNet
 from test_hypenet import data_of, home, log_of, rmse  # noqa: F401
 
-# What each process does: the runs of a file, one after the other. A process gets a signal after a step.
+# What each process does: the runs of a file, one after the other. A process may get a signal after a step,
+# and the second may lack memory for more than one row.
 PROGRAM = """
 import json, os, sys, time
-import halo
+import halo, torch
 from support import run, shard, world
+
+def backward(loss_fn, rows, at_once, plain=halo.backward):
+    if job["full"] and world.RANK and at_once > 1:
+        raise torch.OutOfMemoryError
+    return plain(loss_fn, rows, at_once)
+halo.backward = backward
 
 def log(a_run, plain=run.Run.log, **record):
     plain(a_run, **record)
@@ -47,8 +54,8 @@ def argv(home, out, recipe):
             "--recipe", recipe, "--device", "cpu", "--plan", *plan, "--trials", "3", "--eval-windows", "180"]
 
 
-def job(argv, at=None, number=None, shared=False):
-    return dict(argv=argv, at=at, signal=number, shared=shared)
+def job(argv, at=None, number=None, shared=False, full=False):
+    return dict(argv=argv, at=at, signal=number, shared=shared, full=full)
 
 
 def torchrun(folder, *jobs):
@@ -85,7 +92,7 @@ def outs(home, tmp_path_factory):                                           # no
         patch.setattr(halo, "backward", stop_within(3))
         halo.main(argv(home, one_two, "paper"))
     end = torchrun(folder, job(["--resume", str(one_two)], [0, "distil", 2], signal.SIGTERM, shared=True),
-                   job(["--resume", str(one_two)]), job(argv(home, folder / "two", "article")),
+                   job(["--resume", str(one_two)]), job(argv(home, folder / "two", "article"), full=True),
                    job(argv(home, two_one, "paper"), [1, "align", 3], signal.SIGTERM),
                    job(["--resume", str(two_one)], [1, "distil", 2], signal.SIGKILL))
     seconds = time.time() - float((folder / "jobs.time").read_text())
@@ -98,13 +105,14 @@ def outs(home, tmp_path_factory):                                           # no
 @pytest.mark.parametrize("name, recipe", [("two", "article"), ("one, two", "paper"), ("two, one", "paper")])
 def test_two_processes_are_one(name, recipe, outs):
     """Losses, norms and weights of each stage, scores of layers, costs of bases and the report are those of
-    one process, also in a run that goes on with more processes or fewer, or with the model shared out."""
+    one process, also in a run that goes on with more processes or fewer, with the model shared out, or with
+    too little memory in one process."""
     mine, other = outs[0] / name, outs[0] / recipe
     for file in sorted(other.glob("*.pt")):
         saved, ref = (torch.load(folder / file.name)["module"] for folder in (mine, other))
         assert saved.keys() == ref.keys() and all(rmse(saved[key], ref[key]) < 1e-5 for key in ref), file
     saved, ref = (HypeNet.from_pretrained(folder) for folder in (mine, other))
-    assert saved.config == ref.config
+    assert saved.config == ref.config and "group1: out of memory; on with 1 rows" in outs[1].stdout
     for read in log_of, partial(read_json, name="report.json"), partial(read_json, name="run.json"):
         found, wanted = (list(numbers(read(folder))) for folder in (mine, other))
         assert len(found) > 15 and found == pytest.approx(wanted, rel=1e-5)

@@ -37,7 +37,10 @@ class Lost(ValueError):
 
 
 def begin():
-    """Let process 0 alone print."""
+    """Find what torchrun keeps for all processes, and let process 0 alone print."""
+    global STORE
+    if SIZE > 1 and STORE is None:
+        STORE, *_ = next(dist.rendezvous("env://"))
     if RANK:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
@@ -54,8 +57,6 @@ def join(device):
             raise ValueError(f"torchrun started more processes than this machine has GPUs, "
                              f"{torch.cuda.device_count()}; lower --nproc_per_node")
         torch.cuda.set_device(LOCAL_RANK)
-    global STORE
-    STORE, *_ = next(dist.rendezvous("env://", timeout=WAIT))
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=WAIT, store=STORE,
                             rank=RANK, world_size=SIZE)
     atexit.register(dist.destroy_process_group)
