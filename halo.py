@@ -5,6 +5,7 @@
     python halo.py --resume out/tiny-paper     go on with a run that was stopped
     python halo.py --teacher small             convert a teacher of 14M parameters, on one GPU
     python halo.py --pretrain --out teacher    train the tiny teacher anew, on one GPU
+    torchrun --nproc_per_node=4 halo.py ...    any of these on 4 GPUs, with the losses of one
 
 The paper's recipe (arXiv 2601.22156, section 4) has six stages. align, distil and finetune share the loop
 `train`.
@@ -23,7 +24,8 @@ the chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 Map of the file:
     read first      recipes and plans, transfer, losses, the training loop, the paper's stages
     read second     the logit base, the article's conversion, a conversion from start to end
-    elsewhere       what is measured: support/report.py. The command line: support/options.py
+    elsewhere       what is measured: support/report.py. The command line: support/options.py. Several GPUs:
+                    support/world.py
 
 Deviations from the paper, and what each buys:
     transfer  Least squares scales each column of W_o, so the twin starts near its attention layer.

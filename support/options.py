@@ -457,7 +457,8 @@ def run_main(halo, argv):
           f"recipe {args.recipe} | device {args.device} | run {folder}")
     print_plan(corpus, plans, found)
     if world.SIZE > 1:
-        print(f"{world.SIZE} processes: each holds whole models, and takes 1/{world.SIZE} of each batch\n")
+        print(f"{world.SIZE} processes share the rows of each batch. Each holds whole models, unless parts "
+              "are named above.\n")
     if not args.dry_run:
         execute(halo, Run(folder, options), teacher, corpus, plans, args)
 

@@ -84,7 +84,7 @@ class Run:
             self.can_break = False
 
     def leave_if_asked(self):
-        if any(world.any_of(self.asked)):
+        if world.any_of(self.asked):
             print(f"\nstopped; go on with --resume {self.folder}", file=sys.stderr)
             raise SystemExit(130)
 
@@ -174,7 +174,7 @@ class Stage:
         self.module = module
         self.optimizer = optimizer
         self.gradients = gradients
-        self.share = -(-plan.batch // world.SIZE)     # rows of a batch that this process takes, at most
+        self.mine = -(-plan.batch // world.SIZE)      # rows of a batch that this process takes, at most
         most = 2 ** 17
         if shard.is_shared(module):
             most = shard.TOKENS
@@ -182,7 +182,7 @@ class Stage:
             if plan.batch % world.SIZE:
                 raise ValueError(f"--plan {without_number(name)}.batch={plan.batch}: give a multiple of the "
                                  f"{world.SIZE} GPUs, which share out the model")
-        self.at_once = run.options["micro"] or min(self.share, max(1, most // plan.length))
+        self.at_once = run.options["micro"] or min(self.mine, max(1, most // plan.length))
         self.first = 0                                # steps done before this process
         self.computed = 0                             # steps done in this process
         self.mean = None                              # of the loss, over about 20 steps
@@ -206,13 +206,13 @@ class Stage:
         if self.first < self.plan.steps:
             self.run.trim_log(self.name, self.first)
 
-    def save(self, step):
+    def save(self, step, by_all=False):
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         state = dict(step=step, mean=self.mean, module=trained)
         if step < self.plan.steps:                    # after the last step nobody needs the optimizer
             state["optimizer"] = self.optimizer.state_dict()
         state = shard.whole(state)
-        if world.RANK:
+        if world.RANK and not by_all:
             return
         try:
             write_file(self.file, lambda tmp: torch.save(state, tmp))
@@ -239,16 +239,16 @@ class Stage:
         """Gradients of a batch, summed over the processes; returns the loss. The first step compiles what
         there is to compile, and finds how many rows fit; the third is recorded."""
         self.computed += 1
-        whole = self.at_once >= self.share and self.plan.batch >= world.SIZE
-        if self.computed == 3 and whole and not shard.is_shared(self.module):
+        in_one = self.at_once >= self.mine and self.plan.batch >= world.SIZE
+        if self.computed == 3 and in_one and not shard.is_shared(self.module):
             self.module.zero_grad()                   # the recording allocates gradients of its own
             work = partial(self.gradients, at_once=self.at_once)
             self.replay = recorded(work, rows, self.run.options["plain"])
-            if any(world.any_of(self.replay is None)):
+            if world.any_of(self.replay is None):
                 self.replay = None
-        return self.together(self.first + self.computed - 1, partial(self.sum, rows))
+        return self.together(self.first + self.computed - 1, partial(self.sums, rows))
 
-    def sum(self, rows):
+    def sums(self, rows):
         """Gradients and loss. A signal to any process ends the run here, before the step changes a weight."""
         work = partial(self.gradients, rows)
         if self.replay:
@@ -269,13 +269,13 @@ class Stage:
         return loss
 
     def together(self, step, work):
-        """work(), for which the processes wait for each other. If one has ended, its end is not the end of
-        the weights after this step."""
+        """work(), for which the processes wait for each other. If one ends, all others write the checkpoint
+        after this step, because the one that ended may be the first."""
         try:
             return work()
         except world.Lost as error:
             if not shard.is_shared(self.module):
-                self.save(step)
+                self.save(step, by_all=True)
             raise ValueError(f"{error}; go on with --resume {self.run.folder}") from None
 
     def finite(self, loss, norm):
@@ -302,7 +302,7 @@ class Stage:
                        f"lr {lr:.1e} | {ms:,.0f} ms | {speed:,.0f} tok/s")
         self.bar.set_postfix_str(f"loss {self.mean:.4f}", refresh=False)
         due = world.RANK == 0 and now - self.saved_at > self.pause
-        if step + 1 == steps or self.together(step + 1, lambda: any(world.any_of(self.run.asked, due))):
+        if step + 1 == steps or self.together(step + 1, lambda: world.any_of(self.run.asked, due)):
             self.save(step + 1)
             self.run.leave_if_asked()
             self.saved_at = self.tick = time.time()
@@ -425,7 +425,7 @@ def within_memory(stage, module, at_once, work):
             found = work(at_once)
         except torch.OutOfMemoryError:
             pass                                      # memory is freed only after the handler
-        if not any(world.any_of(found is None)):
+        if not world.any_of(found is None):
             return found, at_once
         module.zero_grad()
         torch.cuda.empty_cache()

@@ -30,7 +30,7 @@ def too_large(params):
     if world.SIZE == 1 or device.type != "cuda":
         return False
     need = torch.cuda.memory_allocated(device) + 12 * sum(p.numel() for p in params)
-    return any(world.any_of(need > ROOM * torch.cuda.get_device_properties(device).total_memory))
+    return world.any_of(need > ROOM * torch.cuda.get_device_properties(device).total_memory)
 
 
 def share(module, groups):

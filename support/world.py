@@ -124,8 +124,8 @@ def total(*numbers):
 
 
 def any_of(*flags):
-    """Whether each flag is set in any process: a list."""
-    return [n > 0 for n in total(*flags)]
+    """Whether any flag is set in any process."""
+    return any(total(*flags))
 
 
 def sum_gradients(params):
