@@ -37,26 +37,27 @@ class Lost(ValueError):
 
 
 def begin():
-    """Find what torchrun keeps for all processes, and let process 0 alone print."""
+    """Find the other processes, take a GPU, and let process 0 alone print."""
     global STORE
-    if SIZE > 1 and STORE is None:
-        STORE, *_ = next(dist.rendezvous("env://"))
+    if SIZE == 1 or STORE:
+        return
+    STORE, *_ = next(dist.rendezvous("env://"))
+    if LOCAL_RANK < torch.cuda.device_count():
+        torch.cuda.set_device(LOCAL_RANK)
     if RANK:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def join(device):
-    """Let the processes find each other. Each gets a GPU, or the CPU. Returns device, as it was given."""
+    """Let the processes talk, each from its GPU or from the CPU. Returns device, as it was given."""
     if SIZE == 1 or dist.is_initialized():
         return device
     kind, _, index = device.partition(":")
     if kind not in ("cuda", "cpu") or index:
         raise ValueError(f"--device {device}: under torchrun give cuda or cpu")
-    if kind == "cuda":
-        if LOCAL_RANK >= torch.cuda.device_count():
-            raise ValueError(f"torchrun started more processes than this machine has GPUs, "
-                             f"{torch.cuda.device_count()}; lower --nproc_per_node")
-        torch.cuda.set_device(LOCAL_RANK)
+    if kind == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
+        raise ValueError(f"torchrun started more processes than this machine has GPUs, "
+                         f"{torch.cuda.device_count()}; lower --nproc_per_node")
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=WAIT, store=STORE,
                             rank=RANK, world_size=SIZE)
     atexit.register(dist.destroy_process_group)
