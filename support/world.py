@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 MANY = dist.is_available() and dist.is_torchelastic_launched()
-RANK, SIZE, LOCAL_RANK = (int(os.environ[name]) if MANY else default for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+SIZE = int(os.environ["WORLD_SIZE"]) if MANY else 1                # processes in all
+RANK = int(os.environ["RANK"]) if MANY else 0                      # the number of this one
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if MANY else 0          # its number on this machine
 STORE = None                         # what torchrun keeps for all processes
 BUCKET = 2 ** 26                     # gradients that are summed at once
 WAIT = datetime.timedelta(days=1)    # for process 0, which may read much text; ended processes show at once
