@@ -45,7 +45,7 @@ import torch.nn.functional as F
 
 import kernel
 from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file
-from support import fast, pretrained
+from support import fast, pretrained, shard, world
 from support.common import Parser, command_line, default_device, filled, number, read_json, write_json
 from support.options import get_args as halo_args
 from support.recall import TASKS, answers, has_room, recall
@@ -82,6 +82,9 @@ SIZES = {
     "14b": Size("Qwen3-14B", HypeNetConfig(
         "A" * 40, n_embd=5120, n_head=40, n_hidden=17408, tied=False, **QWEN3),
         contexts=(32768, 131072, 524288)),
+    "qwen3-4b": Size("Qwen3-4B", HypeNetConfig("A" * 36, n_embd=2560, n_head=32, n_hidden=9728, **QWEN3)),
+    "qwen3-8b": Size("Qwen3-8B", HypeNetConfig(
+        "A" * 36, n_embd=4096, n_head=32, n_hidden=12288, tied=False, **QWEN3)),
     "smollm2": Size("SmolLM2-135M", HypeNetConfig(
         "A" * 30, n_embd=576, n_head=9, n_kv_head=3, head_dim=64, n_hidden=1536, vocab_size=49152,
         max_len=8192, rope_theta=1e5, norm_eps=1e-5, **FAMILIES["llama"])),
@@ -276,8 +279,9 @@ class Table:
 
     def add(self, shown=None, **row):
         """Keep a row and print it. shown: cells that are printed and not kept."""
-        self.rows = [old for old in self.rows if any(old[key] != row[key] for key in self.keys)] + [row]
-        write_json(self.path, dict(**self.facts, rows=self.rows))
+        self.rows = [old for old in self.rows if any(old.get(key) != row[key] for key in self.keys)] + [row]
+        if world.RANK == 0:
+            write_json(self.path, dict(**self.facts, rows=self.rows))
         self.show(row | (shown or {}))
 
     def show(self, cells):
@@ -492,8 +496,11 @@ class TrialStage(ProbeStage):
             return
         yield from super().steps(corpus, rows_of)                  # finds what fits at once
         speed = self.run.found[self.name][1]
-        whole = max(1, int(options["seconds"] * speed / (self.at_once * plan.length)))
-        batch = min(plan.batch, self.at_once * whole)
+        at_once = self.at_once * world.SIZE
+        whole = max(1, int(options["seconds"] * speed / (at_once * plan.length)))
+        batch = min(plan.batch, at_once * whole)
+        self.replay = self.replay if batch == at_once else None
+        checkpoint_blocks(self.module, on=shard.is_shared(self.module))
         device = next(self.module.parameters()).device
         rows = torch.randint(self.run.n_vocab, (batch, plan.length + 1), device=device)
         began = []
@@ -528,8 +535,8 @@ def bench_train(args):
     if device.type == "cuda":
         fast.fuse((vars(halo), "relative_error"))
     peak = args.peak or PEAKS.get(machine(device)[1])
-    table = Table(args, "size stage",
-                  "size stage length batch plan_batch at_once checkpoint seconds tok_s used peak_gb hours",
+    columns = "size stage gpus length batch plan_batch at_once checkpoint seconds tok_s used peak_gb hours"
+    table = Table(args, "size stage gpus", columns,
                   f"peak {f'{peak:.3g}' if peak else 'unknown (--peak)'} operations per second", peak=peak)
     for size in args.size:
         plans = halo.PLANS["tiny" if size == "tiny" else "real"]
@@ -540,9 +547,10 @@ def bench_train(args):
         def report(stage, plan, batch, seconds, **row):
             speed = batch * plan.length / seconds
             each = train_operations(stage, teacher, student, plan.length)
-            table.add(size=size, stage=stage, length=plan.length, plan_batch=plan.batch, batch=batch,
-                      seconds=seconds, tok_s=speed, operations=each, used=peak and each * speed / peak,
-                      tokens=plan.total, hours=plan.total / speed / 3600, **row)
+            table.add(size=size, stage=stage, gpus=world.SIZE, length=plan.length, plan_batch=plan.batch,
+                      batch=batch, seconds=seconds, tok_s=speed, operations=each,
+                      used=peak and each * speed / peak / world.SIZE, tokens=plan.total,
+                      hours=plan.total / speed / 3600, **row)
         options = recipe("paper", layers=student.layers, device=args.device, report=report,
                          seconds=args.seconds, stage=args.stage)
         trial = Trial(vars(options), teacher.vocab_size)
@@ -691,10 +699,10 @@ def last_loss(model, texts, count):
     earlier tokens are read."""
     logp = []
     with bf16():
-        for text in texts:
+        for text in world.split(texts):
             prompt = torch.from_numpy(text).to(model.wte.weight.device)[None]
-            logp.append(answers(model, prompt, count)[0])
-    return -torch.cat(logp).mean(1).cpu().numpy()
+            logp.append(answers(model, prompt, count)[0].cpu())
+    return -torch.cat(world.gather(logp)).mean(1).numpy()
 
 
 def readers(student, teacher):
@@ -750,10 +758,11 @@ def bench_niah(args):
     report = read_json(args.model, "report.json", "report of halo.py")
     teacher_at = args.teacher or halo.teacher_path(report.get("teacher", "tiny"))
     student = pretrained.load(args.model, dtype_on(args.device), args.device)
-    teacher = pretrained.load(teacher_at, dtype_on(args.device), args.device)
+    load = partial(pretrained.load, teacher_at, dtype_on(args.device), args.device)
+    teacher = world.in_turn(load)
     if not args.data and os.path.exists(os.path.join(args.model, "run.json")):
         args.data = read_json(args.model, "run.json", "run of halo.py")["options"]["data"]
-    corpus = Corpus(Tokenizer.load(teacher_at), args.data)
+    corpus = world.in_turn(partial(Corpus, Tokenizer.load(teacher_at), args.data))
     T = teacher.config.max_len
     layers = student.config.layers
     lengths = [T * n for n in (1, 2, 4, 16, 64, 256) if n <= args.times]
@@ -764,7 +773,8 @@ def bench_niah(args):
     texts = corpus.windows(np.random.default_rng(0), args.windows, min(lengths[-1], 64 * T))
     for reader in readers(student, teacher):
         measure_reader(table, reader, corpus, texts, lengths, args.trials)
-    draw_niah(table.facts, table.rows, table.path)
+    if world.RANK == 0:
+        draw_niah(table.facts, table.rows, table.path)
     return table
 
 
@@ -971,6 +981,7 @@ def get_args(argv):
     if "device" not in args:
         return args
     args.device = torch.device(default_device(args.device or (None if torch.cuda.is_available() else "cpu")))
+    world.join(str(args.device))
     if args.device.type not in ("cuda", "cpu"):
         raise ValueError(f"--device {args.device}: its times cannot be trusted; give cuda or cpu")
     cuda = args.device.type == "cuda"
@@ -987,6 +998,8 @@ def get_args(argv):
 
 def run_main(argv):
     args = get_args(argv)
+    if world.SIZE > 1 and args.mode not in ("train", "niah"):
+        raise ValueError(f"{args.mode} needs no torchrun: it uses one GPU, ablate all that it finds")
     table = MODES[args.mode](args)
     if table:
         print(f"\nwritten to {os.path.relpath(table.path)}")

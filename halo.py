@@ -5,6 +5,7 @@
     python halo.py --resume out/tiny-paper     go on with a run that was stopped
     python halo.py --teacher small             convert a teacher of 14M parameters, on one GPU
     python halo.py --pretrain --out teacher    train the tiny teacher anew, on one GPU
+    torchrun --nproc_per_node=4 halo.py ...    any of these on 4 GPUs, with the losses of one
 
 The paper's recipe (arXiv 2601.22156, section 4) has six steps. align, distil and finetune are training: the
 paper calls them stage 1, 2 and 3, and all three share the loop `train`.
@@ -23,7 +24,8 @@ the chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 Map of the file:
     read first      recipes and plans, transfer, losses, the training loop, the paper's stages
     read second     the logit base, the article's conversion, a conversion from start to end
-    elsewhere       what is measured: support/report.py. The command line: support/options.py
+    elsewhere       what is measured: support/report.py. The command line: support/options.py. Several GPUs:
+                    support/world.py
 
 Deviations from the paper, and what each buys:
     transfer  Least squares scales each column of W_o, so the twin starts near its attention layer.
@@ -52,7 +54,7 @@ from tqdm import tqdm  # noqa: E402
 
 from hypenet import DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention  # noqa: E402
 from hypenet import locate  # noqa: E402
-from support import options  # noqa: E402
+from support import options, shard, world  # noqa: E402
 from support.common import number  # noqa: E402
 from support.loss import loss_and_gradient  # noqa: E402
 from support.recall import recall, training_rows  # noqa: E402
@@ -389,7 +391,9 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
     """The one training loop (paper appendix B). groups are lists of the module's parameters: they train, and
     each list is clipped to a gradient norm of 1 by itself. loss_fn(idx, targets) yields terms of the loss,
     one by one; their sum is the loss. `run` keeps log and checkpoints, so a stopped stage can be resumed."""
-    params = only_train(module, groups)
+    only_train(module, groups)
+    groups, make_whole = shard.share(module, groups)               # if they are too large for one GPU
+    params = [p for group in groups for p in group]
     matrices = [p for p in params if p.dim() > 1]
     vectors = [p for p in params if p.dim() < 2]
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=plan.weight_decay),
@@ -398,41 +402,42 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
 
     def gradients(rows, at_once):
         optimizer.zero_grad()
-        loss = backward(loss_fn, rows, at_once)
-        norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
-        return torch.stack((loss, torch.stack(norms).max()))       # the maximum is NaN if any norm is
+        return backward(loss_fn, rows, at_once)
 
     progress = run.stage(stage, plan, module, optimizer, gradients)
     for step, rows in progress.steps(corpus, training_rows):
-        loss, norm = progress.compute(rows)                        # calls gradients; raises if not finite
+        loss = progress.compute(rows)                              # calls gradients, sums them over all GPUs
+        norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
+        loss, norm = progress.finite(loss, torch.stack(norms).max())            # NaN if any norm is
         lr = progress.rate(step)                                   # plan.rate(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         progress.done(step, loss, norm, lr)
+    optimizer.state.clear()                                        # its memory
     module.requires_grad_(False).zero_grad()
+    make_whole()
 
 
 def only_train(module, groups):
     """Let the parameters of the groups train, and freeze all others of module. On a GPU, trained parameters
-    are float32 and frozen ones bfloat16. Returns the list of trained parameters."""
-    params = [p for group in groups for p in group]
-    trained = set(map(id, params))
+    are float32 and frozen ones bfloat16."""
+    trained = {id(p) for group in groups for p in group}
     for p in module.parameters():
         p.requires_grad_(id(p) in trained)
         if p.device.type == "cuda":
             p.data = p.data.to(torch.float32 if p.requires_grad else torch.bfloat16)
-    return params
 
 
 def backward(loss_fn, rows, at_once):
     """Add up gradients of rows (batch, length + 1) over micro-batches of at_once rows; returns the mean loss.
-    Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone."""
+    Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone. Of
+    several GPUs each takes its share of the rows; the sums over all GPUs are gradients and loss."""
     def forward(terms):
         with bf16():                                               # next() runs the forward pass of a term
             return next(terms, None)
-    total = 0.0
-    for part in rows.split(at_once):
+    total = torch.zeros((), device=rows.device)
+    for part in world.parts(rows, at_once):
         terms = loss_fn(part[:, :-1], part[:, 1:])
         for term in iter(partial(forward, terms), None):
             term = term * (len(part) / len(rows))
@@ -454,14 +459,13 @@ def convert_staged(run, teacher, corpus, plans, args):
               for block, twin, kind in zip(teacher.blocks, twins, layers)]
     student = assemble(teacher, config, mixers)
     del twins, mixers                                              # frees twins of layers that stay attention
-    everything = [list(student.parameters())]
 
     # From here attention has no positions (HyPE). With RoPE the score of two tokens depends on their
     # distance, and at a distance that training never had the score is arbitrary. Without positions the
     # score depends on the two tokens alone, near or far. The order of tokens comes from the linear layers,
     # which keep RoPE. GPT-2's learned positions leave the whole residual stream here.
     distil = objective(student, teacher, args.kl, args.alpha)
-    train(run, "distil", plans["distil"], corpus, student, everything, distil)
+    train(run, "distil", plans["distil"], corpus, student, [list(student.parameters())], distil)
 
     # Stage 3 has long sequences, because attention must learn to find one key among thousands: stage 2 never
     # shows it so many. Stage 3 has no teacher: a small one cannot read such texts, a large one would cost
@@ -469,7 +473,7 @@ def convert_staged(run, teacher, corpus, plans, args):
     # distance, decay keeps linear states from growing with the text, and training showed texts 4 to 32 times
     # as long.
     finetune = objective(student, None, args.kl, alpha=1.0)
-    train(run, "finetune", plans["finetune"], corpus, student, everything, finetune)
+    train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())], finetune)
     return student
 
 

@@ -12,6 +12,7 @@ import traceback
 import torch
 
 from hypenet import write_file
+from support import world
 
 # ---- command lines -----------------------------------------------------------------------------------------
 
@@ -23,6 +24,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
+        world.fail()
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
@@ -66,6 +68,7 @@ def command_line(prog, run, argv):
     """Call run(argv) for a program. An error ends it with one line: exit status 2 where the user can mend the
     error, 1 where the program is wrong, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    world.begin()
     try:
         run(argv)
         sys.stdout.flush()
@@ -73,13 +76,16 @@ def command_line(prog, run, argv):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt:
+        world.leave(130)
         raise SystemExit(130) from None
     except Exception as error:
         line = explain(error, argv)
         status = 2 if line else 1
         line = line or (f"this program has a fault ({type(error).__name__}: {one_line(error)[:200]}); please "
                         f"report it with the traceback in {keep_traceback(prog)}")
+        world.fail()
         print(f"{prog}: {line}", file=sys.stderr)
+        world.leave(status)
         raise SystemExit(status) from error
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hypenet import DECAYS, HypeNetConfig
-from support import fast, pretrained
+from support import fast, pretrained, world
 from support.common import Parser, command_line, default_device, filled, number
 from support.recall import plant
 from support.report import finish, finish_pretrained
@@ -117,7 +117,7 @@ def settle(halo, args):
     that do not go together."""
     args.hybrid = args.layers is not None         # whether --pretrain trains a hybrid
     free = args.device or args.dry_run or args.resume              # a CPU will do
-    args.device = default_device(args.device)
+    args.device = world.join(default_device(args.device))
     for name, value in halo.RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -272,7 +272,7 @@ def check_stage_length(stage, plan, limit, args):
 
 def make_teacher(halo, args):
     """Pretrain a teacher that is not there yet, or go on with it, and keep it for later runs."""
-    begun = os.path.exists(os.path.join(args.path, "run.json"))
+    begun = world.of_first(os.path.exists(os.path.join(args.path, "run.json")))
     if begun and args.dry_run:
         print(f"--teacher {args.teacher} is half trained: --resume {args.path} goes on with it, as does "
               "this run")
@@ -445,12 +445,13 @@ def run_main(halo, argv):
             return
     fast.fuse((vars(halo), "relative_error"), backend="inductor" if args.fused else None)
     name = os.path.basename(os.path.normpath(args.teacher))
-    folder = args.resume or new_folder(args.out, os.path.join("out", f"{name}-{args.recipe}"))
-    teacher = None if args.pretrain else load_teacher(halo, plans, args)
+    folder = args.resume or world.of_first(new_folder(args.out, os.path.join("out", f"{name}-{args.recipe}")))
+    teacher = None if args.pretrain else world.in_turn(partial(load_teacher, halo, plans, args))
     config = teacher.config if teacher else config_to_pretrain(halo, plans, args)
     if teacher and not args.resume:
         check_disk(folder, disk_bytes(halo, teacher, plans, args))
-    corpus = open_text(plans, longest_text(halo, config, plans, args), teacher, args)
+    longest = longest_text(halo, config, plans, args)
+    corpus = world.in_turn(partial(open_text, plans, longest, teacher, args))
     found = {}
     if args.device.startswith("cuda") and teacher and not args.resume:
         found = probe(halo, teacher, corpus, plans, args)
@@ -458,6 +459,9 @@ def run_main(halo, argv):
     print(f"teacher {args.teacher}: {len(config.layers)} layers, trained at {config.max_len} tokens | "
           f"recipe {args.recipe} | device {args.device} | run {folder}")
     print_plan(corpus, plans, found)
+    if world.SIZE > 1:
+        print(f"{world.SIZE} processes share the rows of each batch. Each holds whole models, unless parts "
+              "are named above.\n")
     if not args.dry_run:
         execute(halo, Run(folder, options), teacher, corpus, plans, args)
 

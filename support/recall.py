@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from support import fast
+from support import fast, world
 from support.run import bf16
 
 KEY_NAMES = tuple("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble "
@@ -248,11 +248,12 @@ def recall(model, corpus, length, trials, seed=0, task="S1", keep=None, varied=0
         prompts = torch.cat((prompts[:, :4], prompts[:, 4 - keep:]), 1)
     most = max(n_answer)
     logp, right = [], []
-    for part in prompts.split(max(1, 65536 // length)):
+    for part in world.parts(prompts, max(1, 65536 // length)):
         with bf16():
             found = answers(model, part, most)
         logp += found[0].cpu()
         right += found[1].cpu()
+    n_answer = world.split(n_answer)
     mean_logp = [x[most - n:].mean() for x, n in zip(logp, n_answer)]
     whole = [x[most - n:].all().float() for x, n in zip(right, n_answer)]
-    return torch.stack(mean_logp), torch.stack(whole)
+    return torch.stack(world.gather(mean_logp)), torch.stack(world.gather(whole))

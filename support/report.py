@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from hypenet import State
+from support import world
 from support.common import write_json
 from support.recall import has_room, recall
 from support.run import bf16, by_slices, peak_gb
@@ -36,13 +37,13 @@ def measure(models, batches):
         return torch.stack(out, 1)                                  # (n, 1 or 4)
     device = models[0].wte.weight.device
     means = []
-    for idx, targets in batches:
+    for idx, targets in world.split(batches):
         idx, targets = idx.to(device), targets.to(device)
         with bf16():
             xs = [model.hidden(idx).flatten(0, 1) for model in models]
             scores = torch.cat(by_slices(one, models[0].config.vocab_size, targets.flatten(), *xs))
         means.append(scores.unflatten(0, idx.shape).mean(1).cpu())
-    return torch.cat(means)
+    return torch.cat(world.gather(means))
 
 
 def losses(model, batches):
@@ -145,9 +146,10 @@ def finish(run, teacher, student, corpus, args):
         layers=student.config.layers, logit_base=student.config.logit_base,
         params=dict(teacher=teacher.n_params(), student=student.n_params()),
         **evaluate(teacher, student, corpus, args), seconds=run.seconds(), peak_gb=peak_gb(args.device)))
-    student.save_pretrained(run.folder)
-    args.tokenizer.save(run.folder)
-    write_json(run.path("report.json"), report)
+    if world.RANK == 0:
+        student.save_pretrained(run.folder)
+        args.tokenizer.save(run.folder)
+        write_json(run.path("report.json"), report)
     print_report(report)
     print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, log.jsonl\n\n"
           f"python sample.py --model {run.folder} --ctx 65536")
@@ -156,14 +158,17 @@ def finish(run, teacher, student, corpus, args):
 
 def finish_pretrained(run, model, corpus, args):
     """The same for a model that was trained from random weights: it has no teacher."""
-    args.tokenizer.save(run.folder)
-    model.save_pretrained(run.folder, torch.bfloat16)               # last: a folder with this file is whole
+    if world.RANK == 0:
+        args.tokenizer.save(run.folder)
+        model.save_pretrained(run.folder, torch.bfloat16)           # last: a folder with this file is whole
     loss = losses(model, corpus.held_out_batches(args.length, args.eval_windows)).mean().item()
     lengths = [n * args.length for n in ((1, 16, 64) if args.hybrid else (1,))]
     found = shares(model, corpus, lengths, args)
-    write_json(run.path("report.json"), dict(
+    report = dict(
         teacher=args.teacher, tokens=run.tokens, device=args.device, text=corpus.facts,
-        layers=model.config.layers, params=model.n_params(), val_loss=loss, **found, seconds=run.seconds()))
+        layers=model.config.layers, params=model.n_params(), val_loss=loss, **found, seconds=run.seconds())
+    if world.RANK == 0:
+        write_json(run.path("report.json"), report)
     print(f"\n{model.n_params():,} parameters, held-out loss {loss:.4f} nats a token, "
           f"{run.seconds() / 60:.1f} minutes")
     for field, by_length in found.items():
@@ -174,8 +179,9 @@ def finish_pretrained(run, model, corpus, args):
 
 def save_usable(run, stage, title, student, corpus, args):
     """Save the model after a group of layers, for use; returns its held-out loss."""
-    student.save_pretrained(run.path(stage))
-    corpus.tokenizer.save(run.path(stage))
+    if world.RANK == 0:
+        student.save_pretrained(run.path(stage))
+        corpus.tokenizer.save(run.path(stage))
     loss = losses(student, corpus.held_out_batches(args.length, args.eval_windows)).mean().item()
     print(f"{title} | held-out loss {loss:.4f} | usable: {run.path(stage)}")
     return loss

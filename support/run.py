@@ -4,9 +4,12 @@
     value = run.once("name", work)                    work() is called once in the life of the run
     progress = run.stage("name", plan, module, optimizer, gradients)
     for step, rows in progress.steps(corpus, rows_of):     goes on where the stage stood
-        loss, norm = progress.compute(rows)           as many rows at once as memory holds
+        loss = progress.compute(rows)                 as many rows at once as memory holds
+        loss, norm = progress.finite(loss, norm)      after the caller has clipped the gradients
         ...                                           the caller updates the weights
         progress.done(step, loss, norm, lr)           one line of the log; sometimes a checkpoint
+
+Of several processes (support/world.py) the first writes all files. They go on, try again and stop together.
 
 A Probe has the interface of a Run. Its stages take a few steps on random ids, and measure what they cost.
 
@@ -29,24 +32,30 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from hypenet import write_file
+from support import shard, world
 from support.common import write_json
 from support.loss import fused
 
 # ---- a run -------------------------------------------------------------------------------------------------
 
 
+class BrokenOff(KeyboardInterrupt):
+    """A signal has ended the gradients of a step, which have changed no weight yet."""
+
+
 class Run:
     """A run and its folder. run.json holds the options, and the results of what is done. After Ctrl-C or
-    SIGTERM the training step in progress ends, a checkpoint is written, then the program leaves."""
+    SIGTERM a checkpoint of the last whole step is written, then the program leaves."""
 
     def __init__(self, folder, options):
         self.folder = folder
         self.options = options
         self.done = {}                                # results by name, see once()
-        self.stop = False                             # whether a signal has asked for the end
+        self.asked = False                            # whether a signal has asked for the end
+        self.can_break = False                        # whether the end need not wait
         self.tokens = 0                               # of all stages so far
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(self.path("run.json")):
+        if world.of_first(os.path.exists(self.path("run.json"))):
             with open(self.path("run.json"), encoding="utf-8") as f:
                 self.done = json.load(f)["done"]
         self.began = time.time() - self.done.get("seconds", 0.0)
@@ -58,13 +67,26 @@ class Run:
             signal.signal(sig, handler)
 
     def on_signal(self, *_):
-        if self.stop:                                 # the second signal ends the program at once
+        if self.asked:                                # the second signal ends the program at once
             raise KeyboardInterrupt
-        self.stop = True
-        print("\nstopping after this step or measurement; a second signal stops at once", file=sys.stderr)
+        self.asked = True
+        if world.SIZE == 1:                           # torchrun sends a signal also where a process failed
+            print("\nstopping; a second signal stops at once", file=sys.stderr)
+        if self.can_break:
+            raise BrokenOff
+
+    def unless_asked(self, work, at_once):
+        """work(at_once), which a signal breaks off; then NaN."""
+        self.can_break = True
+        try:
+            return work(at_once)
+        except BrokenOff:
+            return torch.tensor(math.nan)
+        finally:
+            self.can_break = False
 
     def leave_if_asked(self):
-        if self.stop:
+        if world.any_of(self.asked):
             print(f"\nstopped; go on with --resume {self.folder}", file=sys.stderr)
             raise SystemExit(130)
 
@@ -76,12 +98,13 @@ class Run:
 
     def save(self):
         self.done["seconds"] = self.seconds()
-        write_json(self.path("run.json"), dict(options=self.options, done=self.done))
+        if world.RANK == 0:
+            write_json(self.path("run.json"), dict(options=self.options, done=self.done))
 
     def once(self, name, work):
         """The result of work(), a JSON value. A run that goes on takes the result from run.json."""
         if name not in self.done:
-            self.done[name] = work()
+            self.done[name] = world.of_first(work())
             self.save()
             self.leave_if_asked()
         return self.done[name]
@@ -90,11 +113,15 @@ class Run:
         return Stage(self, name, plan, module, optimizer, gradients)
 
     def log(self, **record):
+        if world.RANK:
+            return
         with open(self.path("log.jsonl"), "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
 
     def trim_log(self, stage, step):
         """Drop the lines of a stage after this step: the run will write them again."""
+        if world.RANK:
+            return
         with open(self.path("log.jsonl"), "a+", encoding="utf-8") as f:
             f.seek(0)
             lines = []
@@ -139,8 +166,8 @@ def options_of(folder):
 class Stage:
     """The progress of one stage. A stage that was stopped goes on from its checkpoint; a stage that has ended
     is only loaded. gradients(rows, at_once) leaves gradients in the parameters that train, computed from so
-    many rows at once, and returns (loss, norm) as a tensor (2,). ValueError if the checkpoint is damaged, the
-    loss is not finite, or memory or disk run out."""
+    many rows at once, and returns the loss as a tensor. ValueError if the checkpoint is damaged, the loss is
+    not finite, memory or disk run out, or another process ends."""
 
     def __init__(self, run, name, plan, module, optimizer, gradients):
         self.run = run
@@ -149,7 +176,15 @@ class Stage:
         self.module = module
         self.optimizer = optimizer
         self.gradients = gradients
-        self.at_once = run.options["micro"] or min(plan.batch, max(1, 2 ** 17 // plan.length))
+        self.mine = -(-plan.batch // world.SIZE)      # rows of a batch that this process takes, at most
+        most = 2 ** 17
+        if shard.is_shared(module):
+            most = shard.TOKENS
+            checkpoint_blocks(module)
+            if plan.batch % world.SIZE:
+                raise ValueError(f"--plan {without_number(name)}.batch={plan.batch}: give a multiple of the "
+                                 f"{world.SIZE} GPUs, which share out the model")
+        self.at_once = run.options["micro"] or min(self.mine, max(1, most // plan.length))
         self.first = 0                                # steps done before this process
         self.computed = 0                             # steps done in this process
         self.mean = None                              # of the loss, over about 20 steps
@@ -157,27 +192,30 @@ class Stage:
         self.pause = 120.0                            # seconds between two checkpoints
         run.tokens += plan.total
         self.load()
+        if not shard.is_shared(module):
+            world.equalise(module.parameters())
 
     def load(self):
         self.file = self.run.path(f"{self.name}.pt")
         if os.path.exists(self.file):
             try:
                 saved = torch.load(self.file, map_location="cpu", weights_only=True)
-                self.module.load_state_dict(saved["module"], strict=False)
+                shard.load(self.module, self.optimizer, saved)
                 self.first = saved["step"]
                 self.mean = saved["mean"]
-                if "optimizer" in saved:
-                    self.optimizer.load_state_dict(saved["optimizer"])
             except Exception:                         # torch raises several types
                 raise ValueError(f"{self.file} is damaged; remove it to train this stage again") from None
         if self.first < self.plan.steps:
             self.run.trim_log(self.name, self.first)
 
-    def save(self, step):
+    def save(self, step, by_all=False):
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         state = dict(step=step, mean=self.mean, module=trained)
         if step < self.plan.steps:                    # after the last step nobody needs the optimizer
             state["optimizer"] = self.optimizer.state_dict()
+        state = shard.whole(state)
+        if world.RANK and not by_all:
+            return
         try:
             write_file(self.file, lambda tmp: torch.save(state, tmp))
         except (OSError, RuntimeError) as e:          # RuntimeError: torch's own on a full disk
@@ -200,19 +238,51 @@ class Stage:
         corpus.advance(self.plan)
 
     def compute(self, rows):
-        """Gradients of a batch; returns loss and norm. The first step compiles what there is to compile, and
-        finds how many rows fit; the third is recorded. ValueError if loss or norm is not finite."""
+        """Gradients of a batch, summed over the processes; returns the loss. The first step compiles what
+        there is to compile, and finds how many rows fit; the third is recorded."""
         self.computed += 1
-        if self.computed == 3 and self.at_once >= self.plan.batch:
+        in_one = self.at_once >= self.mine and self.plan.batch >= world.SIZE
+        if self.computed == 3 and in_one and not shard.is_shared(self.module):
             self.module.zero_grad()                   # the recording allocates gradients of its own
             work = partial(self.gradients, at_once=self.at_once)
             self.replay = recorded(work, rows, self.run.options["plain"])
+            if world.any_of(self.replay is None):
+                self.replay = None
+        return self.together(self.first + self.computed - 1, partial(self.sums, rows))
+
+    def sums(self, rows):
+        """Gradients and loss. A signal to any process ends the run here, before the step changes a weight."""
+        work = partial(self.gradients, rows)
         if self.replay:
-            result = self.replay(rows)
+            loss = self.replay(rows)
+        elif shard.is_shared(self.module):            # a step that waits for others cannot be tried again
+            loss = work(self.at_once)
         else:
-            work = partial(self.gradients, rows)
-            result, self.at_once = within_memory(self.name, self.module, self.at_once, work)
-        loss, norm = result.tolist()
+            work = partial(self.run.unless_asked, work)
+            loss, self.at_once = within_memory(self.name, self.module, self.at_once, work)
+        asked = self.run.asked
+        if world.SIZE > 1:
+            loss, asked = torch.tensor(world.total(loss, asked))
+        if asked:
+            self.save(self.first + self.computed - 1)
+            self.run.leave_if_asked()
+        if not shard.is_shared(self.module):          # else they are sums already
+            world.sum_gradients([p for p in self.module.parameters() if p.requires_grad])
+        return loss
+
+    def together(self, step, work):
+        """work(), for which the processes wait for each other. If one ends, all others write the checkpoint
+        after this step, because the one that ended may be the first."""
+        try:
+            return work()
+        except world.Lost as error:
+            if not shard.is_shared(self.module):
+                self.save(step, by_all=True)
+            raise ValueError(f"{error}; go on with --resume {self.run.folder}") from None
+
+    def finite(self, loss, norm):
+        """Loss and norm of a step as numbers; ValueError if one is not finite."""
+        loss, norm = float(loss), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             kept = f"last checkpoint {self.file}" if os.path.exists(self.file) else "no checkpoint yet"
             raise ValueError(f"{self.name}: loss {loss:.3g}, gradient norm {norm:.3g} at step "
@@ -233,7 +303,8 @@ class Stage:
             tqdm.write(f"{self.name:9s}{step + 1:6,}/{steps:,} | loss {self.mean:.4f} | norm {norm:.2f} | "
                        f"lr {lr:.1e} | {ms:,.0f} ms | {speed:,.0f} tok/s")
         self.bar.set_postfix_str(f"loss {self.mean:.4f}", refresh=False)
-        if step + 1 == steps or self.run.stop or now - self.saved_at > self.pause:
+        due = world.RANK == 0 and now - self.saved_at > self.pause
+        if step + 1 == steps or self.together(step + 1, lambda: world.any_of(self.run.asked, due)):
             self.save(step + 1)
             self.run.leave_if_asked()
             self.saved_at = self.tick = time.time()
@@ -272,6 +343,10 @@ class Probe:
         self.n_vocab = n_vocab
         self.tokens = 0
         self.found = {}
+        self.asked = False                            # a signal ends a probe at once
+
+    def unless_asked(self, work, at_once):
+        return work(at_once)
 
     def once(self, name, work):
         """A probe measures stages alone."""
@@ -296,18 +371,24 @@ class ProbeStage(Stage):
         rows = torch.randint(self.run.n_vocab, shape, device=device)
         for step in range(5):
             if step < 3 or self.replay:
-                yield step, rows[:self.at_once]       # one part of a batch: the others cost the same
+                yield step, rows[:self.at_once * world.SIZE]      # one part of a batch: others cost the same
         checkpoint_blocks(self.module, on=False)
-        speed = self.at_once * self.plan.length / self.seconds
+        speed = self.at_once * world.SIZE * self.plan.length / world.of_first(self.seconds)
         self.run.found[without_number(self.name)] = (self.at_once, speed, peak_gb(device.type))
 
     def compute(self, rows):
         if rows.is_cuda and not self.replay:          # a replay allocates nothing
             torch.cuda.reset_peak_memory_stats(rows.device)
-        began = time.time()
-        loss, norm = super().compute(rows)
-        self.seconds = time.time() - began
-        return loss, norm
+        self.began = time.time()
+        return super().compute(rows)
+
+    def finite(self, loss, norm):
+        found = super().finite(loss, norm)
+        self.seconds = time.time() - self.began
+        return found
+
+    def together(self, step, work):
+        return work()
 
     def done(self, step, loss, norm, lr):
         """A probe has no log."""
@@ -338,12 +419,16 @@ def checkpointed(module):
 
 def within_memory(stage, module, at_once, work):
     """work(at_once), and the rows at once that fitted. Where memory runs out, half the rows are tried; at one
-    row the blocks are checkpointed. work has changed no weight yet, so a second try gives the same result."""
+    row the blocks are checkpointed. work has changed no weight yet, so a second try gives the same result.
+    If one process must try again, all do."""
     while True:
+        found = None
         try:
-            return work(at_once), at_once
+            found = work(at_once)
         except torch.OutOfMemoryError:
             pass                                      # memory is freed only after the handler
+        if not world.any_of(found is None):
+            return found, at_once
         module.zero_grad()
         torch.cuda.empty_cache()
         if at_once > 1:

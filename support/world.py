@@ -1,0 +1,178 @@
+"""Several processes that work together, one for each GPU, on one machine or several. torchrun starts them:
+
+    torchrun --nproc_per_node=4 halo.py --teacher smollm2
+
+Every process makes the same batches and holds the same weights. Each takes a share of the rows, and gradients
+are summed: losses and weights are those of one process. Questions and held-out text are shared out too.
+Process 0 alone prints and writes files. Started without torchrun, nothing here does anything.
+
+    begin, join, fail, leave       from start to end
+    parts, split, gather           each process takes its share; all get all results
+    total, any_of, sum_gradients   sums over the processes
+    of_first, in_turn, equalise    what process 0 decides, and what it does before the others
+"""
+import atexit
+import datetime
+import itertools
+import os
+import sys
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+MANY = dist.is_available() and dist.is_torchelastic_launched()
+SIZE = int(os.environ["WORLD_SIZE"]) if MANY else 1                # processes in all
+RANK = int(os.environ["RANK"]) if MANY else 0                      # the number of this one
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if MANY else 0          # its number on this machine
+STORE = None                         # what torchrun keeps for all processes
+BUCKET = 2 ** 26                     # gradients that are summed at once
+WAIT = datetime.timedelta(days=1)    # for process 0, which may read much text; ended processes show at once
+
+
+class Lost(ValueError):
+    """Another process does not answer."""
+
+
+# ---- from start to end -------------------------------------------------------------------------------------
+
+
+def begin():
+    """Find the other processes, take a GPU, and let process 0 alone print."""
+    global STORE
+    if SIZE == 1 or STORE:
+        return
+    STORE, *_ = next(dist.rendezvous("env://"))
+    if LOCAL_RANK < torch.cuda.device_count():
+        torch.cuda.set_device(LOCAL_RANK)
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def join(device):
+    """Let the processes talk, each from its GPU or from the CPU. Returns device, as it was given."""
+    if SIZE == 1 or dist.is_initialized():
+        return device
+    kind, _, index = device.partition(":")
+    if kind not in ("cuda", "cpu") or index:
+        raise ValueError(f"--device {device}: under torchrun give cuda or cpu")
+    if kind == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
+        raise ValueError(f"torchrun started more processes than this machine has GPUs, "
+                         f"{torch.cuda.device_count()}; lower --nproc_per_node")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=WAIT, store=STORE,
+                            rank=RANK, world_size=SIZE)
+    atexit.register(dist.destroy_process_group)
+    return device
+
+
+def fail():
+    """Before an error is printed: of all processes, let the first one that fails print alone."""
+    if STORE:
+        sys.stderr = sys.__stderr__ if STORE.add("failed", 1) == 1 else open(os.devnull, "w")
+
+
+def leave(status):
+    """End this process after an error. Ordinary ways to end may wait for processes that have ended."""
+    if SIZE > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+@contextmanager
+def talk():
+    """Around what waits for other processes. Lost if one has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost("another process of this run has ended") from error
+
+
+# ---- shares ------------------------------------------------------------------------------------------------
+
+
+def split(items):
+    """The share of this process: rows of a tensor, or items of a list."""
+    return items[RANK::SIZE]
+
+
+def parts(rows, at_once):
+    """The share of this process in rows, at most at_once rows at a time; none where rows are too few."""
+    mine = split(rows)
+    return mine.split(at_once) if len(mine) else ()
+
+
+def gather(mine):
+    """The results of all processes for a split list, in the order of the list."""
+    if SIZE == 1:
+        return mine
+    found = [None] * SIZE
+    with talk():
+        dist.all_gather_object(found, mine)
+    in_turns = itertools.zip_longest(*found, fillvalue=gather)       # a value that no list has
+    return [item for items in in_turns for item in items if item is not gather]
+
+
+# ---- sums --------------------------------------------------------------------------------------------------
+
+
+def total(*numbers):
+    """The sum of each number over the processes, a list of floats."""
+    sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+    if SIZE > 1:
+        with talk():
+            dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def any_of(*flags):
+    """Whether any flag is set in any process."""
+    return any(total(*flags))
+
+
+def sum_gradients(params):
+    """Sum the gradients of parameters over the processes, in place. No gradient counts as 0."""
+    if SIZE == 1:
+        return
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    grads = [p.grad for p in params]
+    ends = itertools.accumulate(g.numel() for g in grads)
+    for _, bucket in itertools.groupby(zip(ends, grads), key=lambda pair: pair[0] // BUCKET):
+        bucket = [g for _, g in bucket]
+        flat = torch.cat([g.flatten() for g in bucket])
+        with talk():
+            dist.all_reduce(flat)
+        sums = flat.split([g.numel() for g in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(sums, bucket)])
+
+
+# ---- process 0 ---------------------------------------------------------------------------------------------
+
+
+def of_first(value):
+    """The value, an object, that process 0 gives. What the others give does not count."""
+    found = [value]
+    if SIZE > 1:
+        with talk():
+            dist.broadcast_object_list(found)
+    return found[0]
+
+
+def in_turn(work):
+    """work() in every process, on each machine in one process before the others. What the first one downloads
+    or keeps in a cache, the others find."""
+    if LOCAL_RANK:
+        total(0)
+    result = work()
+    if not LOCAL_RANK:
+        total(0)
+    return result
+
+
+@torch.no_grad()
+def equalise(params):
+    """Give all processes the weights of process 0. GPUs may differ in the last bit of what they compute."""
+    for p in params if SIZE > 1 else ():
+        with talk():
+            dist.broadcast(p.detach(), 0)
