@@ -158,6 +158,7 @@ def test_some_ids_are_never_drawn():
     assert len(odd) == 200 and all(id % 2 for id in odd)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("prompts", [
     [list(range(50))], [[1], list(range(60)), [3] * 7, [5] * 33]], ids=["1", "4"])
@@ -175,6 +176,7 @@ def test_graph_is_the_plain_path(name, prompts, monkeypatch):
         model, prompts, 50, temperature=1.0, seed=3, graph=False)
 
 
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("name", ["hype", "teacher llama3", "article"])
 def test_kernels_in_bf16_round_no_more_than_the_plain_layers(name, monkeypatch):
@@ -201,6 +203,7 @@ def test_kernels_in_bf16_round_no_more_than_the_plain_layers(name, monkeypatch):
     assert rmse(fused, plain) <= 1.3 * rmse(plain, exact)                   # two roundings apart
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["hype", "article", "article gpt2", "teacher gpt2"])
 def test_compiled_functions_are_those_written(name):
     """Compiled, each small function is one whole graph; loss, gradients, a prefill in segments stay."""
@@ -2008,12 +2011,12 @@ def test_recall_of_answers_of_many_lengths():
     def windows(rng, n, length, prose=False):
         return rng.integers(100, 120, (n, length))
     corpus = types.SimpleNamespace(tokenizer=Pairs(), windows=windows)
-    logp, hits = recall.recall(model, corpus, 128, 9)
+    logp, _ = recall.recall(model, corpus, 128, 9)
     rng, lengths = np.random.default_rng([0, 128]), set()
     for i, window in enumerate(windows(rng, 9, 128)):
         ids, n = recall.plant(corpus.tokenizer, window, rng, depth=(i % 5) / 4)
-        one = recall.answers(model, torch.from_numpy(ids)[None], n)
-        assert logp[i].item() == pytest.approx(one[0].mean().item(), rel=1e-4) and hits[i] == one[1].all()
+        one, _ = recall.answers(model, torch.from_numpy(ids)[None], n)
+        assert logp[i].item() == pytest.approx(one.mean().item(), rel=1e-4)
         lengths.add(n)
     assert len(lengths) > 1
 
@@ -2266,11 +2269,11 @@ def test_what_cannot_fit_is_refused(monkeypatch, tmp_path):
         article = options("article", tokenizer=tokenizer)
         cli.probe(halo, teacher, None, dict(group=a_plan(640, 64, 5)), article)
     for plans, args in ((dict(align=None), options()), (dict(group=None), options("article"))):
-        gigabytes = cli.disk_bytes(halo, teacher, plans, args)
-        cli.check_disk(tmp_path / "run", gigabytes)
-        with monkeypatch.context() as patch, one_line("--out", str(tmp_path)):
-            patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
-            cli.check_disk(tmp_path / "a" / "run", gigabytes)
+        n_bytes = cli.disk_bytes(halo, teacher, plans, args)
+        for free in n_bytes, n_bytes - 1:
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+            with one_line("--out", str(tmp_path)) if free < n_bytes else contextlib.nullcontext():
+                cli.check_disk(tmp_path / "a" / "run", n_bytes)
 
 
 def test_plans_of_real_teachers(monkeypatch, tmp_path):

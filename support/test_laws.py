@@ -1,0 +1,404 @@
+"""Laws that a fault of one line would break: steps of training, fields of files, options of generation, the
+clock, signals and files of a run. support/faults.py lists such faults."""
+
+import json
+import os
+import signal
+import stat
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from test_hypenet import (  # noqa: F401
+    DEVICE, GPU, T, a_plan, convert, home, inputs, log_of, needs_triton, one_line, options, rmse, scan,
+    some_documents, some_ids, tiny, write_documents)
+
+import halo
+import hypenet
+import kernel
+import sample
+import support.fast as fast
+import support.options as cli
+import support.pretrained as pretrained
+import support.recall as recall
+import support.run as run
+import support.text as text
+from hypenet import HypeNet
+from support.tokens import Tokenizer
+from test_support import assert_same_logits, needs_transformers, teacher
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Stands in for a Corpus. Every step has the same rows, or rows that hold the number of the step."""
+    seed = 0
+
+    def __init__(self, given=None):
+        self.given = given
+
+    def rows(self, stage, plan):
+        if self.given is not None:
+            return lambda step: self.given
+        return lambda step: np.full((plan.batch, plan.length + 1), step)
+
+    def advance(self, plan):
+        pass
+
+
+def train(folder, stages, module, loss_fn, corpus):
+    """Run stages {name: plan} by halo.train in a folder. Each parameter is a group of its own."""
+    a_run = run.Run(str(folder), dict(micro=None, plain=True))
+    try:
+        for stage, plan in stages.items():
+            halo.train(a_run, stage, plan, corpus, module, [[p] for p in module.parameters()], loss_fn)
+    finally:
+        a_run.close()
+
+
+def adamw(slopes, lr):
+    """How far AdamW moves a weight, by its formula: betas 0.9 and 0.95, gradients clipped to norm 1."""
+    w = m = v = 0
+    for step, g in enumerate(slopes, 1):
+        g = g / max(1, g.norm())
+        m = 0.9 * m + 0.1 * g
+        v = 0.95 * v + 0.05 * g * g
+        w = w - lr * (m / (1 - 0.9 ** step)) / ((v / (1 - 0.95 ** step)).sqrt() + 1e-8)
+    return w
+
+
+def test_steps_are_those_of_adamw(tmp_path):
+    """Betas are 0.9 and 0.95. Each group is clipped to norm 1 by itself. The log has the largest norm."""
+    rng = torch.Generator().manual_seed(0)
+    small, large = [0.1, 0.3, 0.2, 0.9, 0.4, 0.8], [0.6, 9.0, 1.5, 30.0, 0.7, 3.0]
+    slopes = [[norm * F.normalize(torch.randn(1, 5, generator=rng)) for norm in norms]
+              for norms in (small, large)]
+    module = torch.nn.ParameterList(torch.zeros_like(each[0]) for each in slopes)
+
+    def loss_fn(idx, targets):
+        for w, slope in zip(module, slopes):
+            yield (w * slope[idx[0, 0]]).sum()
+    train(tmp_path, dict(distil=a_plan(6 * 4, 2, 2)), module, loss_fn, Rows())
+    for w, slope in zip(module, slopes):
+        assert rmse(w, adamw(slope, 1e-3)) < 1e-4
+    logged = [record["norm"] for record in log_of(tmp_path)]
+    assert logged == pytest.approx([max(pair) for pair in zip(small, large)], rel=1e-4)
+
+
+def test_stages_read_text_that_no_earlier_stage_has_read(tmp_path):
+    """Stages of one run read disjoint text. A run that goes on reads what it would have read."""
+    write_documents(tmp_path / "text.jsonl", some_documents())
+    plans = dict(align=a_plan(640, 32, 4), distil=a_plan(320, 16, 4), finetune=a_plan(640, 32, 4))
+    seen = {}
+
+    def run_stages(folder, *stages):
+        module = torch.nn.ParameterList([torch.zeros(1)])
+        corpus = text.Corpus(Tokenizer.bytes(), [str(tmp_path / "text.jsonl")], cell=32)
+        for stage in stages:
+            found = seen[folder, stage] = set()
+
+            def loss_fn(idx, targets):
+                found.update(bytes(part.tolist()) for row in idx for part in row.split(16))
+                yield module[0].sum()
+            train(tmp_path / folder, {stage: plans[stage]}, module, loss_fn, corpus)
+    run_stages("whole", *plans)
+    run_stages("stopped", "align", "distil")
+    run_stages("stopped", *plans)
+    pieces = [seen["whole", stage] for stage in plans]
+    assert sum(map(len, pieces)) == len(set.union(*pieces)) == 40 + 20 + 40
+    assert seen["stopped", "finetune"] == seen["whole", "finetune"] and not seen["stopped", "distil"]
+
+
+def aligned(monkeypatch, teacher, rows, args):
+    """Stage 1 without its training: the twins, the groups that are clipped, and the loss."""
+    made = []
+    monkeypatch.setattr(halo, "train", lambda run, stage, plan, corpus, *rest: made.extend(rest))
+    config = halo.student_config(teacher.config, "L" * len(teacher.blocks), args)
+    halo.align(None, teacher, config, Rows(rows.numpy()), a_plan(100, 24, 4), args)
+    return made
+
+
+def test_a_twin_that_says_nothing_has_loss_1(monkeypatch):
+    """Stage 1 divides a layer's error by the mean square of its target. Each twin is clipped by itself."""
+    old, rows = tiny(dtype=torch.float32, layers="AAAA"), some_ids(4, 25)
+    twins, groups, loss_fn = aligned(monkeypatch, old, rows, options())
+    assert [set(map(id, group)) for group in groups] == [set(map(id, twin.parameters())) for twin in twins]
+    for twin in twins:
+        twin.out.weight.data.zero_()
+    assert [term.item() for term in loss_fn(rows[:, :-1], rows[:, 1:])] == pytest.approx([1.0] * 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_a_twin_starts_as_its_options_say(decay, monkeypatch):
+    """A new forget gate keeps the share --retention. The twin has its teacher's weights and gains of QK-norm,
+    or random ones with --transfer off."""
+    old, rows = tiny(dtype=torch.float32, layers="AA"), some_ids(4, 25)
+    for transfer in "on", "off":
+        args = options(decay=decay, retention=0.9, transfer=transfer)
+        for twin, block in zip(aligned(monkeypatch, old, rows, args)[0], old.blocks):
+            assert torch.allclose(twin.log_decay(torch.randn(1, 3, 32)).exp(), torch.tensor(0.9))
+            theirs = block.mixer.state_dict()
+            for name, w in twin.state_dict().items():
+                if name in ("q_norm.weight", "k_norm.weight"):
+                    assert w.equal(theirs[name]) == (transfer == "on"), name
+            assert twin.qkvz.weight[:32].equal(theirs["qkvz.weight"][:32]) == (transfer == "on")
+
+
+@pytest.mark.parametrize("stages, chunks, length", [
+    (dict(finetune=96), 0, 4 * 96), (dict(finetune=8), 0, 64), (dict(group=64), 0, 16 * 64),
+    (dict(group=64), 15, 15 * 8)], ids=str)
+def test_the_base_is_fitted_past_all_training(stages, chunks, length, monkeypatch):
+    """Loss and recall choose `a` at 4 times the length of stage 3, or 16 times that of the groups, as far as
+    the model knows positions."""
+    student, seen = tiny(**dict(chunk=8, n_chunks=chunks) if chunks else {}), set()
+    monkeypatch.setattr(halo, "recall", lambda model, corpus, n, *_, **__: (seen.add(n) or torch.zeros(1),))
+    monkeypatch.setattr(halo, "losses", lambda *_: torch.zeros(1))
+    corpus = types.SimpleNamespace(held_out_batches=lambda n, count, seed: seen.add(n))
+    plans = {stage: a_plan(1000, n, 1) for stage, n in stages.items()}
+    args = options(length=64, logit_base="fit", varied=0.0)
+    halo.choose_logit_base(types.SimpleNamespace(once=lambda _, work: work()), student, corpus, plans, args)
+    assert seen == {length}
+
+
+def test_recall_judges_the_columns_of_the_answer(monkeypatch):
+    """Of prompts with answers of 2, 4 and 3 ids the last 2, 4 and 3 columns count, whatever stands before."""
+    right = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    logp = torch.tensor([[9.0, 9, -1, -3], [-1, -2, -3, -4], [9, -1, -1, -4]])
+    prompts = np.zeros((3, 9), np.int64)
+    monkeypatch.setattr(recall, "make_prompts", lambda *_: (prompts, [2, 4, 3]))
+    monkeypatch.setattr(recall, "answers", lambda model, part, most: (logp[:, -most:], right[:, -most:]))
+    mean, whole = recall.recall(tiny(), None, 9, 3)
+    assert mean.tolist() == [-2.0, -2.5, -2.0] and whole.tolist() == [1.0, 0.0, 0.0]
+
+
+# ---- loading -----------------------------------------------------------------------------------------------
+
+GPT2 = dict(model_type="gpt2", vocab_size=61, n_embd=32, n_head=4, n_positions=T, n_layer=2)
+LLAMA = dict(model_type="llama", vocab_size=61, hidden_size=32, num_attention_heads=4, intermediate_size=64,
+             max_position_embeddings=T, num_hidden_layers=2)
+QWEN3 = dict(LLAMA, model_type="qwen3", num_key_value_heads=2)
+FIELDS = [  # a config.json, a field, our name for it, our value without the field and with it
+    (GPT2, dict(layer_norm_epsilon=0.1), "norm_eps", 1e-5, 0.1),
+    (GPT2, dict(n_inner=40), "n_hidden", 128, 40),
+    (GPT2, dict(tie_word_embeddings=False), "tied", True, False),
+    (LLAMA, dict(rms_norm_eps=0.1), "norm_eps", 1e-6, 0.1),
+    (LLAMA, dict(tie_word_embeddings=True), "tied", False, True),
+    (LLAMA, dict(head_dim=16), "head_dim", 8, 16), (LLAMA, dict(num_key_value_heads=2), "n_kv_head", 4, 2),
+    (LLAMA, dict(rope_theta=5e5), "rope_theta", 1e4, 5e5),
+    (LLAMA, dict(attention_bias=True), "qkv_bias", False, True),
+    (LLAMA, dict(attention_bias=True), "out_bias", False, True),
+    (LLAMA, dict(mlp_bias=True), "mlp_bias", False, True),
+    (QWEN3, dict(rms_norm_eps=0.1), "norm_eps", 1e-6, 0.1), (QWEN3, dict(head_dim=16), "head_dim", 128, 16),
+    (QWEN3, dict(tie_word_embeddings=True), "tied", False, True),
+]
+
+
+@pytest.mark.parametrize("given, field, ours, without, value", FIELDS, ids=str)
+def test_a_field_of_a_config_counts(given, field, ours, without, value):
+    """A field of config.json has its value in ours. A field that is absent has the value of transformers."""
+    assert getattr(pretrained.translate(given | field, "x")[0], ours) == value
+    assert getattr(pretrained.translate(given, "x")[0], ours) == without
+
+
+@needs_transformers
+@pytest.mark.parametrize("name, changes", [
+    ("gpt2 untied", dict(layer_norm_epsilon=0.5)), ("qwen3 tied", dict(rms_norm_eps=0.5))])
+def test_a_large_epsilon_gives_the_logits_of_transformers(name, changes, tmp_path):
+    """An epsilon of 0.5 changes every norm, of q and k too: the logits are still those of transformers."""
+    theirs = teacher(name, tmp_path, **changes)
+    assert_same_logits(pretrained.load(tmp_path), theirs)
+
+
+def test_every_norm_adds_the_epsilon_of_the_config():
+    """Norms of q, k and o divide by the root of mean square + norm_eps."""
+    model = tiny(norm_eps=0.5)
+    x, where = torch.randn(1, 1, 32, dtype=torch.float64), hypenet.locate(model.config, torch.zeros(1, 1))
+
+    def norm(x, module):
+        return x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt() * module.weight
+    linear, attention = (model.blocks[i].mixer for i in (0, 1))
+    q, k, v, z = (t[0, 0] for t in linear.qkvz(x).split(linear.sizes, -1))
+    q, k, v = (t.view(4, 8) for t in (q, k, v))
+    o = (norm(q, linear.q_norm) * norm(k, linear.k_norm)).sum(1, keepdim=True) * v / 8 ** 0.5
+    assert rmse(linear.mix(x, where)[0, 0], norm(o.flatten(), linear.norm) * torch.sigmoid(z)) < 1e-6
+    for out, ref, module in zip(attention.project(x, where), attention.qkvz(x).split(attention.sizes, -1),
+                                (attention.q_norm, attention.k_norm)):
+        assert rmse(out.flatten(), norm(ref.view(-1, 8), module).flatten()) < 1e-6
+
+
+# ---- one token at a time -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("act", ["swiglu", "gelu", "logsigmoid", None])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_fused_linear_is_its_formula(norm, act):
+    """act((norm(x) * sigmoid(gate)) W^T + bias) + residual, for 24 inputs: no power of two."""
+    rng = torch.Generator().manual_seed(0)
+
+    def some(*shape):
+        return torch.randn(shape, generator=rng).to(DEVICE)
+    K, N = 24, 20
+    x, gate, residual = some(2, K) + 1, some(2, K), some(2, N)
+    weight, bias = some(2 * N if act == "swiglu" else N, K), some(2 * N if act == "swiglu" else N)
+    gain, shift = some(K) if norm else None, some(K) if norm == "layer" else None
+    h = x if norm is None else hypenet.normed(x, gain, shift, 0.3)
+    y = (h * torch.sigmoid(gate)) @ weight.T + bias
+    if act == "swiglu":
+        y = F.silu(y[:, :N]) * y[:, N:]
+    elif act:
+        y = F.gelu(y, approximate="tanh") if act == "gelu" else F.logsigmoid(y)
+    out = fast.fused_linear(x, weight, bias, (gain, shift), 0.3, gate, act, residual)
+    assert rmse(out, y + residual) < 1e-5
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("layers", ["L", "A"])
+def test_a_token_of_an_odd_model_is_read_by_the_plain_layers_formula(layers, monkeypatch):
+    """Two heads share each k and v, the width is 24, and norms add 0.3: the kernels give the plain logits."""
+    monkeypatch.setattr(fast, "has_kernels", lambda x, *sizes: True)
+    biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
+    model = tiny(dtype=torch.float32, layers=layers, n_embd=24, linear_kv_head=2, norm="layer", norm_eps=0.3,
+                 **biases).to(DEVICE)
+    states = [model.init_state(2, 9) for _ in range(2)]
+    for idx in some_ids(3, 2, 1).to(DEVICE):
+        plain, fused = model.hidden(idx, states[0]), fast.read(model, idx, states[1])
+        assert rmse(fused, plain) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="Triton's interpreter cannot do bf16: this law needs a GPU")
+@pytest.mark.parametrize("shape", ["head", "token", "channel"])
+def test_decays_in_bf16_are_their_values(shape):
+    """Decays that bf16 holds exactly give the scan and gradients of the same decays in float32."""
+    q, k, v, g, state = (x.bfloat16() for x in inputs(shape, 100, dtype=torch.float32))
+    state = state.float()
+    for out, ref in zip(scan([q, k, v, g, state], "triton"), scan([q, k, v, g.float(), state], "triton")):
+        assert rmse(out, ref) < 1e-2
+
+
+@needs_triton
+def test_each_kind_of_scan_has_its_own_warning(monkeypatch):
+    """A kind of scan that Triton cannot compile warns once. Another kind is tried, and warns for itself."""
+    def give_up(*_):
+        raise kernel.triton.TritonError("out of resource")
+    for name, value in dict(_not_compiled=set(), _pick_backend=lambda *_: "triton", _triton_forward=give_up,
+                            interpreted=lambda: False).items():
+        monkeypatch.setattr(kernel, name, value)
+    with pytest.warns(UserWarning) as warned:
+        for K in (24, 16, 24):
+            tensors = inputs("head", 5, K=K, dtype=torch.float32)
+            assert rmse(kernel.chunked_scan(*tensors)[0], kernel.scan_torch(*tensors, 1.0)[0]) < 1e-6
+    wanted = "Triton cannot compile the scan (TritonError): PyTorch runs it, slower"
+    assert [str(warning.message) for warning in warned] == [wanted] * 2
+
+
+# ---- sample.py ---------------------------------------------------------------------------------------------
+
+
+def sampled(model, stops, *flags):
+    """The ids that sample.py writes after a prompt. A document ends with id 99, a text with any of stops."""
+    args = sample.get_args(["--prompt", "a", "--tokens", "40", "--device", "cpu", *flags])
+    characters = types.SimpleNamespace(push=str, flush=str)
+    tokenizer = types.SimpleNamespace(stops=stops, end=99, n_vocab=61, holes=[], decode=str,
+                                      stream_decoder=lambda: characters)
+    return sample.write(args, tokenizer, model, model.init_state(1, 43), [1, 2, 3])[0]
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(temperature=0.7, seed=3), dict(temperature=1.5, seed=4, top_k=20),
+    dict(temperature=2.5, seed=4, top_p=0.9)], ids=str)
+def test_sample_writes_what_generate_says(options, capsys):
+    """sample.py's ids are those of HypeNet.generate with its temperature, seed, top-k and top-p."""
+    model = tiny(dtype=torch.float32)
+    flags = [word for name, x in options.items() for word in (f"--{name.replace('_', '-')}", str(x))]
+    assert sampled(model, {99}, *flags) == model.generate([[1, 2, 3]], 40, **options)[0]
+
+
+def test_every_stop_id_ends_the_text(capsys):
+    """Whichever of the tokenizer's stop ids comes first ends the text, and is not part of it."""
+    model, flags = tiny(dtype=torch.float32), ("--temperature", "1", "--seed", "5")
+    ids = sampled(model, {99}, *flags)
+    for n in (7, 12, 39):
+        assert sampled(model, {ids[n], 99}, *flags) == ids[:ids.index(ids[n])]
+
+
+# ---- a run's clock, signals, files -------------------------------------------------------------------------
+
+
+def test_a_second_signal_stops_at_once(tmp_path, capsys):
+    """The first SIGINT or SIGTERM asks for the end, the second raises. close() gives both back."""
+    before = [signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)]
+    for first in signal.SIGINT, signal.SIGTERM:
+        a_run = run.Run(str(tmp_path), {})
+        signal.raise_signal(first)
+        assert a_run.stop and "second signal" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        a_run.close()
+    assert [signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_seconds_count_on_over_a_resume(tmp_path):
+    """A run that goes on after 100 seconds has taken more than 100, and not the time between."""
+    a_run = run.Run(str(tmp_path), {})
+    a_run.began -= 100
+    a_run.save()
+    a_run.close()
+    done = json.loads((tmp_path / "run.json").read_text())["done"]
+    again = run.Run(str(tmp_path), {})
+    again.close()
+    assert done["seconds"] >= 100 and done["seconds"] <= again.seconds() < 130
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
+@pytest.mark.parametrize("mask", [0o022, 0o007, 0o077], ids=oct)
+def test_written_files_have_the_mode_of_the_umask(mask, tmp_path):
+    """Whoever may read other files of the user may read a model too: modes are 666 without the umask."""
+    before = os.umask(mask)
+    try:
+        tiny(dtype=torch.float32).save_pretrained(tmp_path)
+        Tokenizer.bytes().save(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert modes == {0o666 & ~mask} and len(list(tmp_path.iterdir())) >= 3
+
+
+# ---- what a run will cost ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0, 5e6])
+def test_hours_are_operations_over_the_measured_rate(weight, monkeypatch):
+    """Hours are 8 operations per parameter and token, at half the rate of a product of 2^30 in a second."""
+    seconds = iter(range(100))
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(seconds))
+    params = weight / 2 or HypeNet(halo.TEACHERS["mini"]).n_params()
+    with one_line(f"about {8 * params * 3e8 / 2 ** 30 / 3600:,.1f} hours"):
+        cli.check_hours(halo, types.SimpleNamespace(teacher="mini"), "mini", weight, 3e8)
+
+
+@pytest.mark.parametrize("recipe", halo.RECIPES)
+def test_a_run_takes_the_disk_that_was_forecast(recipe, home, tmp_path, monkeypatch):
+    """At its fullest moment the folder of a run takes what disk_bytes says, to a fifth."""
+    forecast, most = [], [0]
+
+    def check_disk(folder, n_bytes):
+        forecast.append(n_bytes)
+
+    def replace(tmp, path, plain=os.replace):
+        most.append(sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file()))
+        plain(tmp, path)
+    monkeypatch.setattr(cli, "check_disk", check_disk)
+    monkeypatch.setattr(os, "replace", replace)
+    every_step = property(lambda stage: -1, lambda stage, seconds: None)
+    monkeypatch.setattr(run.Stage, "pause", every_step, raising=False)
+    more = ["--layers", "ends", "--trials", "1"] + ["--max-ctx", "6200"] * (recipe == "article")
+    convert(home, tmp_path / "run", "--recipe", recipe, *more, steps=3)
+    assert max(most) == pytest.approx(forecast[0], rel=0.2)
