@@ -1,8 +1,10 @@
 """Laws that a fault of one line would break: steps of training, fields of files, options of generation, the
 clock, signals and files of a run. support/faults.py lists such faults."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import stat
 import sys
@@ -43,7 +45,7 @@ class Rows:
 
     def rows(self, stage, plan):
         if self.given is not None:
-            return lambda step: self.given
+            return lambda step: self.given.copy()
         return lambda step: np.full((plan.batch, plan.length + 1), step)
 
     def advance(self, plan):
@@ -175,6 +177,103 @@ def test_recall_judges_the_columns_of_the_answer(monkeypatch):
     assert mean.tolist() == [-2.0, -2.5, -2.0] and whole.tolist() == [1.0, 0.0, 0.0]
 
 
+def converted(monkeypatch, recipe, plans, **changes):
+    """A conversion without its training: the student, and the plan of each stage."""
+    seen = {}
+    monkeypatch.setattr(halo, "train", lambda run, stage, plan, *_: seen.update({stage: plan}))
+    old, corpus = tiny(dtype=torch.float32, layers="AAAA"), Rows(some_ids(4, 25).numpy())
+    args = options(recipe, layers="ends", logit_base="none", length=24, **changes)
+    return halo.convert(types.SimpleNamespace(once=lambda *_: None), old, corpus, plans, args), seen
+
+
+def test_every_stage_trains_by_its_own_plan(monkeypatch):
+    """align, distil and finetune have their rows of the plan. Two groups have half of the tokens each."""
+    plans = {stage: a_plan(1000 * n, 24, n) for n, stage in enumerate(("align", "distil", "finetune"), 1)}
+    assert converted(monkeypatch, "paper", plans)[1] == plans
+    whole, half = a_plan(1000, 24, 4), a_plan(500, 24, 4)
+    assert converted(monkeypatch, "article", dict(group=whole))[1] == dict(group1=half, group2=half)
+
+
+def test_a_seed_draws_the_new_weights(monkeypatch):
+    """The chunk embeddings of a student depend on --seed alone."""
+    plans = dict(group=a_plan(1000, 24, 4))
+    drawn = [converted(monkeypatch, "article", plans, seed=seed)[0].blocks[0].mixer.chunk_embd.weight
+             for seed in (1, 2, 1)]
+    assert drawn[0].equal(drawn[2]) and not drawn[0].equal(drawn[1])
+
+
+def test_a_score_has_the_standard_error_of_its_mean(monkeypatch):
+    """Selection measures R and C as means over n answers and n sequences; their errors are std / sqrt(n)."""
+    old = tiny(dtype=torch.float32, layers="AA")
+    args = options(layers="guarded", eval_windows=8, length=24, varied=0.0)
+    twins = aligned(monkeypatch, old, some_ids(4, 25), args)[0]
+    logp, loss = torch.randn(40), torch.randn(5)
+    monkeypatch.setattr(halo, "recall", lambda *_, **__: (logp, None))
+    monkeypatch.setattr(halo, "losses", lambda *_: loss)
+    corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
+    scores, minus_loss = halo.swap_scores(old, twins, halo.student_config(old.config, "LL", args), corpus, args)
+    wanted = dict(R=logp.mean(), R_se=logp.std() / 40 ** 0.5, C=-loss.mean(), C_se=loss.std() / 5 ** 0.5)
+    assert len(scores) == 2 and minus_loss == -loss.mean().item()
+    for score in scores:
+        assert score == pytest.approx({name: x.item() for name, x in wanted.items()})
+
+
+def test_a_new_model_has_gpt2s_weights():
+    """Matrices have std 0.02, those that write into the residual stream 0.02 / sqrt(2 layers). Norms are 1,
+    biases 0, and forget gates keep 0.7."""
+    model = HypeNet(hypenet.HypeNetConfig(layers="LALALALA", decay="head", qkv_bias=True, out_bias=True))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            residual = name.endswith(("out.weight", "down.weight"))
+            assert p.std().item() == pytest.approx(0.005 if residual else 0.02, rel=0.1), name
+        elif name.endswith("forget.bias"):
+            assert torch.allclose(torch.sigmoid(p), torch.tensor(0.7))
+        else:
+            assert p.equal(torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)), name
+
+
+def test_a_new_teacher_knows_the_length_of_its_training(monkeypatch):
+    """--plan pretrain.length=40 makes a teacher whose max_len is 40, and whose weights depend on --seed."""
+    monkeypatch.setattr(halo, "train", lambda *_: None)
+    made = [halo.pretrain(None, None, dict(pretrain=None), options(
+        teacher="tiny-gpt2", hybrid=False, length=40, seed=seed)) for seed in (1, 2)]
+    assert made[0].config.max_len == 40 == len(made[0].wpe.weight)
+    assert not made[0].wte.weight.equal(made[1].wte.weight)
+
+
+@pytest.mark.parametrize("steps, warmup, rates", [(40, 50, [0.25, 0.5, 0.75]), (1000, 2, [0.5])], ids=str)
+def test_warm_up_takes_at_most_a_tenth_of_the_steps(steps, warmup, rates):
+    """The rate rises in a line over `warmup` steps, or over a tenth of a short stage, and then is whole."""
+    plan = halo.Plan(tokens=steps, length=1, batch=1, lr=2.0, lr_end=2.0, warmup=warmup)
+    wanted = [2 * rate for rate in [*rates, 1, 1, 1]]
+    assert [plan.rate(step) for step in range(len(wanted))] == pytest.approx(wanted)
+
+
+def test_steps_hide_different_things():
+    """Each step hides other pass keys, and the same ones if the step comes again. A seed hides its own."""
+    corpus = Rows(np.zeros((2, 257), np.int64))
+    corpus.tokenizer = Tokenizer.bytes()
+
+    def rows(step, seed=0):
+        corpus.seed = seed
+        return recall.training_rows(corpus, "distil", a_plan(5000, 256, 2, recall=1))(step).tolist()
+    assert rows(0) == rows(0) and rows(0) != rows(1) and rows(0) != rows(0, seed=1)
+
+
+def test_seeds_and_epochs_have_their_own_order(tmp_path):
+    """Documents come in an order of the seed. Each epoch draws a new order of the cells."""
+    write_documents(tmp_path / "text.jsonl", some_documents(100))
+
+    def corpus(seed):
+        return text.Corpus(Tokenizer.bytes(), [str(tmp_path)], seed, cell=32)
+    first, again, other = (corpus(seed).sources[0] for seed in (0, 0, 1))
+    ids = [source.parts[0].read(0, 2000).tolist() for source in (first, again, other)]
+    assert ids[0] == ids[1] != ids[2] and sorted(ids[0]) != ids[0]
+    cells = [first.order(epoch) // 32 for epoch in (0, 1)]
+    assert all(sorted(each) == list(range(len(each))) for each in cells)
+    assert (cells[0] != cells[1]).mean() > 0.9 < (cells[0] != np.arange(len(cells[0]))).mean()
+
+
 # ---- loading -----------------------------------------------------------------------------------------------
 
 GPT2 = dict(model_type="gpt2", vocab_size=61, n_embd=32, n_head=4, n_positions=T, n_layer=2)
@@ -228,6 +327,26 @@ def test_every_norm_adds_the_epsilon_of_the_config():
     for out, ref, module in zip(attention.project(x, where), attention.qkvz(x).split(attention.sizes, -1),
                                 (attention.q_norm, attention.k_norm)):
         assert rmse(out.flatten(), norm(ref.view(-1, 8), module).flatten()) < 1e-6
+
+
+@pytest.mark.parametrize("load", [HypeNet.from_pretrained, pretrained.load])
+def test_weights_are_loaded_in_the_dtype_asked_for(load, tmp_path):
+    """A float32 file loads as bf16, a bf16 file as float32, each weight rounded once."""
+    model = tiny(dtype=torch.float32)
+    for stored, asked in ((None, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        model.save_pretrained(tmp_path, stored)
+        for name, w in load(tmp_path, dtype=asked).state_dict().items():
+            assert w.dtype == asked and w.equal(model.state_dict()[name].bfloat16().to(asked))
+
+
+@pytest.mark.parametrize("changes", [dict(chunk=16, n_chunks=3), dict(layers="AA", position="learned")])
+def test_the_last_position_is_known(changes):
+    """A model of 48 positions reads 48 tokens, and continues 40 tokens by 9: the last is never read."""
+    model = tiny(dtype=torch.float32, **changes)
+    assert model(some_ids(1, 48))[0].shape == (1, 48, 61)
+    assert len(model.generate([some_ids(40).tolist()], 9)[0]) == 9
+    with one_line("49 tokens", "48"):
+        model(some_ids(1, 49))
 
 
 # ---- one token at a time -----------------------------------------------------------------------------------
@@ -299,6 +418,16 @@ def test_each_kind_of_scan_has_its_own_warning(monkeypatch):
     assert [str(warning.message) for warning in warned] == [wanted] * 2
 
 
+def test_a_prompt_is_read_in_segments():
+    """A prompt is read in segments, of 1,024 tokens on a CPU, and progress is told the size of each."""
+    model = tiny(dtype=torch.float32)
+    for n, segment, sizes in ((25, 10, [10, 10, 5]), (1500, None, [1024, 476])):
+        told = []
+        read = fast.prefill(model, some_ids(n), model.init_state(1, n), segment, told.append)
+        assert told == sizes or GPU
+        assert rmse(read, model(some_ids(1, n))[0][:, -1:]) < 1e-4
+
+
 # ---- sample.py ---------------------------------------------------------------------------------------------
 
 
@@ -357,6 +486,38 @@ def test_seconds_count_on_over_a_resume(tmp_path):
     assert done["seconds"] >= 100 and done["seconds"] <= again.seconds() < 130
 
 
+def test_the_loss_that_is_shown_goes_on_over_a_resume(tmp_path, capsys):
+    """The mean of the loss after a stop and a resume is that of a run without a stop."""
+    def shown(folder, stop):
+        module = torch.nn.ParameterList([torch.zeros(1)])
+
+        def loss_fn(idx, targets):
+            if idx[0, 0] == stop:
+                signal.raise_signal(signal.SIGTERM)
+            yield module[0].sum() * 0 + 10.0 * idx[0, 0]
+        for _ in range(1 + (stop is not None)):
+            with contextlib.suppress(SystemExit):
+                train(tmp_path / folder, dict(distil=a_plan(8 * 4, 2, 2)), module, loss_fn, Rows())
+            stop = None
+        return re.search(r"8/8 \| loss (\S+)", capsys.readouterr().out)[1]
+    assert shown("whole", None) == shown("stopped", 4)
+
+
+def test_a_new_run_takes_an_empty_folder(tmp_path):
+    """An empty folder is free, by name or by default. A default that is in use gets the next number."""
+    folder = str(tmp_path / "run")
+    for asked in folder, None:
+        assert run.new_folder(asked, folder) == folder
+    os.mkdir(folder)
+    for asked in folder, None:
+        assert run.new_folder(asked, folder) == folder
+    (tmp_path / "run" / "run.json").touch()
+    (tmp_path / "run-2").touch()
+    assert run.new_folder(None, folder) == f"{folder}-3"
+    with one_line("--resume"):
+        run.new_folder(folder, "x")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
 @pytest.mark.parametrize("mask", [0o022, 0o007, 0o077], ids=oct)
 def test_written_files_have_the_mode_of_the_umask(mask, tmp_path):
@@ -369,6 +530,32 @@ def test_written_files_have_the_mode_of_the_umask(mask, tmp_path):
         os.umask(before)
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
     assert modes == {0o666 & ~mask} and len(list(tmp_path.iterdir())) >= 3
+
+
+# ---- flags -------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_multiplies_the_tokens_of_every_stage():
+    """--budget 0.5 halves the tokens of every stage. --plan has the last word."""
+    def tokens(*argv):
+        plans = cli.settle(halo, cli.get_args(halo, ["--device", "cpu", *argv]))
+        return {stage: plan.tokens for stage, plan in plans.items()}
+    half = {stage: n / 2 for stage, n in tokens().items()}
+    assert tokens("--budget", "0.5") == half
+    assert tokens("--budget", "0.5", "--plan", "distil.tokens=300") == half | dict(distil=300)
+
+
+def test_a_teacher_that_is_trained_first_has_the_options_of_the_run(monkeypatch, capsys):
+    """Seed, device, text and plan of a conversion are also those of the teacher that it trains first."""
+    made = []
+    monkeypatch.setattr(cli, "run_main", lambda halo, argv: made.append(argv))
+    given = "--teacher mini --seed 7 --device cpu --data a.txt --plan pretrain.tokens=9 distil.tokens=8"
+    args = cli.get_args(halo, given.split())
+    args.path = "out/mini-teacher"
+    cli.make_teacher(halo, args)
+    got = cli.get_args(halo, made[0])
+    assert (got.pretrain, got.teacher, got.out, got.seed, got.device, got.data, got.plan) == (
+        True, "mini", "out/mini-teacher", 7, "cpu", ["a.txt"], ["pretrain.tokens=9"])
 
 
 # ---- what a run will cost ----------------------------------------------------------------------------------
