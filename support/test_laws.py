@@ -211,7 +211,8 @@ def test_a_score_has_the_standard_error_of_its_mean(monkeypatch):
     monkeypatch.setattr(halo, "recall", lambda *_, **__: (logp, None))
     monkeypatch.setattr(halo, "losses", lambda *_: loss)
     corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
-    scores, minus_loss = halo.swap_scores(old, twins, halo.student_config(old.config, "LL", args), corpus, args)
+    config = halo.student_config(old.config, "LL", args)
+    scores, minus_loss = halo.swap_scores(old, twins, config, corpus, args)
     wanted = dict(R=logp.mean(), R_se=logp.std() / 40 ** 0.5, C=-loss.mean(), C_se=loss.std() / 5 ** 0.5)
     assert len(scores) == 2 and minus_loss == -loss.mean().item()
     for score in scores:
