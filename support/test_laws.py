@@ -8,6 +8,7 @@ import re
 import signal
 import stat
 import sys
+import time
 import types
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from test_hypenet import (  # noqa: F401
-    DEVICE, GPU, T, a_plan, convert, home, inputs, log_of, needs_triton, one_line, options, rmse, scan,
-    some_documents, some_ids, tiny, write_documents)
+    DEVICE, GPU, T, VARIANTS, a_plan, convert, home, inputs, log_of, needs_triton, one_line, options, rmse,
+    scan, some_documents, some_ids, tiny, write_documents)
 
 import halo
 import hypenet
@@ -27,11 +28,12 @@ import support.fast as fast
 import support.options as cli
 import support.pretrained as pretrained
 import support.recall as recall
+import support.report as reports
 import support.run as run
 import support.text as text
 from hypenet import HypeNet
 from support.tokens import Tokenizer
-from test_support import assert_same_logits, needs_transformers, teacher
+from test_support import assert_same_logits, edit, needs_transformers, teacher
 
 # ---- training ----------------------------------------------------------------------------------------------
 
@@ -134,6 +136,19 @@ def test_a_twin_that_says_nothing_has_loss_1(monkeypatch):
     assert [term.item() for term in loss_fn(rows[:, :-1], rows[:, 1:])] == pytest.approx([1.0] * 4, rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["teacher", "teacher gpt2"])
+def test_twins_learn_from_the_teachers_own_pass(family):
+    """teacher_layers gives the input and output that each attention layer has in a pass of the teacher."""
+    old, idx, seen = tiny(**VARIANTS[family]), some_ids(2, 12), []
+    for block in old.blocks:
+        block.mixer.register_forward_hook(lambda mixer, given, y: seen.append((given[0], y)))
+    old(idx)
+    config = halo.student_config(old.config, "LLL", options())
+    layers = [*seen]
+    for (x, y), (_, given, _, out) in zip(layers, halo.teacher_layers(old, config, idx), strict=True):
+        assert rmse(given, x) < 1e-6 and rmse(out, y) < 1e-6
+
+
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_a_twin_starts_as_its_options_say(decay, monkeypatch):
     """A new forget gate keeps the share --retention. The twin has its teacher's weights and gains of QK-norm,
@@ -219,6 +234,25 @@ def test_a_score_has_the_standard_error_of_its_mean(monkeypatch):
         assert score == pytest.approx({name: x.item() for name, x in wanted.items()})
 
 
+def test_selection_weighs_a_layer_against_the_teachers_loss(monkeypatch):
+    """guarded keeps the layer whose linear form costs over 1 nat more than the teacher's loss."""
+    scores = [dict(R=-1.0 - i, R_se=0.1, C=-2.0 - 0.1 * i, C_se=0.1) for i in range(4)]
+    scores[0]["C"] = -3.5
+    monkeypatch.setattr(halo, "swap_scores", lambda *_: (scores, -2.4))
+    a_run = types.SimpleNamespace(once=lambda _, work: work())
+    assert halo.select(a_run, None, [None] * 4, None, None, options(layers="guarded")) == "ALLL"
+
+
+@pytest.mark.parametrize("layers, given, sizes", [
+    ("L" * 12, 0, [6, 6]), ("LA" * 13, 0, [5, 4, 4]), ("LAL", 0, [1, 1]), ("LLLLL", 1, [5]),
+    ("LL", 9, [1, 1])])
+def test_groups_have_at_most_six_layers(layers, given, sizes):
+    """Unless told otherwise, linear layers are converted in at least 2 groups, of at most 6 layers each."""
+    groups = halo.groups_of(layers, given)
+    assert [len(group) for group in groups] == sizes
+    assert [i for group in groups for i in group] == [i for i, kind in enumerate(layers) if kind == "L"]
+
+
 def test_a_new_model_has_gpt2s_weights():
     """Matrices have std 0.02, those that write into the residual stream 0.02 / sqrt(2 layers). Norms are 1,
     biases 0, and forget gates keep 0.7."""
@@ -259,6 +293,18 @@ def test_steps_hide_different_things():
         corpus.seed = seed
         return recall.training_rows(corpus, "distil", a_plan(5000, 256, 2, recall=1))(step).tolist()
     assert rows(0) == rows(0) and rows(0) != rows(1) and rows(0) != rows(0, seed=1)
+
+
+def test_a_row_asks_up_to_three_times():
+    """A row of training has one pass key, and asks for the key 1, 2 or 3 times."""
+    tokenizer, rng, asked = Tokenizer.bytes(), np.random.default_rng(0), set()
+    for _ in range(30):
+        row = np.zeros(512, np.int64)
+        recall.hide(tokenizer, row, rng)
+        written = tokenizer.decode(row.tolist())
+        key, = re.findall(r"# The pass key is (\d{5})", written)
+        asked.add(written.count(f"# What is the pass key? The pass key is {key}"))
+    assert asked == {1, 2, 3}
 
 
 def test_seeds_and_epochs_have_their_own_order(tmp_path):
@@ -310,6 +356,15 @@ def test_a_field_of_a_config_counts(given, field, ours, without, value):
 def test_a_large_epsilon_gives_the_logits_of_transformers(name, changes, tmp_path):
     """An epsilon of 0.5 changes every norm, of q and k too: the logits are still those of transformers."""
     theirs = teacher(name, tmp_path, **changes)
+    assert_same_logits(pretrained.load(tmp_path), theirs)
+
+
+@needs_transformers
+def test_buffers_in_older_files_are_left_out(tmp_path):
+    """Older files of Llama hold the frequencies of RoPE too: they load, with the same logits."""
+    theirs = teacher("llama", tmp_path)
+    edit(tmp_path / "model.safetensors", lambda weights: weights.update(
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     assert_same_logits(pretrained.load(tmp_path), theirs)
 
 
@@ -504,6 +559,31 @@ def test_the_loss_that_is_shown_goes_on_over_a_resume(tmp_path, capsys):
     assert shown("whole", None) == shown("stopped", 4)
 
 
+def test_a_signal_in_a_measurement_ends_the_run_after_it(tmp_path, capsys):
+    """Ctrl-C while something is measured: the result is kept, the run ends with status 130, and goes on."""
+    a_run = run.Run(str(tmp_path), {})
+    with pytest.raises(SystemExit) as stop:
+        a_run.once("fit", lambda: signal.raise_signal(signal.SIGINT) or [1.5])
+    a_run.close()
+    again = run.Run(str(tmp_path), {})
+    again.close()
+    assert stop.value.code == 130 and again.once("fit", lambda: pytest.fail("measured again")) == [1.5]
+
+
+def test_the_log_line_has_the_speed_of_a_step(tmp_path, capsys):
+    """tok/s is the tokens of one step over its milliseconds."""
+    module = torch.nn.ParameterList([torch.zeros(1)])
+
+    def loss_fn(idx, targets):
+        time.sleep(0.03)
+        yield module[0].sum()
+    train(tmp_path, dict(distil=a_plan(4 * 400, 100, 4)), module, loss_fn, Rows())
+    lines = re.findall(r"\| (\d+) ms \| ([\d,]+) tok/s", capsys.readouterr().out)
+    assert len(lines) == 4
+    for ms, speed in lines:
+        assert int(speed.replace(",", "")) == pytest.approx(400 * 1000 / int(ms), rel=0.05)
+
+
 def test_a_new_run_takes_an_empty_folder(tmp_path):
     """An empty folder is free, by name or by default. A default that is in use gets the next number."""
     folder = str(tmp_path / "run")
@@ -533,6 +613,15 @@ def test_written_files_have_the_mode_of_the_umask(mask, tmp_path):
     assert modes == {0o666 & ~mask} and len(list(tmp_path.iterdir())) >= 3
 
 
+def test_an_error_of_the_disk_names_the_file(tmp_path):
+    """An error without a file, as of a full disk, gets the name of the file that was to be written."""
+    def full(tmp):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError) as error:
+        hypenet.write_file(str(tmp_path / "a.json"), full)
+    assert error.value.filename == str(tmp_path / "a.json") and not os.listdir(tmp_path)
+
+
 # ---- flags -------------------------------------------------------------------------------------------------
 
 
@@ -557,6 +646,28 @@ def test_a_teacher_that_is_trained_first_has_the_options_of_the_run(monkeypatch,
     got = cli.get_args(halo, made[0])
     assert (got.pretrain, got.teacher, got.out, got.seed, got.device, got.data, got.plan) == (
         True, "mini", "out/mini-teacher", 7, "cpu", ["a.txt"], ["pretrain.tokens=9"])
+
+
+def test_the_text_of_a_run_is_cut_for_its_longest_sequence(tmp_path):
+    """Stages of 16 and 32 tokens get rows of 17 and 33 ids out of cells of 32."""
+    write_documents(tmp_path / "text.jsonl", some_documents())
+    plans = dict(distil=a_plan(160, 16, 2), finetune=a_plan(320, 32, 2))
+    args = types.SimpleNamespace(tokenizer=Tokenizer.bytes(), data=[str(tmp_path)], seed=0)
+    corpus = cli.open_text(plans, 100, None, args)
+    shapes = [corpus.rows(stage, plan)(0).shape for stage, plan in plans.items()]
+    assert corpus.cell == 32 and shapes == [(2, 17), (2, 33)]
+
+
+@pytest.mark.parametrize("recipe, changes, longest", [
+    ("paper", dict(logit_base="none"), 64 * 96), ("paper", dict(logit_base="fit"), 8001),
+    ("article", dict(max_ctx=1000), 16 * 96), ("article", dict(max_ctx=5000), 5017)])
+def test_the_text_is_enough_for_the_longest_measurement(recipe, changes, longest):
+    """The report asks at up to 64 times the length, fitting at 4 times that of stage 3. A student is asked for
+    no more than it knows, and a teacher for 16 times."""
+    args = options(recipe, length=96, pretrain=False, **changes)
+    config = tiny(layers="AAAA", max_len=96).config
+    plans = dict(finetune=a_plan(9000, 2000, 1))
+    assert cli.longest_text(halo, config, plans, args) == longest
 
 
 # ---- what a run will cost ----------------------------------------------------------------------------------
@@ -590,3 +701,30 @@ def test_a_run_takes_the_disk_that_was_forecast(recipe, home, tmp_path, monkeypa
     more = ["--layers", "ends", "--trials", "1"] + ["--max-ctx", "6200"] * (recipe == "article")
     convert(home, tmp_path / "run", "--recipe", recipe, *more, steps=3)
     assert max(most) == pytest.approx(forecast[0], rel=0.2)
+
+
+def test_the_table_has_the_numbers_of_the_report(capsys):
+    """The table of a conversion shows the report's numbers: shares in percent, seconds in minutes."""
+    reports.print_report(dict(
+        layers="LALA", params=dict(teacher=1234, student=1300), val_loss=dict(teacher=1.5, student=1.625),
+        kl=0.0625, top1_agreement=0.875, tokens=12345, seconds=90, peak_gb=2.5, logit_base=500.0,
+        passkey=dict(teacher={"64": 1.0, "999": None}, student={"64": 0.5, "999": 0.25})))
+    assert [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()] == [
+        ["teacher", "student"], ["layers", "AAAA", "LALA"], ["parameters", "1,234", "1,300"],
+        ["held-out loss, nats a token", "1.5000", "1.6250"], ["KL to the teacher, nats a token", "0.0625"],
+        ["same likeliest next token", "87.5%"], ["pass key found in 64 tokens", "100%", "50%"],
+        ["pass key found in 999 tokens", "-", "25%"],
+        ["12,345 training tokens, 1.5 minutes, peak memory 2.5 GB, logit base 500"], [""]]
+
+
+def test_the_model_of_a_group_is_usable(tmp_path, monkeypatch, capsys):
+    """sample.py reads what a progressive run leaves after each group: model and tokenizer."""
+    monkeypatch.setattr(reports, "losses", lambda *_: torch.tensor([1.25, 1.75]))
+    model, tokenizer = tiny(dtype=torch.float32, vocab_size=256), Tokenizer.bytes()
+    corpus = types.SimpleNamespace(tokenizer=tokenizer, held_out_batches=lambda *_: None)
+    a_run = types.SimpleNamespace(path=lambda name: str(tmp_path / name))
+    args = types.SimpleNamespace(length=8, eval_windows=2)
+    assert reports.save_usable(a_run, "group1", "group 1 of 2", model, corpus, args) == 1.5
+    given = ["--model", str(tmp_path / "group1"), "--prompt", "a", "--device", "cpu"]
+    loaded = sample.load(sample.get_args(given))
+    assert loaded[0].spec == tokenizer.spec and loaded[1].config == model.config

@@ -2118,7 +2118,7 @@ def test_a_checkpoint_that_fails_is_one_line(fault, word, home, tmp_path, monkey
         else:
             out.mkdir()
             (out / "align.pt").write_bytes(b"not a checkpoint")
-            patch.setattr(halo, "new_folder", lambda asked, default: asked)
+            patch.setattr(cli, "new_folder", lambda asked, default: asked)
         convert(home, out, steps=2)
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and word in line and "align.pt" in line
