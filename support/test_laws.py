@@ -571,7 +571,7 @@ def test_a_signal_in_a_measurement_ends_the_run_after_it(tmp_path, capsys):
 
 
 def test_the_log_line_has_the_speed_of_a_step(tmp_path, capsys):
-    """tok/s is the tokens of one step over its milliseconds."""
+    """tok/s is the tokens of one step over its milliseconds. Each checkpoint keeps the seconds so far."""
     module = torch.nn.ParameterList([torch.zeros(1)])
 
     def loss_fn(idx, targets):
@@ -580,6 +580,7 @@ def test_the_log_line_has_the_speed_of_a_step(tmp_path, capsys):
     train(tmp_path, dict(distil=a_plan(4 * 400, 100, 4)), module, loss_fn, Rows())
     lines = re.findall(r"\| (\d+) ms \| ([\d,]+) tok/s", capsys.readouterr().out)
     assert len(lines) == 4
+    assert 0.12 < json.loads((tmp_path / "run.json").read_text())["done"]["seconds"] < 60
     for ms, speed in lines:
         assert int(speed.replace(",", "")) == pytest.approx(400 * 1000 / int(ms), rel=0.05)
 
@@ -662,8 +663,8 @@ def test_the_text_of_a_run_is_cut_for_its_longest_sequence(tmp_path):
     ("paper", dict(logit_base="none"), 64 * 96), ("paper", dict(logit_base="fit"), 8001),
     ("article", dict(max_ctx=1000), 16 * 96), ("article", dict(max_ctx=5000), 5017)])
 def test_the_text_is_enough_for_the_longest_measurement(recipe, changes, longest):
-    """The report asks at up to 64 times the length, fitting at 4 times that of stage 3. A student is asked for
-    no more than it knows, and a teacher for 16 times."""
+    """The report asks at up to 64 times the length, fitting at 4 times that of stage 3. A student is asked
+    for no more than it knows, and a teacher for 16 times."""
     args = options(recipe, length=96, pretrain=False, **changes)
     config = tiny(layers="AAAA", max_len=96).config
     plans = dict(finetune=a_plan(9000, 2000, 1))
