@@ -31,6 +31,7 @@ import support.recall as recall
 import support.report as reports
 import support.run as run
 import support.text as text
+import support.tokens as tokens
 from hypenet import HypeNet
 from support.tokens import Tokenizer
 from test_support import assert_same_logits, edit, needs_transformers, teacher
@@ -217,6 +218,23 @@ def test_a_seed_draws_the_new_weights(monkeypatch):
     assert drawn[0].equal(drawn[2]) and not drawn[0].equal(drawn[1])
 
 
+def test_scores_are_of_the_layer_they_name(monkeypatch):
+    """R and C of layer i are of the teacher with its layer i linear; R_kept and C_kept, with the layer kept."""
+    old, idx = tiny(dtype=torch.float32, layers="AAA"), some_ids(4, 25)
+    args = options(layers="swap", eval_windows=4, length=24, varied=0.0)
+    twins = aligned(monkeypatch, old, idx, args)[0]
+    monkeypatch.setattr(halo, "recall", lambda model, *_, **__: (model(idx)[0].mean((1, 2)), None))
+    monkeypatch.setattr(halo, "losses", lambda model, _: model(idx)[0].square().mean((1, 2)))
+    config = halo.student_config(old.config, "LLL", args)
+    corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
+    scores, _ = halo.swap_scores(old, twins, config, corpus, args)
+    for i, (twin, score) in enumerate(zip(twins, scores, strict=True)):
+        for kind, model in ("", halo.with_linear(old, config, i, twin)), ("_kept", halo.with_kept(old, i)):
+            logits = model(idx)[0]
+            assert score["R" + kind] == pytest.approx(logits.mean().item(), abs=1e-6)
+            assert score["C" + kind] == pytest.approx(-logits.square().mean().item(), rel=1e-5)
+
+
 def test_a_score_has_the_standard_error_of_its_mean(monkeypatch):
     """Selection measures R and C as means over n answers and n sequences; their errors are std / sqrt(n)."""
     old = tiny(dtype=torch.float32, layers="AA")
@@ -327,6 +345,7 @@ GPT2 = dict(model_type="gpt2", vocab_size=61, n_embd=32, n_head=4, n_positions=T
 LLAMA = dict(model_type="llama", vocab_size=61, hidden_size=32, num_attention_heads=4, intermediate_size=64,
              max_position_embeddings=T, num_hidden_layers=2)
 QWEN3 = dict(LLAMA, model_type="qwen3", num_key_value_heads=2)
+AUTHORS = dict(QWEN3, model_type="hypenet", mixer_types=["attn", "lightning-attn"])
 FIELDS = [  # a config.json, a field, our name for it, our value without the field and with it
     (GPT2, dict(layer_norm_epsilon=0.1), "norm_eps", 1e-5, 0.1),
     (GPT2, dict(n_inner=40), "n_hidden", 128, 40),
@@ -340,6 +359,13 @@ FIELDS = [  # a config.json, a field, our name for it, our value without the fie
     (LLAMA, dict(mlp_bias=True), "mlp_bias", False, True),
     (QWEN3, dict(rms_norm_eps=0.1), "norm_eps", 1e-6, 0.1), (QWEN3, dict(head_dim=16), "head_dim", 128, 16),
     (QWEN3, dict(tie_word_embeddings=True), "tied", False, True),
+    (AUTHORS, dict(attn_use_rope=False), "attn_position", True, False),
+    (AUTHORS, dict(attn_use_output_gate=True), "attn_gate", False, True),
+    (AUTHORS, dict(lightning_nkv=4), "linear_kv_head", 2, 4),
+    (AUTHORS, dict(lightning_use_rope=False), "linear_rope", True, False),
+    (AUTHORS, dict(lightning_use_qk_norm=True), "linear_qk_norm", False, True),
+    (AUTHORS, dict(lightning_use_output_norm=True), "linear_norm", False, True),
+    (AUTHORS, dict(lightning_use_output_gate=True), "linear_gate", False, True),
 ]
 
 
@@ -403,6 +429,39 @@ def test_the_last_position_is_known(changes):
     assert len(model.generate([some_ids(40).tolist()], 9)[0]) == 9
     with one_line("49 tokens", "48"):
         model(some_ids(1, 49))
+
+
+def test_every_end_in_a_gguf_file_stops_a_text(monkeypatch, tmp_path):
+    """The ids eos, eot and eom of a .gguf file all end a text. A document ends with eos."""
+    names = ["a", "b", "<eos>", "<eot>", "<eom>", "<bos>"]
+    fields = dict(model="gpt2", pre="gpt-2", tokens=names, merges=[], token_type=[1, 1, 3, 3, 3, 3])
+    fields |= {f"{name}_token_id": names.index(f"<{name}>") for name in ("eos", "eot", "eom", "bos")}
+    fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    monkeypatch.setattr(tokens, "open_gguf", lambda path: (fields, {}))
+    (tmp_path / "model.gguf").touch()
+    tokenizer = Tokenizer.load(tmp_path / "model.gguf")
+    assert (tokenizer.stops, tokenizer.end, tokenizer.bos) == ({2, 3, 4}, 2, None)
+
+
+def loaded_teacher(folder, length, vocab_size=256):
+    """What halo.py does with a teacher of 96 tokens: the teacher, and the options."""
+    tiny(dtype=torch.float32, layers="AAAA", vocab_size=vocab_size, max_len=96).save_pretrained(folder)
+    Tokenizer.bytes().save(folder)
+    args = options(path=str(folder), teacher=str(folder))
+    plans = dict(align=a_plan(1e4, length, 2), distil=a_plan(1e4, length, 2), finetune=a_plan(1e4, 400, 2))
+    return cli.load_teacher(halo, plans, args), args
+
+
+@pytest.mark.parametrize("length, measured", [(200, 96), (90, 90)])
+def test_a_teacher_is_measured_where_it_was_trained(length, measured, tmp_path):
+    """All is measured at the length of stage 2, but no further than the teacher's own training."""
+    assert loaded_teacher(tmp_path, length)[1].length == measured
+
+
+def test_a_teacher_and_its_tokenizer_belong_together(tmp_path):
+    """A teacher of 61 ids with a tokenizer of 256 is refused before anything is trained."""
+    with one_line("255", "61", "belong together"):
+        loaded_teacher(tmp_path, 90, vocab_size=61)
 
 
 # ---- one token at a time -----------------------------------------------------------------------------------
@@ -585,6 +644,22 @@ def test_the_log_line_has_the_speed_of_a_step(tmp_path, capsys):
         assert int(speed.replace(",", "")) == pytest.approx(400 * 1000 / int(ms), rel=0.05)
 
 
+def test_a_run_goes_on_with_its_own_text_alone(tmp_path):
+    """Each source of a text counts for its name. A run does not go on with a text of another name."""
+    names = set()
+    for changed in None, "a.jsonl", "b.jsonl":
+        for n, name in enumerate(("a.jsonl", "b.jsonl")):
+            write_documents(tmp_path / name, some_documents(300 + 50 * n + (name == changed)))
+        data = [f"{tmp_path}/a.jsonl:0.5", f"{tmp_path}/b.jsonl:0.5"]
+        names.add(text.Corpus(Tokenizer.bytes(), data, cell=32).facts["sha256"])
+    assert len(names) == 3
+    a_run = run.Run(str(tmp_path / "run"), {})
+    a_run.once("text", lambda: dict(sha256="as it was"))
+    corpus, args = types.SimpleNamespace(facts=dict(sha256="altered")), types.SimpleNamespace(resume="out/x")
+    with one_line("--resume out/x", "text has changed"):
+        cli.execute(None, a_run, None, corpus, {}, args)
+
+
 def test_a_new_run_takes_an_empty_folder(tmp_path):
     """An empty folder is free, by name or by default. A default that is in use gets the next number."""
     folder = str(tmp_path / "run")
@@ -729,3 +804,21 @@ def test_the_model_of_a_group_is_usable(tmp_path, monkeypatch, capsys):
     given = ["--model", str(tmp_path / "group1"), "--prompt", "a", "--device", "cpu"]
     loaded = sample.load(sample.get_args(given))
     assert loaded[0].spec == tokenizer.spec and loaded[1].config == model.config
+
+
+@pytest.mark.parametrize("hybrid, lengths", [(False, ["8"]), (True, ["8", "128", "512"])])
+def test_a_pretrained_model_is_stored_in_bf16_and_measured(hybrid, lengths, tmp_path, monkeypatch, capsys):
+    """A new teacher is asked at its own length, a hybrid at 16 and 64 times that too. Its file is in bf16."""
+    monkeypatch.setattr(reports, "losses", lambda *_: torch.tensor([1.25, 1.75]))
+    monkeypatch.setattr(reports, "shares", lambda model, corpus, lengths, args: dict(
+        passkey={str(n): 0.5 for n in lengths}))
+    model, a_run = tiny(dtype=torch.float32), run.Run(str(tmp_path), {})
+    a_run.close()
+    corpus = types.SimpleNamespace(facts={}, held_out_batches=lambda *_: None)
+    args = types.SimpleNamespace(tokenizer=Tokenizer.bytes(), length=8, eval_windows=2, hybrid=hybrid,
+                                 teacher="tiny", device="cpu")
+    reports.finish_pretrained(a_run, model, corpus, args)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["passkey"] == {n: 0.5 for n in lengths} and report["val_loss"] == 1.5
+    size = sum(2 * w.numel() for w in model.state_dict().values())
+    assert size < (tmp_path / "model.safetensors").stat().st_size < 1.5 * size
