@@ -32,6 +32,7 @@ import support.report as reports
 import support.run as run
 import support.text as text
 import support.tokens as tokens
+import support.writer as writer
 from hypenet import HypeNet
 from support.tokens import Tokenizer
 from test_support import assert_same_logits, edit, needs_transformers, teacher
@@ -219,7 +220,7 @@ def test_a_seed_draws_the_new_weights(monkeypatch):
 
 
 def test_scores_are_of_the_layer_they_name(monkeypatch):
-    """R and C of layer i are of the teacher with its layer i linear; R_kept and C_kept, with the layer kept."""
+    """R and C of layer i are of the teacher with layer i linear. R_kept and C_kept: with layer i kept."""
     old, idx = tiny(dtype=torch.float32, layers="AAA"), some_ids(4, 25)
     args = options(layers="swap", eval_windows=4, length=24, varied=0.0)
     twins = aligned(monkeypatch, old, idx, args)[0]
@@ -541,6 +542,18 @@ def test_a_prompt_is_read_in_segments():
         read = fast.prefill(model, some_ids(n), model.init_state(1, n), segment, told.append)
         assert told == sizes or GPU
         assert rmse(read, model(some_ids(1, n))[0][:, -1:]) < 1e-4
+
+
+def test_a_teacher_writes_only_ids_of_its_tokenizer():
+    """Ids from n_vocab on, and ids that no token has, are in no document that a teacher writes."""
+    model = tiny(dtype=torch.float32, layers="AA")
+    known = set(range(0, 50, 2))
+    tokenizer = types.SimpleNamespace(end=0, bos=None, stops={0}, n_vocab=50, config={},
+                                      holes=sorted(set(range(50)) - known))
+    documents = list(writer.teacher_documents(model, tokenizer, 2000, rows=8))
+    written = np.concatenate(documents)
+    assert set(written.tolist()) == known and len(written) >= 2000
+    assert all(ids[-1] == 0 and not (ids[:-1] == 0).any() for ids in documents)
 
 
 # ---- sample.py ---------------------------------------------------------------------------------------------
