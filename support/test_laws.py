@@ -98,7 +98,7 @@ def test_steps_are_those_of_adamw(tmp_path):
 def test_stages_read_text_that_no_earlier_stage_has_read(tmp_path):
     """Stages of one run read disjoint text. A run that goes on reads what it would have read."""
     write_documents(tmp_path / "text.jsonl", some_documents())
-    plans = dict(align=a_plan(640, 32, 4), distil=a_plan(320, 16, 4), finetune=a_plan(640, 32, 4))
+    plans = dict(align=a_plan(336, 16, 3), distil=a_plan(640, 32, 4), finetune=a_plan(640, 32, 4))
     seen = {}
 
     def run_stages(folder, *stages):
@@ -115,7 +115,7 @@ def test_stages_read_text_that_no_earlier_stage_has_read(tmp_path):
     run_stages("stopped", "align", "distil")
     run_stages("stopped", *plans)
     pieces = [seen["whole", stage] for stage in plans]
-    assert sum(map(len, pieces)) == len(set.union(*pieces)) == 40 + 20 + 40
+    assert sum(map(len, pieces)) == len(set.union(*pieces)) == 21 + 40 + 40
     assert seen["stopped", "finetune"] == seen["whole", "finetune"] and not seen["stopped", "distil"]
 
 
@@ -324,6 +324,29 @@ def test_a_row_asks_up_to_three_times():
         key, = re.findall(r"# The pass key is (\d{5})", written)
         asked.add(written.count(f"# What is the pass key? The pass key is {key}"))
     assert asked == {1, 2, 3}
+
+
+def test_rows_of_two_sources_are_mixed(tmp_path):
+    """The rows of a stage come in an order without rule: each ten of them are of both sources."""
+    for name in "ab":
+        write_documents(tmp_path / f"{name}.jsonl", [f"{n}{name * 99}" for n in range(400)])
+    data = [f"{tmp_path}/a.jsonl:0.5", f"{tmp_path}/b.jsonl:0.5"]
+    rows = text.Corpus(Tokenizer.bytes(), data, cell=32).rows("distil", a_plan(32 * 100, 32, 10))
+    for step in range(10):
+        assert 0 < sum((row == ord("a")).sum() > 10 for row in rows(step)) < 10
+
+
+@pytest.mark.parametrize("task, prose", [("S1", False), ("S2", True), ("S3", True), ("multi-key", True)])
+def test_numbers_are_hidden_in_natural_text(task, prose):
+    """A pass key is asked for in text as in training, RULER's numbers in natural text."""
+    seen = []
+
+    def windows(rng, n, length, prose=False):
+        seen.append(prose)
+        return np.zeros((n, length), np.int64)
+    corpus = types.SimpleNamespace(tokenizer=Tokenizer.bytes(), windows=windows)
+    recall.make_prompts(corpus, 600, 2, 0, task, 0.0)
+    assert seen == [prose]
 
 
 def test_seeds_and_epochs_have_their_own_order(tmp_path):
@@ -770,6 +793,20 @@ def test_hours_are_operations_over_the_measured_rate(weight, monkeypatch):
     params = weight / 2 or HypeNet(halo.TEACHERS["mini"]).n_params()
     with one_line(f"about {8 * params * 3e8 / 2 ** 30 / 3600:,.1f} hours"):
         cli.check_hours(halo, types.SimpleNamespace(teacher="mini"), "mini", weight, 3e8)
+
+
+def test_a_probe_tells_the_speed_of_a_stage():
+    """A probe tells the rows at once, the tokens of a second, and the peak in GB: here of this process."""
+    module = torch.nn.ParameterList([torch.zeros(1)])
+
+    def loss_fn(idx, targets):
+        time.sleep(0.03)
+        yield module[0].sum()
+    probe = run.Probe(dict(micro=None, plain=True), 61)
+    halo.train(probe, "group2", a_plan(1e6, 100, 16), Rows(), module, [[module[0]]], loss_fn)
+    (stage, (rows, speed, peak)), = probe.found.items()
+    assert (stage, rows) == ("group", 16) and 0.2 < speed / (16 * 100 / 0.03) <= 1
+    assert 0.1 < peak < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 @pytest.mark.parametrize("recipe", halo.RECIPES)
