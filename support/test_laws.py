@@ -568,7 +568,8 @@ def test_a_prompt_is_read_in_segments():
 
 
 def test_a_teacher_writes_only_ids_of_its_tokenizer():
-    """Ids from n_vocab on, and ids that no token has, are in no document that a teacher writes."""
+    """Ids from n_vocab on, and ids that no token has, are in no document that a teacher writes. A document is
+    no longer than the texts that the teacher was trained on."""
     model = tiny(dtype=torch.float32, layers="AA")
     known = set(range(0, 50, 2))
     tokenizer = types.SimpleNamespace(end=0, bos=None, stops={0}, n_vocab=50, config={},
@@ -576,6 +577,7 @@ def test_a_teacher_writes_only_ids_of_its_tokenizer():
     documents = list(writer.teacher_documents(model, tokenizer, 2000, rows=8))
     written = np.concatenate(documents)
     assert set(written.tolist()) == known and len(written) >= 2000
+    assert max(map(len, documents)) <= model.config.max_len == 48
     assert all(ids[-1] == 0 and not (ids[:-1] == 0).any() for ids in documents)
 
 
