@@ -326,6 +326,15 @@ def test_a_row_asks_up_to_three_times():
     assert asked == {1, 2, 3}
 
 
+@pytest.mark.parametrize("bos, begin", [(None, []), (7, [7])])
+def test_documents_begin_and_end(bos, begin):
+    """The ids of a document stand between bos, if there is one, and the end id."""
+    tokenizer = types.SimpleNamespace(bos=bos, end=9, n_vocab=300, encode_batch=lambda texts: [
+        np.array([*each.encode()], np.int32) for each in texts])
+    found = [ids.tolist() for ids in text.encode_documents(tokenizer, ["ab", ""])]
+    assert found == [[*begin, 97, 98, 9], [*begin, 9]]
+
+
 def test_rows_of_two_sources_are_mixed(tmp_path):
     """The rows of a stage come in an order without rule: each ten of them are of both sources."""
     for name in "ab":
