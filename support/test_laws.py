@@ -3,6 +3,7 @@ clock, signals and files of a run. support/faults.py lists such faults."""
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -663,6 +664,21 @@ def test_the_loss_that_is_shown_goes_on_over_a_resume(tmp_path, capsys):
             stop = None
         return re.search(r"8/8 \| loss (\S+)", capsys.readouterr().out)[1]
     assert shown("whole", None) == shown("stopped", 4)
+
+
+def test_a_loss_that_is_not_finite_names_its_step(tmp_path, capsys):
+    """A stage that was stopped after 4 steps goes on, and its line names step 6 of the whole stage."""
+    module = torch.nn.ParameterList([torch.zeros(1)])
+
+    def loss_fn(idx, targets):
+        if idx[0, 0] == 3:
+            signal.raise_signal(signal.SIGTERM)
+        yield module[0].sum() + (math.inf if idx[0, 0] == 5 else 0)
+    stages = dict(distil=a_plan(8 * 4, 2, 2))
+    with pytest.raises(SystemExit):
+        train(tmp_path, stages, module, loss_fn, Rows())
+    with one_line("distil", "at step 6", "distil.pt"):
+        train(tmp_path, stages, module, loss_fn, Rows())
 
 
 def test_a_signal_in_a_measurement_ends_the_run_after_it(tmp_path, capsys):
