@@ -143,13 +143,13 @@ def test_a_twin_that_says_nothing_has_loss_1(monkeypatch):
 def test_twins_learn_from_the_teachers_own_pass(family):
     """teacher_layers gives the input and output that each attention layer has in a pass of the teacher."""
     old, idx, seen = tiny(**VARIANTS[family]), some_ids(2, 12), []
+    config = halo.student_config(old.config, "LLL", options())
+    found = [(x, y) for _, x, _, y in halo.teacher_layers(old, config, idx)]
     for block in old.blocks:
         block.mixer.register_forward_hook(lambda mixer, given, y: seen.append((given[0], y)))
     old(idx)
-    config = halo.student_config(old.config, "LLL", options())
-    layers = [*seen]
-    for (x, y), (_, given, _, out) in zip(layers, halo.teacher_layers(old, config, idx), strict=True):
-        assert rmse(given, x) < 1e-6 and rmse(out, y) < 1e-6
+    for (x, y), (ref_x, ref_y) in zip(found, seen, strict=True):
+        assert rmse(x, ref_x) < 1e-6 and rmse(y, ref_y) < 1e-6
 
 
 @pytest.mark.parametrize("decay", ["head", "channel"])
@@ -528,7 +528,7 @@ def test_fused_linear_is_its_formula(norm, act):
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("layers", ["L", "A"])
-def test_a_token_of_an_odd_model_is_read_by_the_plain_layers_formula(layers, monkeypatch):
+def test_kernels_read_a_token_of_an_odd_model(layers, monkeypatch):
     """Two heads share each k and v, the width is 24, and norms add 0.3: the kernels give the plain logits."""
     monkeypatch.setattr(fast, "has_kernels", lambda x, *sizes: True)
     biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
