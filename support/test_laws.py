@@ -548,7 +548,7 @@ def test_decays_in_bf16_are_their_values(shape):
     q, k, v, g, state = (x.bfloat16() for x in inputs(shape, 100, dtype=torch.float32))
     state = state.float()
     for out, ref in zip(scan([q, k, v, g, state], "triton"), scan([q, k, v, g.float(), state], "triton")):
-        assert rmse(out, ref) < 1e-2
+        assert rmse(out, ref) < 4e-2                                        # sums of rounded terms
 
 
 @needs_triton
@@ -573,7 +573,7 @@ def test_a_prompt_is_read_in_segments():
     for n, segment, sizes in ((25, 10, [10, 10, 5]), (1500, None, [1024, 476])):
         told = []
         read = fast.prefill(model, some_ids(n), model.init_state(1, n), segment, told.append)
-        assert told == sizes or GPU
+        assert told == sizes
         assert rmse(read, model(some_ids(1, n))[0][:, -1:]) < 1e-4
 
 
