@@ -192,6 +192,7 @@ def test_what_cannot_be_compiled_runs_in_pytorch(shape, fails, monkeypatch):
     assert len(warned) == 1 and len(calls) == 3
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="offsets past 2^31 need 5 GB of tensors on a GPU")
 @pytest.mark.parametrize("shape", ["head", "channel"])
 def test_offsets_pass_two_to_the_31(shape):
@@ -1063,7 +1064,7 @@ def test_report(recipe, runs, home):
     assert report["params"]["student"] == HypeNet(config).n_params()
     assert report["tokens"] == 192 * len(log_of(out))
     lengths = ["96", "192", "384", "1536", "6144"]
-    assert list(report["passkey"]["student"]) == lengths and set(report["passkey"]["teacher"]) <= set(lengths)
+    assert list(report["passkey"]["student"]) == lengths and list(report["passkey"]["teacher"]) == lengths[:4]
     assert text.splitlines()[-1] == f"python sample.py --model {out} --ctx 65536"
     groups = [HypeNet.from_pretrained(folder).config.layers for folder in sorted(out.glob("group?"))]
     assert groups == (["ALAA", "ALLA"] if recipe == "article" else [])
