@@ -1,13 +1,17 @@
 """What the programs share: command lines, errors, devices, files of text and JSON."""
 import argparse
 import errno
+import hashlib
 import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -62,10 +66,15 @@ def default_device(name=None):
     return name
 
 
-def command_line(prog, run, argv):
+def command_line(prog, run, argv, lasting=False):
     """Call run(argv) for a program. An error ends it with one line: exit status 2 where the user can mend the
-    error, 1 where the program is wrong, 130 after Ctrl-C."""
+    error, 1 where the program is wrong, 130 after Ctrl-C. lasting: the program leaves files, and goes on if
+    nobody can read its output."""
     argv = sys.argv[1:] if argv is None else argv
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:           # see support/start.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in "stdout", "stderr":
+        setattr(sys, name, writable(getattr(sys, name), lasting))
     try:
         run(argv)
         sys.stdout.flush()
@@ -81,6 +90,33 @@ def command_line(prog, run, argv):
                         f"report it with the traceback in {keep_traceback(prog)}")
         print(f"{prog}: {line}", file=sys.stderr)
         raise SystemExit(status) from error
+
+
+def writable(stream, lasting):
+    """A stream for output in place of one that may be closed (None). A character that its encoding lacks is
+    shown as a number. lasting: what cannot be written is lost."""
+    stream = stream or open(os.devnull, "w")
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    return Lasting(stream) if lasting and not isinstance(stream, Lasting) else stream
+
+
+class Lasting:
+    """A stream that drops what cannot be written."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError):           # ValueError: the stream is closed
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.stream.flush()
 
 
 # ---- errors ------------------------------------------------------------------------------------------------
@@ -171,9 +207,26 @@ def keep_traceback(prog):
 # ---- files -------------------------------------------------------------------------------------------------
 
 
+def at_once(path, flags):
+    """An opener for open(): a pipe that nobody writes to is empty, instead of a wait for ever."""
+    file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(file, True)
+    return file
+
+
+def hash_file(path):
+    """The hash of a file's bytes."""
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        for part in iter(partial(f.read, 2 ** 20), b""):
+            found.update(part)
+    return found.hexdigest()
+
+
 def read_text(path):
     """The text of a UTF-8 file. Bytes that are not UTF-8 become U+FFFD. ValueError for UTF-16 and binary."""
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
+    with open(path, encoding="utf-8-sig", errors="replace", opener=at_once) as f:
         text = f.read()
     if "\0" in text or text.startswith("\ufffd\ufffd"):         # the byte-order mark of UTF-16
         raise ValueError(f"{path} is not UTF-8 text: it is UTF-16, or has NUL bytes; convert it to UTF-8")
@@ -183,7 +236,7 @@ def read_text(path):
 def read_json(path, name, what):
     """The JSON object in the file path/name. ValueError if there is none: "no {what} in path"."""
     try:
-        with open(os.path.join(path, name), encoding="utf-8") as f:
+        with open(os.path.join(path, name), encoding="utf-8", opener=at_once) as f:
             value = json.load(f)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no {what} in {path}: it has no {name}") from None
