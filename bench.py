@@ -31,6 +31,7 @@ import platform
 import queue
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,8 @@ from importlib.metadata import distributions
 from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see halo.py
+if __name__ == "__main__":                       # Ctrl-C prints no traceback while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

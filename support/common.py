@@ -71,10 +71,10 @@ def command_line(prog, run, argv, lasting=False):
     error, 1 where the program is wrong, 130 after Ctrl-C. lasting: the program leaves files, and goes on if
     nobody can read its output."""
     argv = sys.argv[1:] if argv is None else argv
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:           # see support/start.py
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:           # so set while torch was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in "stdout", "stderr":
-        setattr(sys, name, writable(getattr(sys, name), lasting))
+    sys.stdout = writable(sys.stdout, lasting)
+    sys.stderr = writable(sys.stderr, lasting=True)
     try:
         run(argv)
         sys.stdout.flush()
@@ -248,4 +248,4 @@ def read_json(path, name, what):
 
 
 def write_json(path, value):
-    write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(value, indent=1) + "\n")

@@ -163,18 +163,21 @@ def claim(folder, options):
     lock, an open file. If no option names the folder, and another run has taken it since new_folder was
     called, the next folder is taken. ValueError if the folder that an option names is taken."""
     resumed = options.get("resume")
+    named = resumed or options.get("out")
     default = re.sub(r"-\d+$", "", folder)
     for number in itertools.count(2):
         os.makedirs(folder, exist_ok=True)
         lock = open(os.path.join(folder, LOCK), "a+", encoding="utf-8")
         free = hold(lock)
-        if free and (resumed or not os.path.exists(os.path.join(folder, "run.json"))):
+        begun = os.path.exists(os.path.join(folder, "run.json")) if named else not is_unused(folder)
+        if free and (resumed or not begun):
             break
-        if resumed or options.get("out"):
+        if named:
             lock.seek(0)
             holder = "" if free else f" by the process {lock.read()}"
             raise ValueError(f"the folder {folder} is in use{holder}; wait for its end, or name another")
         lock.close()
+        print(f"another run has taken {folder}; this one goes to {default}-{number}")
         folder = f"{default}-{number}"
     lock.truncate(0)
     print(os.getpid(), end="", file=lock, flush=True)
