@@ -93,9 +93,10 @@ def command_line(prog, run, argv, lasting=False):
 
 
 def writable(stream, lasting):
-    """A stream for output in place of one that may be closed (None). A character that its encoding lacks is
+    """A stream for output in place of one that may be closed, or None. A character that its encoding lacks is
     shown as a number. lasting: what cannot be written is lost."""
-    stream = stream or open(os.devnull, "w")
+    if stream is None or stream.closed:
+        stream = open(os.devnull, "w")
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
     return Lasting(stream) if lasting and not isinstance(stream, Lasting) else stream

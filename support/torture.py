@@ -46,6 +46,7 @@ def make_teacher(folder):
     torch.manual_seed(0)
     config = HypeNetConfig(n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_hidden=64, max_len=96)
     HypeNet(config).save_pretrained(folder / "teacher")
+    HypeNet.from_pretrained(folder / "teacher")      # imports more of torch, once for all runs
     Tokenizer.bytes().save(folder / "teacher")
     rng = random.Random(0)
     texts = ["".join(rng.choices("some words of a text\n", k=900)) for _ in range(400)]
