@@ -674,10 +674,9 @@ def write_file(path, content):
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
-    if os.name == "posix":                           # the new name is kept on the disk by its folder
+    with suppress(OSError):                          # not every system can sync a folder, which has the name
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        with suppress(OSError):                      # some disks cannot
-            os.fsync(folder)
+        os.fsync(folder)
         os.close(folder)
 
 

@@ -89,7 +89,8 @@ def load(args):
 def pass_key(args, tokenizer):
     """Ids of held-out text with a pass key in it and the question at its end; the answer."""
     rng = np.random.default_rng(args.seed)
-    text = np.resize(Corpus(tokenizer).held_out, args.ctx or 4096)       # repeated where it is too short
+    places = np.arange(args.ctx or 4096)
+    text = Corpus(tokenizer).held_out.take(places, mode="wrap")          # repeated where it is too short
     ids, n_answer = plant(tokenizer, text, rng, depth=rng.random())
     return ids[:-n_answer].tolist(), tokenizer.decode(ids[-n_answer:]).strip()
 

@@ -185,7 +185,7 @@ def survivors(numbers, argv):
             if code.count(old) != 1:
                 raise ValueError(f"fault {n}: {file} has {old!r} {code.count(old)} times, not once")
             (copy / file).write_text(code.replace(old, new))
-            (copy / "support" / "faults.py").write_text("FAULTS = []\n")     # a test asks whether they still fit
+            (copy / "support" / "faults.py").write_text("FAULTS = []\n")     # a test looks for each of them
             tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *argv], cwd=copy,
                                    capture_output=True, text=True)
         failed = [line for line in tests.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
