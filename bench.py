@@ -59,7 +59,7 @@ from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file  # noqa:
 from kernel import chunked_scan  # noqa: E402
 from support import fast, pretrained  # noqa: E402
 from support.common import (  # noqa: E402
-    Parser, command_line, default_device, filled, number, read_json, write_json)
+    Parser, command_line, default_device, file_name, filled, number, read_json, write_json)
 from support.recall import TASKS, answers, has_room, recall  # noqa: E402
 from support.run import (  # noqa: E402
     Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb)
@@ -1259,7 +1259,7 @@ COUNT = dict(type=number(int, 1), metavar="N")
 LIMIT = dict(type=number(float, 1e-9), metavar="X")
 FLAGS = [                            # modes, flag, options of add_argument
     ("decode prefill when train kernel niah ablate figure text", "--name", dict(
-        type=filled, help="name of the file in results/, without .json")),
+        type=file_name, help="name of the file in results/, without .json")),
     ("decode prefill train kernel niah ablate", "--device", dict(
         type=filled, help="cuda or cpu; default: cuda where there is one")),
     ("when figure", "--size", dict(default="2b", choices=SIZES, help="default: %(default)s")),

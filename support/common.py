@@ -51,6 +51,13 @@ def filled(text):
     return text
 
 
+def file_name(text):
+    """A type for add_argument: the name of a file in a folder of the program's own, so no path."""
+    if text != os.path.basename(text) or text in ("", "..", "."):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file; give a name without a folder")
+    return text
+
+
 def default_device(name=None):
     """The device asked for, else CUDA, Apple's or the CPU. ValueError if this machine has no such device. A
     GPU with a number becomes the current one, because CUDA graphs are recorded on the current one."""

@@ -331,7 +331,7 @@ def authors_fields(given, c):
     hype = re.fullmatch(r"hype(?: (\d+))?", str(scaling))
     if hype:                                         # eq. 11 with this a; theirs is 362 where none is given
         return more | dict(logit_base=float(hype[1] or 362)), 1
-    if scaling is not None and type(scaling) not in (int, float):
+    if scaling is not None and not (type(scaling) in (int, float) and math.isfinite(scaling)):
         raise ValueError(f'attn_logits_scaling is {scaling!r}; allowed: null, a number, "hype 500"')
     return more, 1 if scaling is None else scaling
 

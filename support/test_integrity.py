@@ -1,4 +1,5 @@
 """Laws of what a run leaves and reads: its folder, its checkpoints, its streams, and files that are wrong."""
+import argparse
 import json
 import math
 import os
@@ -362,6 +363,14 @@ def test_one_long_line_is_cut(ending, n, tmp_path):
     (tmp_path / f"a{ending}").write_text(line if ending == ".txt" else json.dumps(dict(text=line)))
     pieces = [piece for _, piece in text.documents([(str(tmp_path / f"a{ending}"), None)])]
     assert max(map(len, pieces)) <= text.LONGEST and "".join(pieces) == line
+
+
+@pytest.mark.parametrize("name", ["../a", "/tmp/a", "a/b", "..", ".", ""])
+def test_names_stay_in_their_folder(name):
+    """A name of a file cannot lead out of the program's own folder."""
+    assert common.file_name("a.b") == "a.b"
+    with pytest.raises(argparse.ArgumentTypeError, match="without a folder"):
+        common.file_name(name)
 
 
 # ---- streams and the first seconds -------------------------------------------------------------------------
