@@ -368,6 +368,9 @@ def write_shard(name, sha256, tokenizer, write):
     index = None
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        for left in Path(os.path.dirname(path)).glob("*.tmp*"):     # by a run that was killed
+            if left.stat().st_mtime < time.time() - 3600:           # else another run may be writing the file
+                left.unlink(missing_ok=True)
         write_file(path + ".ids", write_ids)
         write_file(path + ".npy", write_index)
         file = open(path + ".ids", "rb")
