@@ -154,8 +154,10 @@ def kills(n_moments, n_renames=None, seed=0):
         left = {}
         for i in range(n_moments):
             found = None
-            while found is None:                      # None: the run was faster than the reference
-                found = survives(argv, folder / "killed", reference, rng.uniform(0, seconds))
+            while found is None:
+                moment = rng.uniform(0, seconds)
+                found = survives(argv, folder / "killed", reference, moment)
+                seconds = seconds if found is not None else moment      # this run ended before the moment
             left = max(left, found, key=lambda files: sum(files.values()))
         print(f"{n_moments}/{n_moments} runs killed at a random moment of {seconds:.1f} s: bit for bit the "
               "unbroken run")
