@@ -150,7 +150,8 @@ def kills(n_moments, n_renames=None, seed=0):
         seconds = time.time() - began
         reference = result(folder / "reference")
         renames = range(1, len(open("renames").readlines()) + 1)
-        renames = rng.sample(renames, min(n_renames or len(renames), len(renames)))
+        if n_renames is not None:
+            renames = rng.sample(renames, n_renames)
         left = {}
         for i in range(n_moments):
             found = None
