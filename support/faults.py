@@ -22,7 +22,7 @@ FAULTS = [
     ("support/run.py", 'record["step"] <= step', 'record["step"] < step'),
     ("support/run.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH"),
     ("support/run.py", "json.dumps([options, done])", "json.dumps(options)"),
-    ("support/run.py", "if digest not in self.run.digests(self.name)", "if not self.run.digests(self.name)"),
+    ("support/run.py", "known = digest in self.run.digests(self.name)", "known = True"),
     ("support/run.py", "self.began = time.time() - self.done", "self.began = time.time() + 0 * self.done"),
     ("support/text.py", "side[-1] % 16 == 0", "side[0] % 8 == 0"),
     ("support/text.py", "range(0, max(1, len(text)), LONGEST)", "range(1)"),

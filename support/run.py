@@ -253,23 +253,18 @@ class Stage:
     def load(self):
         self.file = self.run.path(f"{self.name}.pt")
         if os.path.exists(self.file):
-            try:
-                self.read()
-            except Exception:                         # torch raises several types
-                raise ValueError(f"{self.file} is not as this run wrote it: altered, of another run or "
-                                 "stage, or damaged; remove it to train this stage again") from None
+            self.read(hash_file(self.file))
         if self.first < self.plan.steps:
             self.run.trim_log(self.name, self.first)
 
-    def read(self):
-        """Take up the checkpoint; an error of any type if it is not what this run wrote for this stage."""
-        digest = hash_file(self.file)
-        if digest not in self.run.digests(self.name):
-            raise ValueError
-        self.run.done["checkpoints"][self.name] = [digest]          # the only one that counts from here on
-        saved = torch.load(self.file, map_location="cpu", weights_only=True)
+    def read(self, digest):
+        """Take up the checkpoint, whose hash is `digest`, if it is what this run wrote for this stage."""
+        known = digest in self.run.digests(self.name)
+        saved = torch.load(self.file, map_location="cpu", weights_only=True) if known else dict(module={})
         if saved["module"].keys() != self.trained().keys():
-            raise ValueError
+            raise ValueError(f"{self.file} is not as this run wrote it: altered, of another run or stage, or "
+                             "damaged; remove it to train this stage again")
+        self.run.done["checkpoints"][self.name] = [digest]          # the only one that counts from here on
         self.module.load_state_dict(saved["module"], strict=False)
         self.first = saved["step"]
         self.mean = saved["mean"]
