@@ -152,24 +152,22 @@ def kills(n_moments, n_renames=None, seed=0):
         renames = range(1, len(open("renames").readlines()) + 1)
         if n_renames is not None:
             renames = rng.sample(renames, n_renames)
-        left = {}
-        for i in range(n_moments):
-            found = None
-            while found is None:
-                moment = rng.uniform(0, seconds)
-                found = survives(argv, folder / "killed", reference, moment)
-                seconds = seconds if found is not None else moment      # this run ended before the moment
-            left = max(left, found, key=lambda files: sum(files.values()))
-        print(f"{n_moments}/{n_moments} runs killed at a random moment of {seconds:.1f} s: bit for bit the "
+        lefts = []                                    # what each kill left over
+        while len(lefts) < n_moments:
+            moment = rng.uniform(0, seconds)
+            left = survives(argv, folder / "killed", reference, moment)
+            if left is None:
+                seconds = moment                      # a run takes less time than that
+            else:
+                lefts.append(left)
+        print(f"{len(lefts)}/{n_moments} runs killed at a random moment of {seconds:.1f} s: bit for bit the "
               "unbroken run")
-        for n in renames:
-            for kill in (n, -n):
-                found = survives(argv, folder / "killed", reference, kill)
-                left = max(left, found, key=lambda files: sum(files.values()))
-        n = 2 * len(renames)
-        print(f"{n}/{n} runs killed before or after a rename: bit for bit the unbroken run")
-        largest = ", ".join(f"{name} {size:,} bytes" for name, size in left.items()) or "nothing"
-        print(f"most that a kill left over: {largest}; the next start removed it")
+        found = [survives(argv, folder / "killed", reference, kill) for n in renames for kill in (n, -n)]
+        found = [left for left in found if left is not None]        # a fast run has fewer renames
+        print(f"{len(found)}/{len(found)} runs killed before or after a rename: bit for bit the unbroken run")
+        largest = max([*lefts, *found, {}], key=lambda files: sum(files.values()))
+        sizes = ", ".join(f"{name} {size:,} bytes" for name, size in largest.items()) or "nothing"
+        print(f"most that a kill left over: {sizes}; the next start removed it")
 
 
 # ---- faults ------------------------------------------------------------------------------------------------
