@@ -321,6 +321,14 @@ def test_ids_of_a_tokenizer_are_checked(vocab, more, word, tmp_path):
         Tokenizer.load(tmp_path / "t")
 
 
+def test_documents_begin_with_bos_and_end_with_the_end(tmp_path):
+    """A tokenizer that has bos puts it before every document."""
+    vocab = {"a": 0, "b": 1, "</s>": 2, "<s>": 3}
+    write_tokenizer(tmp_path, vocab, add_bos_token=True, bos_token="<s>")
+    found = text.encode_documents(Tokenizer.load(tmp_path), ["ab", "b"])
+    assert [ids.tolist() for ids in found] == [[3, 0, 1, 2], [3, 1, 2]]
+
+
 def shard(path, ids):
     header = np.zeros(256, "<i4")
     header[:3] = text.MAGIC, 1, len(ids)
