@@ -196,6 +196,15 @@ def test_another_number_of_threads_is_said(close, tmp_path, monkeypatch, capsys)
         assert capsys.readouterr().err.count("77") == said
 
 
+def test_the_clock_of_a_run_goes_on(close, tmp_path):
+    """The seconds of a run are those of all its processes."""
+    first = begin(close, tmp_path)
+    first.began -= 1000
+    first.save()
+    first.close()
+    assert 1000 <= begin(close, tmp_path, resume=True).seconds() < 2000
+
+
 def test_weights_that_are_not_finite_are_not_saved(close, tmp_path):
     """Neither in a checkpoint, after the last step, nor as a model: one line names the flag that helps."""
     with one_line("a weight is not finite", "--plan a.lr"):
@@ -327,6 +336,16 @@ def test_documents_begin_with_bos_and_end_with_the_end(tmp_path):
     write_tokenizer(tmp_path, vocab, add_bos_token=True, bos_token="<s>")
     found = text.encode_documents(Tokenizer.load(tmp_path), ["ab", "b"])
     assert [ids.tolist() for ids in found] == [[3, 0, 1, 2], [3, 1, 2]]
+
+
+def test_no_text_is_cut_or_filled_up(tmp_path):
+    """A tokenizer.json may ask for batches of one length, for a model. Text keeps its own length."""
+    file = write_tokenizer(tmp_path, {"a": 0, "b": 1, "</s>": 2}) / "tokenizer.json"
+    cut = dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0)
+    fill = dict(strategy=dict(Fixed=9), direction="Right", pad_to_multiple_of=None, pad_id=0, pad_type_id=0,
+                pad_token="a")
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(truncation=cut, padding=fill)))
+    assert Tokenizer.load(tmp_path).encode("abbba") == [0, 1, 1, 1, 0]
 
 
 def shard(path, ids):
