@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,10 @@ from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple
 
-import halo  # first, because its settings must come before torch starts
+if __name__ == "__main__":                       # Ctrl-C prints no traceback while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import halo  # noqa: E402 (first, because its settings must come before torch starts)
 
 import numpy as np
 import torch
@@ -46,7 +50,8 @@ import torch.nn.functional as F
 import kernel
 from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file
 from support import fast, pretrained, shard, world
-from support.common import Parser, command_line, default_device, filled, number, read_json, write_json
+from support.common import (
+    Parser, command_line, default_device, file_name, filled, number, read_json, write_json)
 from support.options import get_args as halo_args
 from support.recall import TASKS, answers, has_room, recall
 from support.run import Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb
@@ -936,12 +941,13 @@ MODES = dict(decode=bench_decode, prefill=bench_prefill, train=bench_train, kern
              niah=bench_niah, ablate=bench_ablate, figure=bench_figure)
 ON_GPU = dict(decode=["2b", "gpt2-xl", "14b"], prefill=["2b"], train=["2b", "gpt2-xl"])    # sizes
 TEXT = dict(type=filled)
+NAME = dict(type=file_name)
 COUNT = dict(type=number(int, 1), metavar="N")
 LIMIT = dict(type=number(float, 1e-9), metavar="X")
 SOME = dict(nargs="+")
 FLAGS = [                            # modes, flag, what is given, default, help
-    ("decode prefill train kernel niah ablate", "--name", TEXT, None, "of the file in results/"),
-    ("figure", "--name", TEXT, "decode-h200", "of the table in results/"),
+    ("decode prefill train kernel niah ablate", "--name", NAME, None, "of the file in results/"),
+    ("figure", "--name", NAME, "decode-h200", "of the table in results/"),
     ("decode prefill train kernel niah ablate", "--device", TEXT, None, "cuda (where there is one) or cpu"),
     ("decode prefill train", "--size", SOME | dict(choices=SIZES), None, "; ".join(
         f"default of {mode}: {' '.join(sizes)}" for mode, sizes in ON_GPU.items()) + "; on a CPU: tiny"),

@@ -40,11 +40,14 @@ step), one checkpoint per stage, report.json, and the student: config.json, mode
 """
 import math
 import os
+import signal
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls other busy programs
+if __name__ == "__main__":                       # Ctrl-C prints no traceback while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

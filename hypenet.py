@@ -59,6 +59,7 @@ import copy
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Callable, NamedTuple
 
@@ -614,13 +615,15 @@ class HypeNet(nn.Module):
     # ---- files ----
 
     def save_pretrained(self, path, dtype=None):
-        """Write config.json and model.safetensors (in dtype, or as is) to path, each whole or not at all."""
+        """Write config.json, then model.safetensors (in dtype, or as is) to path, each whole or not at all. A
+        folder with weights is therefore whole. ValueError if a weight is not finite."""
         from safetensors.torch import save_file
         os.makedirs(path, exist_ok=True)
         weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.state_dict().items()}
+        check_weights(weights, path)
         config = json.dumps(dict(model_type="hypenet", **asdict(self.config)), indent=1) + "\n"
-        write_file(os.path.join(path, "model.safetensors"), lambda tmp: save_file(weights, tmp))
         write_file(os.path.join(path, "config.json"), config)
+        write_file(os.path.join(path, "model.safetensors"), lambda tmp: save_file(weights, tmp))
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
@@ -628,20 +631,15 @@ class HypeNet(nn.Module):
         dtype. ValueError, in one line, for files that are damaged or do not belong together."""
         from safetensors.torch import load_file
         with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
-            given = json.load(f)
-        given.pop("model_type", None)
-        unknown = given.keys() - {f.name for f in fields(HypeNetConfig)}
-        if unknown:
-            raise ValueError(f"{path}/config.json has unknown fields {', '.join(sorted(unknown))}")
+            config = read_config(json.load(f), path)
         with torch.device("meta"):                   # no memory for weights that are about to be replaced
-            model = cls(HypeNetConfig(**given))
+            model = cls(config)
         weights = load_file(os.path.join(path, "model.safetensors"), device=str(device))
         wanted = {name: p.shape for name, p in model.state_dict().items()}
-        found = {name: w.shape for name, w in weights.items()}
-        if wanted != found:
-            wrong = sorted(name for name in wanted.keys() | found if wanted.get(name) != found.get(name))
-            raise ValueError(f"{path}: weights do not match config.json: see {', '.join(wrong[:3])}"
-                             + f" and {len(wrong) - 3} more" * (len(wrong) > 3))
+        wrong = wanted.items() ^ {(name, w.shape) for name, w in weights.items()}
+        names = ", ".join(sorted({name for name, _ in wrong})[:3])
+        refuse(wrong, f"{path}: weights do not match config.json: see {names}")
+        check_weights(weights, path)
         model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
         return model.eval()
 
@@ -665,18 +663,18 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
 
 
 def write_file(path, content):
-    """Write a file whole or not at all: under a temporary name, which then becomes path. content: text, or a
-    function that writes the file of a given name."""
+    """Write a file whole or not at all, even if the machine goes down: under a temporary name, which then
+    becomes path. content: text, or a function that writes the file of a given name."""
     tmp = f"{path}.tmp{os.getpid()}"
     try:
+        with open(tmp, "w", encoding="utf-8") as f:
+            mode = os.fstat(f.fileno()).st_mode
+            f.write("" if callable(content) else content)
         if callable(content):
             content(tmp)
-        else:
-            with open(tmp, "w", encoding="utf-8") as f:
-                f.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(tmp, 0o666 & ~mask)                 # safetensors makes files that only their owner can read
+        os.chmod(tmp, mode)                          # safetensors makes files that only their owner can read
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as error:
         error.filename = error.filename or path      # the error of a full disk names no file
@@ -684,6 +682,26 @@ def write_file(path, content):
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
+    with suppress(OSError):                          # not every system can sync a folder, which has the name
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def read_config(given, path):
+    """The HypeNetConfig of a config.json of save_pretrained. ValueError if any field is unknown or absent."""
+    wrong = sorted({f.name for f in fields(HypeNetConfig)} ^ given.keys() - {"model_type"})
+    refuse(wrong, f"{path}/config.json: fields are unknown or missing: {', '.join(wrong)}; copy it again")
+    try:
+        return HypeNetConfig(**{field: value for field, value in given.items() if field != "model_type"})
+    except (ValueError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{path}/config.json: {problem}") from None
+
+
+def check_weights(weights, path):
+    for name, w in weights.items():
+        refuse(not w.is_floating_point() or not w.isfinite().all(),
+               f"{path}: {name} is not of finite floating-point numbers; copy it again, or train anew")
 
 
 # ---- checks of a config ------------------------------------------------------------------------------------

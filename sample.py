@@ -13,11 +13,14 @@ read in segments. Only the K/V of attention layers grow with the context, up to 
 """
 import glob
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see halo.py
+if __name__ == "__main__":                       # Ctrl-C prints no traceback while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -68,7 +71,9 @@ def load(args):
     tokenizer = Tokenizer.load(path)
     if args.teacher:
         report = read_json(path, "report.json", "report of halo.py, which --teacher needs")
-        path = teacher_path(str(report.get("teacher")))
+        student, path = path, teacher_path(str(report.get("teacher")))
+        if Tokenizer.load(path).digest() != tokenizer.digest():
+            raise ValueError(f"--teacher: the tokenizers of {path} and {student} differ, and so do their ids")
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = pretrained.load(path, dtype=dtype, device=args.device)
     check_tokenizer(tokenizer, model.config)
@@ -81,7 +86,8 @@ def load(args):
 def pass_key(args, tokenizer):
     """Ids of held-out text with a pass key in it and the question at its end; the answer."""
     rng = np.random.default_rng(args.seed)
-    text = np.resize(Corpus(tokenizer).held_out, args.ctx or 4096)       # repeated where it is too short
+    places = np.arange(args.ctx or 4096)
+    text = Corpus(tokenizer).held_out.take(places, mode="wrap")          # repeated where it is too short
     ids, n_answer = plant(tokenizer, text, rng, depth=rng.random())     # the answer is at the end
     return ids[:-n_answer].tolist(), tokenizer.decode(ids[-n_answer:]).strip()
 
@@ -143,8 +149,6 @@ def run_main(argv):
 
 
 def main(argv=None):
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")             # a terminal that cannot show a character
     try:
         command_line("sample.py", run_main, argv)
     finally:

@@ -38,6 +38,7 @@ import support.report as reports  # noqa: E402,F401
 import support.run as run  # noqa: E402,F401
 import support.text as text  # noqa: E402,F401
 from hypenet import FAMILIES, HypeNet, HypeNetConfig  # noqa: E402
+from support.run import seal  # noqa: E402
 from support.tokens import Tokenizer  # noqa: E402
 
 torch.set_num_threads(1)                    # the tensors are tiny
@@ -1169,6 +1170,7 @@ def test_layers_and_base_are_chosen_by_what_training_hides(home, tmp_path, monke
     file = tmp_path / "run" / "run.json"
     run = json.loads(file.read_text())
     run["done"]["plans"]["finetune"]["tokens"] *= 2
+    run["sha256"] = seal(run["options"], run["done"])
     file.write_text(json.dumps(run))
     with pytest.raises(SystemExit) as stop:
         halo.main(["--resume", str(tmp_path / "run")])

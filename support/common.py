@@ -1,13 +1,17 @@
 """What the programs share: command lines, errors, devices, files of text and JSON."""
 import argparse
 import errno
+import hashlib
 import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -49,6 +53,13 @@ def filled(text):
     return text
 
 
+def file_name(text):
+    """A type for add_argument: the name of a file in a folder of the program's own, so no path."""
+    if text != os.path.basename(text) or text in ("", "..", "."):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file; give a name without a folder")
+    return text
+
+
 def default_device(name=None):
     """The device asked for, else CUDA, Apple's or the CPU. ValueError if this machine has no such device. A
     GPU with a number becomes the current one, because CUDA graphs are recorded on the current one."""
@@ -64,11 +75,16 @@ def default_device(name=None):
     return name
 
 
-def command_line(prog, run, argv):
+def command_line(prog, run, argv, lasting=False):
     """Call run(argv) for a program. An error ends it with one line: exit status 2 where the user can mend the
-    error, 1 where the program is wrong, 130 after Ctrl-C."""
+    error, 1 where the program is wrong, 130 after Ctrl-C. lasting: the program leaves files, and goes on if
+    nobody can read its output."""
     argv = sys.argv[1:] if argv is None else argv
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:           # so set while torch was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     world.begin()
+    sys.stdout = writable(sys.stdout, lasting)
+    sys.stderr = writable(sys.stderr, lasting=True)
     try:
         run(argv)
         sys.stdout.flush()
@@ -87,6 +103,34 @@ def command_line(prog, run, argv):
         print(f"{prog}: {line}", file=sys.stderr)
         world.leave(status)
         raise SystemExit(status) from error
+
+
+def writable(stream, lasting):
+    """A stream for output in place of one that may be closed, or None. A character that its encoding lacks is
+    shown as a number. lasting: what cannot be written is lost."""
+    if stream is None or stream.closed:
+        stream = open(os.devnull, "w")
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    return Lasting(stream) if lasting and not isinstance(stream, Lasting) else stream
+
+
+class Lasting:
+    """A stream that drops what cannot be written."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError):           # ValueError: the stream is closed
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.stream.flush()
 
 
 # ---- errors ------------------------------------------------------------------------------------------------
@@ -177,9 +221,26 @@ def keep_traceback(prog):
 # ---- files -------------------------------------------------------------------------------------------------
 
 
+def at_once(path, flags):
+    """An opener for open(): a pipe that nobody writes to is empty, instead of a wait for ever."""
+    file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(file, True)
+    return file
+
+
+def hash_file(path):
+    """The hash of a file's bytes."""
+    found = hashlib.sha256()
+    with open(path, "rb") as f:
+        for part in iter(partial(f.read, 2 ** 20), b""):
+            found.update(part)
+    return found.hexdigest()
+
+
 def read_text(path):
     """The text of a UTF-8 file. Bytes that are not UTF-8 become U+FFFD. ValueError for UTF-16 and binary."""
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
+    with open(path, encoding="utf-8-sig", errors="replace", opener=at_once) as f:
         text = f.read()
     if "\0" in text or text.startswith("\ufffd\ufffd"):         # the byte-order mark of UTF-16
         raise ValueError(f"{path} is not UTF-8 text: it is UTF-16, or has NUL bytes; convert it to UTF-8")
@@ -189,7 +250,7 @@ def read_text(path):
 def read_json(path, name, what):
     """The JSON object in the file path/name. ValueError if there is none: "no {what} in path"."""
     try:
-        with open(os.path.join(path, name), encoding="utf-8") as f:
+        with open(os.path.join(path, name), encoding="utf-8", opener=at_once) as f:
             value = json.load(f)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no {what} in {path}: it has no {name}") from None
@@ -201,4 +262,4 @@ def read_json(path, name, what):
 
 
 def write_json(path, value):
-    write_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(value, indent=1) + "\n")

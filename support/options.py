@@ -79,9 +79,9 @@ def get_args(halo, argv):
         help="share of the state that a new forget gate keeps at each token; default: 0.7")
     add("--max-ctx", type=number(int, 1), default=65536 + 1024, metavar="N",
         help="positions that a chunk HyPE model knows, for context and answer together")
-    add("--trials", type=number(int, 1), default=20, metavar="N",
+    add("--trials", type=number(int, 1, 10 ** 6), default=20, metavar="N",
         help="questions asked at each length; at 64 times the length on a CPU a quarter; default: 20")
-    add("--eval-windows", type=number(int, 2), default=256, metavar="N",
+    add("--eval-windows", type=number(int, 2, 10 ** 6), default=256, metavar="N",
         help="held-out sequences that losses are measured on; default: 256")
     add("--set", **many, default=[], metavar="FIELD=X",
         help="set fields of the student's HypeNetConfig, such as linear_rope=false")
@@ -469,8 +469,11 @@ def run_main(halo, argv):
 def execute(halo, run, teacher, corpus, plans, args):
     """The run itself: pretraining, or a conversion and its report."""
     stages = {stage: vars(plan) for stage, plan in plans.items()}
+    weights = None if args.pretrain else pretrained.digest(args.path)
     try:
-        refuse([(run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"],
+        refuse([(run.once("teacher", lambda: weights) != weights,
+                 f"--resume {args.resume}: its teacher's files have changed since it began; start a new run"),
+                (run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"],
                  f"--resume {args.resume}: the text has changed since it began; start a new run"),
                 (run.once("plans", lambda: stages) != stages,
                  f"--resume {args.resume}: its stages are not this version's; start a new run")])
@@ -489,4 +492,4 @@ def main(halo, argv):
         except torch.OutOfMemoryError:                             # outside of training, see within_memory
             raise ValueError("the device ran out of memory: take a smaller --teacher or another --device"
                              ) from None
-    command_line("halo.py", run, argv)
+    command_line("halo.py", run, argv, lasting=True)

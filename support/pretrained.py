@@ -7,19 +7,24 @@ layers would give other numbers is refused, in one line.
 """
 import errno
 import glob
+import hashlib
 import importlib.util
+import json
 import math
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 
-from hypenet import FAMILIES, Attention, HypeNet, HypeNetConfig
-from support.common import read_json
+from hypenet import FAMILIES, Attention, HypeNet, HypeNetConfig, read_config
+from support.common import hash_file, read_json
 
+FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+         "chat_template.jinja"]      # of a model, besides its weights
 SHORT_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 # What config.json means where it lacks a field: the defaults of transformers.
@@ -129,7 +134,7 @@ def load(name_or_path, dtype=torch.float32, device="cpu"):
         return assemble(config, names, found, path, dtype, device)
     given = read_json(path, "config.json", "model")
     if is_ours(given):
-        return assemble(our_config(given, path), None, open_safetensors(path), path, dtype, device)
+        return assemble(read_config(given, path), None, open_safetensors(path), path, dtype, device)
     config, q_scale = translate(given, os.path.join(path, "config.json"))
     model = assemble(config, WEIGHT_NAMES[given["model_type"]], open_safetensors(path), path, dtype, device)
     for block in model.blocks:                       # a constant scale of the queries is a gain of their norm
@@ -160,10 +165,8 @@ def fetch(name_or_path, weights=True):
                          f"{', '.join(SHORT_NAMES)}, or owner/name of the hub")
     import huggingface_hub
     from huggingface_hub import errors
-    files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-             "chat_template.jinja"]
     try:
-        return huggingface_hub.snapshot_download(repo, allow_patterns=files + weights * [
+        return huggingface_hub.snapshot_download(repo, allow_patterns=FILES + weights * [
             "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"])
     except errors.GatedRepoError:
         problem = f"is gated: accept its terms at huggingface.co/{repo}, then run: hf auth login"
@@ -178,6 +181,18 @@ def fetch(name_or_path, weights=True):
         else:
             problem = f"cannot be downloaded ({' '.join(str(e).split())}): try again, or give a local folder"
     raise ValueError(f"{name} {problem}")
+
+
+def digest(name_or_path):
+    """A hash of all that a model and its tokenizer are read from, the same wherever the files stand."""
+    path = fetch(name_or_path)
+    files = [path]
+    if os.path.isdir(path):
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+        files += [os.path.join(path, name) for name in FILES if os.path.exists(os.path.join(path, name))]
+    with ThreadPoolExecutor() as pool:               # hashlib works without Python's lock
+        found = zip(map(os.path.basename, files), pool.map(hash_file, files))
+    return hashlib.sha256(json.dumps(list(found)).encode()).hexdigest()
 
 
 def find_smollm2():
@@ -199,17 +214,6 @@ def is_ours(given):
     """Whether this config.json is of our own format. The authors' files have the same model_type, but also
     mixer_types."""
     return given.get("model_type") == "hypenet" and "mixer_types" not in given
-
-
-def our_config(given, path):
-    """The HypeNetConfig of our own config.json."""
-    try:
-        return HypeNetConfig(**{field: value for field, value in given.items() if field != "model_type"})
-    except (TypeError, AttributeError) as e:
-        problem = str(e).replace("HypeNetConfig.__init__() got an unexpected keyword argument", "no field is")
-    except ValueError as e:
-        problem = e
-    raise ValueError(f"{path}/config.json: {problem}")
 
 
 def translate(given, where):
@@ -327,7 +331,7 @@ def authors_fields(given, c):
     hype = re.fullmatch(r"hype(?: (\d+))?", str(scaling))
     if hype:                                         # eq. 11 with this a; theirs is 362 where none is given
         return more | dict(logit_base=float(hype[1] or 362)), 1
-    if scaling is not None and type(scaling) not in (int, float):
+    if scaling is not None and not (type(scaling) in (int, float) and math.isfinite(scaling)):
         raise ValueError(f'attn_logits_scaling is {scaling!r}; allowed: null, a number, "hype 500"')
     return more, 1 if scaling is None else scaling
 
@@ -355,6 +359,8 @@ def open_safetensors(path):
         if file != os.path.basename(file):           # such an index could name any file of the machine
             raise ValueError(f"{path}/{index} names the file {file}; allowed: files of its own folder")
         try:
+            if not os.path.isfile(os.path.join(path, file)):        # a pipe would be waited for
+                raise FileNotFoundError
             f = safe_open(os.path.join(path, file), framework="pt")
             for name in f.keys():
                 part = f.get_slice(name)
@@ -422,6 +428,9 @@ def check_weights(config, places, found, path):
 
 def assemble(config, names, found, path, dtype, device):
     """The model of a config with the tensors `found` (name -> Stored). names: see find_places."""
+    if len(config.layers) > len(found):              # before an hour is spent on building them
+        raise ValueError(f"{path}: the config has {len(config.layers):,} layers, but the file has only "
+                         f"{len(found):,} tensors; copy both again")
     with torch.device("meta"):                       # no memory for weights that are about to be replaced
         model = HypeNet(config)
     places = find_places(model, names, found)

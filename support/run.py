@@ -17,14 +17,18 @@ A plan has steps, total (tokens), length, batch, lr, lr_end and rate(step). rows
 function step -> ids (batch, length + 1). corpus.advance(plan) is called when a stage has ended.
 Read Run and Stage first. Memory and recordings come after them.
 """
+import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +37,13 @@ from tqdm import tqdm
 
 from hypenet import write_file
 from support import shard, world
-from support.common import write_json
+from support.common import default_device, hash_file, write_json
 from support.loss import fused
+
+try:
+    import fcntl
+except ImportError:                                   # Windows: nothing keeps two runs out of one folder
+    fcntl = None
 
 # ---- a run -------------------------------------------------------------------------------------------------
 
@@ -44,27 +53,34 @@ class BrokenOff(KeyboardInterrupt):
 
 
 class Run:
-    """A run and its folder. run.json holds the options, and the results of what is done. After Ctrl-C or
-    SIGTERM a checkpoint of the last whole step is written, then the program leaves."""
+    """A run and its folder. run.json holds the options, the results of what is done, and a hash of every
+    checkpoint. After Ctrl-C or SIGTERM a checkpoint of the last whole step is written, then the program
+    leaves. ValueError if another run has the folder, or run.json is not as it was written."""
 
     def __init__(self, folder, options):
-        self.folder = folder
+        claimed, self.lock = claim(folder, options) if world.RANK == 0 else (folder, None)
+        self.folder = world.of_first(claimed)
         self.options = options
         self.done = {}                                # results by name, see once()
         self.asked = False                            # whether a signal has asked for the end
         self.can_break = False                        # whether the end need not wait
         self.tokens = 0                               # of all stages so far
-        os.makedirs(folder, exist_ok=True)
         if world.of_first(os.path.exists(self.path("run.json"))):
-            with open(self.path("run.json"), encoding="utf-8") as f:
-                self.done = json.load(f)["done"]
+            _, self.done = read_run(self.folder)
         self.began = time.time() - self.done.get("seconds", 0.0)
+        threads = self.done.setdefault("threads", torch.get_num_threads())
+        if threads != torch.get_num_threads() and default_device(options.get("device")) == "cpu":
+            print(f"this run began with {threads} threads and goes on with {torch.get_num_threads()}: its "
+                  f"numbers are not bit for bit those of an unbroken run (OMP_NUM_THREADS={threads} gives "
+                  "those)", file=sys.stderr)
         self.save()
         self.handlers = {sig: signal.signal(sig, self.on_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
 
     def close(self):
         for sig, handler in self.handlers.items():
             signal.signal(sig, handler)
+        if self.lock:
+            self.lock.close()
 
     def on_signal(self, *_):
         if self.asked:                                # the second signal ends the program at once
@@ -96,10 +112,11 @@ class Run:
     def seconds(self):
         return time.time() - self.began
 
-    def save(self):
+    def save(self, by_all=False):
         self.done["seconds"] = self.seconds()
-        if world.RANK == 0:
-            write_json(self.path("run.json"), dict(options=self.options, done=self.done))
+        if world.RANK == 0 or by_all:
+            record = dict(options=self.options, done=self.done, sha256=seal(self.options, self.done))
+            write_json(self.path("run.json"), record)
 
     def once(self, name, work):
         """The result of work(), a JSON value. A run that goes on takes the result from run.json."""
@@ -108,6 +125,10 @@ class Run:
             self.save()
             self.leave_if_asked()
         return self.done[name]
+
+    def digests(self, stage):
+        """The hashes that a stage's checkpoint may have: that of the newest, and of the one before."""
+        return self.done.setdefault("checkpoints", {}).get(stage, [])
 
     def stage(self, name, plan, module, optimizer, gradients):
         return Stage(self, name, plan, module, optimizer, gradients)
@@ -135,13 +156,18 @@ class Run:
         write_file(self.path("log.jsonl"), "".join(lines))
 
 
+# ---- the folder of a run -----------------------------------------------------------------------------------
+
+LOCK = ".lock"                                        # held while a run lives; the number of its process
+
+
 def new_folder(asked, default):
     """The folder of a new run: the one asked for, else default, default-2, default-3, ... ValueError if the
     folder asked for is in use."""
     folder = asked or default
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"--out {folder} is a file; name a folder")
-    if not os.path.isdir(folder) or not os.listdir(folder):
+    if not os.path.isdir(folder) or is_unused(folder):
         return folder
     if asked:
         raise ValueError(f"--out {folder} is not empty; go on with it by --resume {folder}, or name another")
@@ -151,13 +177,81 @@ def new_folder(asked, default):
     return f"{folder}-{number}"
 
 
-def options_of(folder):
-    """The options of the run in a folder; ValueError if the folder has no run."""
+def is_unused(folder):
+    """Whether a folder has no file but what a killed run leaves before its first file is whole."""
+    return all(name == LOCK or is_leftover(name) for name in os.listdir(folder))
+
+
+def is_leftover(name):
+    """Whether a file is one that hypenet.write_file had not finished."""
+    return re.search(r"\.tmp\d+$", name) is not None
+
+
+def claim(folder, options):
+    """Take a folder for this run alone, and remove what a killed run left there. Returns the folder and its
+    lock, an open file. If no option names the folder, and another run has taken it since new_folder was
+    called, the next folder is taken. ValueError if the folder that an option names is taken."""
+    resumed = options.get("resume")
+    named = resumed or options.get("out")
+    default = re.sub(r"-\d+$", "", folder)
+    for number in itertools.count(2):
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, LOCK), "a+", encoding="utf-8")
+        free = hold(lock)
+        begun = os.path.exists(os.path.join(folder, "run.json")) if named else not is_unused(folder)
+        if free and (resumed or not begun):
+            break
+        if named:
+            lock.seek(0)
+            holder = "" if free else f" by the process {lock.read()}"
+            raise ValueError(f"the folder {folder} is in use{holder}; wait for its end, or name another")
+        lock.close()
+        print(f"another run has taken {folder}; this one goes to {default}-{number}")
+        folder = f"{default}-{number}"
+    lock.truncate(0)
+    print(os.getpid(), end="", file=lock, flush=True)
+    for path in Path(folder).rglob("*.tmp*"):
+        if is_leftover(path.name):
+            path.unlink()
+    return folder, lock
+
+
+def hold(lock):
+    """Lock an open file until it is closed or this process ends, however it ends. False if another process
+    holds it. A disk without locks is taken as free."""
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        print(f"{lock.name} cannot be locked ({e}): start no second run in this folder", file=sys.stderr)
+    return True
+
+
+def seal(options, done):
+    """The hash of what run.json holds."""
+    return hashlib.sha256(json.dumps([options, done]).encode()).hexdigest()
+
+
+def read_run(folder):
+    """What run.json holds: the options of the run in a folder, and what is done. ValueError if the folder has
+    no run, or run.json is not as a run wrote it."""
     try:
         with open(os.path.join(folder, "run.json"), encoding="utf-8") as f:
-            return dict(json.load(f)["options"])
+            record = json.load(f)
+        options, done, digest = dict(record["options"]), dict(record["done"]), record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--resume {folder}: no run there (no run.json that can be read)") from None
+    if digest != seal(options, done):
+        raise ValueError(f"--resume {folder}: its run.json was altered or is damaged; put the file back as "
+                         "it was, or start a new run")
+    return options, done
+
+
+def options_of(folder):
+    """The options of the run in a folder; ValueError if the folder has no run."""
+    return read_run(folder)[0]
 
 
 # ---- a stage of training -----------------------------------------------------------------------------------
@@ -198,30 +292,51 @@ class Stage:
     def load(self):
         self.file = self.run.path(f"{self.name}.pt")
         if os.path.exists(self.file):
-            try:
-                saved = torch.load(self.file, map_location="cpu", weights_only=True)
-                shard.load(self.module, self.optimizer, saved)
-                self.first = saved["step"]
-                self.mean = saved["mean"]
-            except Exception:                         # torch raises several types
-                raise ValueError(f"{self.file} is damaged; remove it to train this stage again") from None
+            self.read(hash_file(self.file))
         if self.first < self.plan.steps:
             self.run.trim_log(self.name, self.first)
 
+    def read(self, digest):
+        """Take up the checkpoint, whose hash is `digest`, if it is what this run wrote for this stage."""
+        known = digest in self.run.digests(self.name)
+        saved = torch.load(self.file, map_location="cpu", weights_only=True) if known else dict(module={})
+        if saved["module"].keys() != self.trained().keys():
+            raise ValueError(f"{self.file} is not as this run wrote it: altered, of another run or stage, or "
+                             "damaged; remove it to train this stage again")
+        self.run.done["checkpoints"][self.name] = [digest]          # the only one that counts from here on
+        shard.load(self.module, self.optimizer, saved)
+        self.first = saved["step"]
+        self.mean = saved["mean"]
+
+    def trained(self):
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
     def save(self, step, by_all=False):
-        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        state = dict(step=step, mean=self.mean, module=trained)
+        """Write the checkpoint after this step. by_all: any process may be the only one that is left."""
+        state = dict(step=step, mean=self.mean, module=self.trained())
         if step < self.plan.steps:                    # after the last step nobody needs the optimizer
             state["optimizer"] = self.optimizer.state_dict()
         state = shard.whole(state)
         if world.RANK and not by_all:
             return
+        if not torch.stack([p.isfinite().all() for p in state["module"].values()]).all():
+            raise self.not_finite("a weight is not finite", step)
+
+        def write(tmp):
+            torch.save(state, tmp)
+            old = self.run.digests(self.name)[-1:]    # a kill may come before the new file has its name
+            self.run.done["checkpoints"][self.name] = [*old, hash_file(tmp)]
+            self.run.save(by_all)
         try:
-            write_file(self.file, lambda tmp: torch.save(state, tmp))
+            write_file(self.file, write)
         except (OSError, RuntimeError) as e:          # RuntimeError: torch's own on a full disk
             message = f"{self.file}: {e}; free some disk, then --resume {self.run.folder}"
             raise ValueError(message) from None
-        self.run.save()
+
+    def not_finite(self, what, step):
+        kept = f"last checkpoint {self.file}" if os.path.exists(self.file) else "no checkpoint yet"
+        return ValueError(f"{self.name}: {what} at step {step}, {kept}; start anew with "
+                          f"--plan {without_number(self.name)}.lr={self.plan.lr / 3:.0e}")
 
     def rate(self, step):
         return self.plan.rate(step)
@@ -284,10 +399,8 @@ class Stage:
         """Loss and norm of a step as numbers; ValueError if one is not finite."""
         loss, norm = float(loss), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            kept = f"last checkpoint {self.file}" if os.path.exists(self.file) else "no checkpoint yet"
-            raise ValueError(f"{self.name}: loss {loss:.3g}, gradient norm {norm:.3g} at step "
-                             f"{self.first + self.computed}, {kept}; start anew with "
-                             f"--plan {without_number(self.name)}.lr={self.plan.lr / 3:.0e}")
+            what = f"loss {loss:.3g}, gradient norm {norm:.3g}"
+            raise self.not_finite(what, self.first + self.computed)
         return loss, norm
 
     def done(self, step, loss, norm, lr):

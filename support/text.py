@@ -40,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 from hypenet import write_file
-from support.common import read_json, write_json
+from support.common import hash_file, read_json, write_json
 from support.tokens import Tokenizer
 
 FINEWEB = "kjj0/fineweb10B-gpt2"                     # a data set of the hub, encoded by GPT-2's tokenizer
@@ -58,7 +58,7 @@ FIRST = 2 ** 20                                      # tokens of a shard that ar
 
 SMALL = 2 ** 24                                      # characters; less text is encoded at every start
 BATCH = 2 ** 19                                      # characters that a thread encodes at once
-FORMAT = 1                                           # of the cache: count up if the same text gets other ids
+FORMAT = 2                                           # of the cache: count up if a text gets other ids
 INDEX = [("n_ids", "<i8"), ("is_held_out", "?")]     # of each document in the cache
 
 
@@ -272,8 +272,8 @@ def encode_all(files, tokenizer, n_chars, out):
 
 class Survey(NamedTuple):
     """What a first reading of the text tells."""
-    name: str                        # a hash of the text, its groups, and where each document ends
-    sha256: str                      # a hash of the text alone
+    name: str                        # a hash of the text and its groups
+    sha256: str                      # a hash of the text, and of where each document ends
     is_held_out: np.ndarray          # (documents,) bool: one group in 16, the same groups on every machine
     n_chars: int
 
@@ -297,8 +297,9 @@ def survey(files):
             data = text.encode("utf-8", "replace")
             group = data if group is text else group.encode("utf-8", "replace")
             side = hashlib.sha256(b"hypenet" + group).digest()
+            sha256.update(len(data).to_bytes(8, "little"))
             sha256.update(data)
-            name.update(side + len(data).to_bytes(8, "little"))
+            name.update(side)
             is_held_out.append(side[-1] % 16 == 0)
             n_chars += len(text)
             bar.update(len(text))
@@ -368,6 +369,9 @@ def write_shard(name, sha256, tokenizer, write):
     index = None
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        for left in Path(os.path.dirname(path)).glob("*.tmp*"):     # by a run that was killed
+            if left.stat().st_mtime < time.time() - 3600:           # else another run may be writing the file
+                left.unlink(missing_ok=True)
         write_file(path + ".ids", write_ids)
         write_file(path + ".npy", write_index)
         file = open(path + ".ids", "rb")
@@ -523,6 +527,11 @@ class Source:
     def add_shards(self, paths):
         """Make each shard a part. Returns the beginnings of those that are held out. All headers are judged
         before a tokenizer is fetched to decode the shards."""
+        local = [path for path in paths if path not in SHARDS]
+        for path in local:
+            shard_ids(path, slice(FIRST))                           # foreign ids fail now
+        with ThreadPoolExecutor() as pool:
+            hashes = dict(zip(local, pool.map(hash_file, local)))
         lengths = [SHARD if path in SHARDS else len(read_shard(path)) for path in paths]
         ours = self.tokenizer
         is_gpt2 = ours.n_vocab == GPT2_END + 1 and ours.encode("Hello world") == [15496, 995]
@@ -530,14 +539,12 @@ class Source:
         held_out = []
         for path, n in zip(paths, lengths):
             name = os.path.basename(path)
-            self.names.append(f"{name} {n}")
+            self.names.append(f"{name} {n} {hashes.get(path, '')}")
             if "val" in name:
                 held_out.append(self.from_gpt2(shard_ids(path, slice(HELD_OUT))))
                 continue
             self.parts.append(path)
             self.sizes.append(n)
-            if path not in SHARDS:
-                shard_ids(path, slice(FIRST))                       # foreign ids fail now
         return held_out
 
     def from_gpt2(self, ids):

@@ -11,7 +11,7 @@ from datetime import datetime
 import numpy as np
 
 from hypenet import write_file
-from support.common import read_json, write_json
+from support.common import at_once, read_json, write_json
 from support.pretrained import fetch, open_gguf
 
 BYTES = '{\n "type": "bytes"\n}\n'                  # the tokenizer.json of one id per byte
@@ -60,11 +60,16 @@ class Tokenizer:
         self.config = configs[-1] if configs else {}
         self.bos, ends = (None, [0]) if self.is_bytes else self.limits(ids)
         known = set(ids.values())
-        if not ends or set(ends) - known:
-            raise ValueError(f"eos_token_id is {ends}; give at least one id, all of them its tokens")
+        given = ends if self.bos is None else [*ends, self.bos]
+        if not ends or set(given) - known or not all(type(id) is int for id in given):
+            raise ValueError(f"eos_token_id is {ends}, bos {self.bos}; give at least one eos, and only ids "
+                             "of its tokens")
         self.end = ends[0]
         self.stops = set(ends)
         self.n_vocab = max(known) + 1
+        if len(known) < len(ids) or self.n_vocab > 4 * len(known) + 2 ** 16:      # holes would take memory
+            raise ValueError(f"{len(ids):,} tokens have {len(known):,} different ids, up to {max(known):,}; "
+                             "give each token an id of its own, without gaps of millions")
         self.holes = sorted(set(range(self.n_vocab)) - known)
 
     def limits(self, ids):
@@ -77,8 +82,8 @@ class Tokenizer:
             given = config.get("eos_token_id")
             ends += given if isinstance(given, list) else [given]
             ends.append(ids.get(content(config.get("eos_token"))))
-            if bos is None and config.get("add_bos_token"):
-                bos = ids.get(content(config.get("bos_token")))
+            if bos is None and config.get("add_bos_token") and config.get("bos_token"):
+                bos = ids[content(config["bos_token"])]
         return bos, [end for end in dict.fromkeys(ends) if end is not None]
 
     @classmethod
@@ -218,7 +223,7 @@ def folder_files(path):
     """A folder -> the text of tokenizer.json, and the configs beside it, tokenizer_config.json last."""
     if not os.path.exists(os.path.join(path, "tokenizer.json")):
         raise ValueError("no such file; give the folder of a whole model")
-    with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as f:
+    with open(os.path.join(path, "tokenizer.json"), encoding="utf-8", opener=at_once) as f:
         text = f.read()
     configs = []
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
@@ -226,7 +231,7 @@ def folder_files(path):
         configs.append(read_json(path, name, "tokenizer") if found else {})
     template = os.path.join(path, "chat_template.jinja")
     if os.path.exists(template):
-        with open(template, encoding="utf-8") as f:
+        with open(template, encoding="utf-8", opener=at_once) as f:
             configs[-1]["chat_template"] = f.read()
     return text, configs
 

@@ -11,9 +11,7 @@ second document with the chat template. There it writes the user's question and 
 import hashlib
 import json
 import math
-import os
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ import torch
 from hypenet import State, sample
 from support import text
 from support.fast import Decoder
-from support.pretrained import fetch
+from support.pretrained import digest
 
 LENGTH = 1024                        # tokens of a document, at most
 ROWS = dict(cuda=512)                # documents that are written at once, by the kind of device
@@ -144,15 +142,8 @@ def teacher_documents(model, tokenizer, n_tokens, seed=0, rows=None):
 def name_of(path, tokenizer, n_tokens, seed):
     """A name for what a teacher writes: hashes of its files, and what it was asked for. The name of a shard
     has the tokenizer's digest and the FORMAT of the cache besides."""
-    path = fetch(path)
-    files = [path]
-    if os.path.isdir(path):
-        files = [str(file) for file in sorted(Path(path).iterdir())
-                 if file.suffix == ".safetensors" or file.name == "config.json"]
     template = tokenizer.config.get("chat_template")
-    facts = ["teacher", n_tokens, seed, LENGTH, sorted(tokenizer.stops), template]
-    for file in files:
-        facts += [os.path.basename(file), hashlib.sha256(np.memmap(file, "u1", "r")).hexdigest()]
+    facts = ["teacher", n_tokens, seed, LENGTH, sorted(tokenizer.stops), template, digest(path)]
     return json.dumps(facts)
 
 
@@ -184,4 +175,6 @@ def teacher_text(model, path, tokenizer, n_tokens, seed=0, dry_run=False):
               "tokens/s", flush=True)
         return index
     encoded = encoded or text.write_shard(name, "", tokenizer, write)
-    return encoded._replace(sha256=hashlib.sha256(encoded.ids()).hexdigest())
+    found = hashlib.sha256(encoded.ids())
+    found.update(encoded.n_ids)
+    return encoded._replace(sha256=found.hexdigest())
