@@ -256,11 +256,12 @@ def machine(device):
 
 
 WIDTHS = dict(                       # of columns, others 9; below 0: the text stands at the left
-    size=-9, kind=-9, stage=-9, shape=-22, decay=-10, by=-6, model=-24, task=-10, change=-35, seed=5, of=6,
-    batch=6, plan_batch=5, length=7, at_once=8, used=8, context=11, checkpoint=11, pass_keys=16,
+    size=-8, kind=-9, stage=-9, shape=-22, decay=-10, by=-6, model=-24, task=-10, change=-35, seed=5, of=6,
+    batch=6, plan_batch=5, length=7, at_once=8, used=9, context=11, checkpoint=7, gpus=5, hours=8,
+    seconds=9, tok_s=10, pass_keys=16,
     one_of_four=16)
 HEADINGS = dict(tok_s="tok/s", need_gb="needs GB", peak_gb="peak GB", extra_gb="extra GB", gb="GB",
-                used="use", plan_batch="of")
+                used="use", plan_batch="of", checkpoint="redone")
 
 
 class Table:
@@ -534,7 +535,7 @@ def train_operations(stage, teacher, student, T):
 def bench_train(args):
     """One step of each stage of halo.py under the paper's plan.
     Batch: sequences of the step, of the plan's so many. At once: as many go through the models together.
-    Checkpoint: activations are computed again in the backward pass.
+    Redone: activations are computed again in the backward pass.
     Use: share of the peak. Hours: for all tokens of the plan."""
     device = args.device
     if device.type == "cuda":

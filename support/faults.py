@@ -38,13 +38,13 @@ FAULTS = [
     # Weights keep the dtype of the file.
     ("hypenet.py", "{name: w.to(dtype) for name, w in weights.items()}", "weights"),
     # A run that is killed loses its whole stage.
-    ("support/run.py", "self.run.stop or now - self.saved_at > self.pause:", "self.run.stop:"),
+    ("support/run.py", "now - self.saved_at > self.pause\n", "False\n"),
     # The loss that is shown starts anew after a resume.
     ("support/run.py", 'self.mean = saved["mean"]', "self.mean = None"),
     # --micro is ignored.
     ("support/run.py", 'self.at_once = run.options["micro"] or min(', "self.at_once = min("),
     # An empty folder counts as used.
-    ("support/run.py", "if not os.path.isdir(folder) or not os.listdir(folder):",
+    ("support/run.py", "if not os.path.isdir(folder) or is_unused(folder):",
      "if not os.path.isdir(folder):"),
     # --seed does not change the order of documents.
     ("support/text.py", "random.Random(seed).shuffle(order)", "random.Random(0).shuffle(order)"),

@@ -317,8 +317,13 @@ class Stage:
         if step < self.plan.steps:                    # after the last step nobody needs the optimizer
             state["optimizer"] = self.optimizer.state_dict()
         state = shard.whole(state)
-        if world.RANK and not by_all:
-            return
+        if world.RANK == 0 or by_all:
+            self.write(state, step, by_all)
+        if not by_all:
+            self.run.done["checkpoints"] = world.of_first(self.run.done.get("checkpoints"))
+
+    def write(self, state, step, by_all):
+        """Write a checkpoint. ValueError if a weight is not finite, or the disk is full."""
         if not torch.stack([p.isfinite().all() for p in state["module"].values()]).all():
             raise self.not_finite("a weight is not finite", step)
 

@@ -57,9 +57,14 @@ class Rows:
         pass
 
 
+def resumes(folder):
+    """The option of a run that goes on where a folder has one."""
+    return dict(resume=str(folder)) if (folder / "run.json").exists() else {}
+
+
 def train(folder, stages, module, loss_fn, corpus):
     """Run stages {name: plan} by halo.train in a folder. Each parameter is a group of its own."""
-    a_run = run.Run(str(folder), dict(micro=None, plain=True))
+    a_run = run.Run(str(folder), dict(micro=None, plain=True) | resumes(folder))
     try:
         for stage, plan in stages.items():
             halo.train(a_run, stage, plan, corpus, module, [[p] for p in module.parameters()], loss_fn)
@@ -628,9 +633,9 @@ def test_a_second_signal_stops_at_once(tmp_path, capsys):
     """The first SIGINT or SIGTERM asks for the end, the second raises. close() gives both back."""
     before = [signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM)]
     for first in signal.SIGINT, signal.SIGTERM:
-        a_run = run.Run(str(tmp_path), {})
+        a_run = run.Run(str(tmp_path), resumes(tmp_path))
         signal.raise_signal(first)
-        assert a_run.stop and "second signal" in capsys.readouterr().err
+        assert a_run.asked and "second signal" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         a_run.close()
@@ -639,12 +644,12 @@ def test_a_second_signal_stops_at_once(tmp_path, capsys):
 
 def test_seconds_count_on_over_a_resume(tmp_path):
     """A run that goes on after 100 seconds has taken more than 100, and not the time between."""
-    a_run = run.Run(str(tmp_path), {})
+    a_run = run.Run(str(tmp_path), resumes(tmp_path))
     a_run.began -= 100
     a_run.save()
     a_run.close()
     done = json.loads((tmp_path / "run.json").read_text())["done"]
-    again = run.Run(str(tmp_path), {})
+    again = run.Run(str(tmp_path), resumes(tmp_path))
     again.close()
     assert done["seconds"] >= 100 and done["seconds"] <= again.seconds() < 130
 
@@ -667,11 +672,13 @@ def test_the_loss_that_is_shown_goes_on_over_a_resume(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_names_its_step(tmp_path, capsys):
-    """A stage that was stopped after 4 steps goes on, and its line names step 6 of the whole stage."""
+    """A stage that was stopped within step 4 goes on, and its line names step 6 of the whole stage."""
     module = torch.nn.ParameterList([torch.zeros(1)])
+    stops = [3]
 
     def loss_fn(idx, targets):
-        if idx[0, 0] == 3:
+        if idx[0, 0] in stops:
+            stops.clear()
             signal.raise_signal(signal.SIGTERM)
         yield module[0].sum() + (math.inf if idx[0, 0] == 5 else 0)
     stages = dict(distil=a_plan(8 * 4, 2, 2))
@@ -683,11 +690,11 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path, capsys):
 
 def test_a_signal_in_a_measurement_ends_the_run_after_it(tmp_path, capsys):
     """Ctrl-C while something is measured: the result is kept, the run ends with status 130, and goes on."""
-    a_run = run.Run(str(tmp_path), {})
+    a_run = run.Run(str(tmp_path), resumes(tmp_path))
     with pytest.raises(SystemExit) as stop:
         a_run.once("fit", lambda: signal.raise_signal(signal.SIGINT) or [1.5])
     a_run.close()
-    again = run.Run(str(tmp_path), {})
+    again = run.Run(str(tmp_path), resumes(tmp_path))
     again.close()
     assert stop.value.code == 130 and again.once("fit", lambda: pytest.fail("measured again")) == [1.5]
 
@@ -718,7 +725,7 @@ def test_a_run_goes_on_with_its_own_text_alone(tmp_path):
     assert len(names) == 3
     a_run = run.Run(str(tmp_path / "run"), {})
     a_run.once("text", lambda: dict(sha256="as it was"))
-    corpus, args = types.SimpleNamespace(facts=dict(sha256="altered")), types.SimpleNamespace(resume="out/x")
+    corpus, args = types.SimpleNamespace(facts=dict(sha256="altered")), options(resume="out/x", pretrain=True)
     with one_line("--resume out/x", "text has changed"):
         cli.execute(None, a_run, None, corpus, {}, args)
 
@@ -889,7 +896,7 @@ def test_a_pretrained_model_is_stored_in_bf16_and_measured(hybrid, lengths, tmp_
     monkeypatch.setattr(reports, "losses", lambda *_: torch.tensor([1.25, 1.75]))
     monkeypatch.setattr(reports, "shares", lambda model, corpus, lengths, args: dict(
         passkey={str(n): 0.5 for n in lengths}))
-    model, a_run = tiny(dtype=torch.float32), run.Run(str(tmp_path), {})
+    model, a_run = tiny(dtype=torch.float32), run.Run(str(tmp_path), resumes(tmp_path))
     a_run.close()
     corpus = types.SimpleNamespace(facts={}, held_out_batches=lambda *_: None)
     args = types.SimpleNamespace(tokenizer=Tokenizer.bytes(), length=8, eval_windows=2, hybrid=hybrid,
