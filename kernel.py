@@ -340,14 +340,6 @@ if triton:
         return out
 
     @triton.jit
-    def sums_of_rows(x, picks, DTYPE: tl.constexpr):
-        """Sums of x (M,N) over the columns that each column of a 0/1 matrix picks (N,N)."""
-        out = dot(x, picks, DTYPE)
-        if DTYPE != tl.float32:
-            out += dot(rounding_error(x, DTYPE), picks, DTYPE)
-        return out
-
-    @triton.jit
     def load_gates(g_ptr, tokens, stride, T):
         return tl.load(g_ptr + tokens * stride, mask=tokens < T, other=0.0).to(tl.float32)
 
@@ -446,9 +438,8 @@ if triton:
     #     dg_t  =  sum_{s = t .. M} (q_s * dq_s - k_s * dk_s)  +  sum_V S_M * dS_M       (0 where g_t = -inf)
     #
     # The sum starts anew in every chunk, so its rounding errors do not grow with T. finish_kernel computes
-    # the sum for one decay per channel. One decay per head has one dg for all channels, and can afford a sum
-    # without differences, which lose digits. Sum every path that crosses token t, from a token j or S_0 to a
-    # token i or S_M:
+    # the sum for one decay per channel. One decay per head has one dg for all channels, which is the sum of
+    # all paths that cross token t, from a token j or S_0 to a token i or S_M:
     #
     #     dg_t  =  sum_{j < t <= i} X_ij  +  sum_{i >= t} Y_i  +  sum_{j < t} Z_j  +  W
     #     X_ij  =  e^(G_ij) (q_i . k_j) (do_i . v_j)      from j to i
@@ -456,8 +447,14 @@ if triton:
     #     Z_j   =  k_j . e^(F_j) v_j dS_M^T               from j to S_M
     #     W     =  e^(P_M) * sum S_0 * dS_M               from S_0 to S_M
     #
-    # The scan for dq knows S_0. It stores Y in dg_ptr, and S_0 in marks_ptr unless the decay makes W tiny.
-    # The scan for dk knows dS_M. It makes X from dA and turns Y into dg.
+    # The first sum is a difference. A path from j to i is in row i and in column j of X. Unless the path
+    # crosses t, it is in both sums or in neither:
+    #
+    #     sum_{j < t <= i} X_ij  =  sum_{s >= t} (sum_{j < s} X_sj  -  sum_{i > s} X_is)
+    #
+    # Rows and columns sum the same float32 numbers, so what cancels leaves no error of bf16. The scan for dq
+    # knows S_0. It stores Y in dg_ptr, and S_0 in marks_ptr unless the decay makes W tiny. The scan for dk
+    # knows dS_M. It makes X from dA and turns Y into dg.
     @triton.jit
     def scan_kernel(
         read_ptr, write_ptr, value_ptr, g_ptr, A_ptr, start_ptr, local_ptr, total_ptr, out_ptr, final_ptr,
@@ -559,10 +556,10 @@ if triton:
                                       stride_xt, cols, left, V)
                         dg = tl.sum(x * out, 1)                             # Y or Z
                         if REVERSE:
-                            j, t = tokens[:, None], tokens[None, :]
-                            X = A * dot(x, tl.trans(value), DTYPE)          # rows j, columns i
-                            X = sums_of_rows(X, j >= t, DTYPE) + dg[:, None]        # over i >= t
-                            dg = tl.sum(tl.where(j < t, X, 0.0), 0) + tl.cumsum(Y, 0, reverse=True) + W
+                            j, i = tokens[:, None], tokens[None, :]
+                            X = tl.where(j == i, 0.0, A * dot(x, tl.trans(value), DTYPE))
+                            crossing = tl.cumsum(Y + tl.sum(X, 0) - tl.sum(X, 1), 0, reverse=True)
+                            dg = crossing + tl.sum(tl.where(j < i, dg[:, None], 0.0), 0) + W
                             dg = tl.where(g == float("-inf"), 0.0, dg)
                         tl.store(at_dg, dg, mask=inside)
                     out += dot(A, value, DTYPE)
