@@ -123,7 +123,8 @@ def test_device_map(exported):
     ours, folder = exported("llama")
     ids = torch.tensor([list(TEXTS[1].encode())])
     for device_map in ("cpu", "auto"):
-        assert auto(folder, device_map=device_map)(ids).logits.equal(ours(ids)[0])
+        theirs = auto(folder, device_map=device_map)
+        assert rmse(theirs(ids.to(theirs.device)).logits.cpu(), ours(ids)[0]) < 1e-5
 
 
 @needs_transformers

@@ -189,10 +189,10 @@ def test_faults_are_those_of_the_code():
 
 def test_another_number_of_threads_is_said(close, tmp_path, monkeypatch, capsys):
     """A run that goes on with other threads says that its numbers differ, and goes on."""
-    begin(close, tmp_path).close()
+    begin(close, tmp_path, device="cpu").close()
     for threads, said in ((torch.get_num_threads(), 0), (77, 1)):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        begin(close, tmp_path, resume=True).close()
+        begin(close, tmp_path, resume=True, device="cpu").close()
         assert capsys.readouterr().err.count("77") == said
 
 

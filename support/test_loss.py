@@ -41,8 +41,8 @@ def test_kernel_is_the_definition(kl, alpha, V, dtype):
 def test_kernel_gives_the_loss_of_distillation(frozen, monkeypatch):
     """distil_loss by the kernel equals distil_loss as written: value, and gradients of all that trains. A
     frozen head, as in the article's recipe, has none."""
-    teacher, student = tiny(1, torch.float32), tiny(2, torch.float32).requires_grad_()
-    idx, targets = some_ids(2, 9), some_ids(2, 9, seed=1)
+    teacher, student = tiny(1, torch.float32).to(DEVICE), tiny(2, torch.float32).to(DEVICE).requires_grad_()
+    idx, targets = some_ids(2, 9).to(DEVICE), some_ids(2, 9, seed=1).to(DEVICE)
     student.wte.requires_grad_(not frozen)
     params = [p for p in student.parameters() if p.requires_grad]
 
