@@ -5,7 +5,7 @@
     python halo.py --resume out/tiny-paper     go on with a run that was stopped
     python halo.py --teacher small             convert a teacher of 14M parameters, on one GPU
     python halo.py --pretrain --out teacher    train the tiny teacher anew, on one GPU
-    torchrun --nproc_per_node=4 halo.py ...    any of these on 4 GPUs, with the losses of one
+    torchrun --nproc_per_node=4 halo.py ...    any of these on 4 GPUs, with the losses of one GPU
 
 The paper's recipe (arXiv 2601.22156, section 4) has six steps. align, distil and finetune are training: the
 paper calls them stage 1, 2 and 3, and all three share the loop `train`.
@@ -18,8 +18,8 @@ paper calls them stage 1, 2 and 3, and all three share the loop `train`.
     finetune  the whole hybrid         longer text                      the next token, without a teacher
     fit       nothing                  held-out text, longer still      the base a of s_t (eq. 11)
 
-The article's recipe is progressive. It converts the linear layers group by group. Only the newest group and
-the chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
+The article's recipe is progressive. It turns attention layers into linear layers, group by group. Only the
+mixers of the newest group and the chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 
 Map of the file:
     read first      recipes and plans, transfer, losses, the training loop, the paper's stages
@@ -36,7 +36,8 @@ Deviations from the paper, and what each buys:
 
 Batches depend on (seed, stage, step), initial weights on the seed. On one CPU a run repeats bit for bit, and
 a stopped run, if resumed, ends like one that never stopped. The folder of a run holds log.jsonl (one line per
-step), one checkpoint per stage, report.json, and the student: config.json, model.safetensors, tokenizer.json.
+step), one checkpoint per stage, run.json, report.json, and the student: config.json, model.safetensors,
+tokenizer.json.
 """
 import math
 import os
@@ -102,8 +103,8 @@ class Plan:
     batch: int                       # sequences of a step
     lr: float
     lr_end: float
-    recall: float = 0.5              # share of sequences that hide a key; plain text teaches recall slowly
-    varied: float = 0.0              # share of the sequences that hide a key that use other tasks
+    recall: float = 0.5              # share of sequences that hide a thing to recall, such as a pass key
+    varied: float = 0.0              # of these sequences, the share whose task is not a pass key
     warmup: int = 50                 # steps, at most a tenth of all
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
 
@@ -123,9 +124,10 @@ class Plan:
         return warm * (self.lr_end + (self.lr - self.lr_end) * cosine)
 
 
-# Each plan fits a budget. tiny: 5 minutes on a laptop CPU. mini, for ablations: 1 minute on a GPU. small: 2
-# minutes on a GPU. Sequences of stage 3 are 4 times (tiny) or 32 times as long as those of stage 2: see
-# convert_staged. mini and small repeat their text over ten times: their teachers train with weight decay.
+# Each conversion fits a budget; pretraining takes longer. tiny: 5 minutes on a laptop CPU. mini, for
+# ablations: 1 minute on a GPU. small: 2 minutes on a GPU. Sequences of stage 3 are 4 times (tiny) or 32 times
+# as long as those of stage 2: see convert_staged. Pretraining of mini and small repeats the text over ten
+# times, and so has weight decay.
 PLANS = {
     "tiny": dict(
         pretrain=Plan(tokens=200e6, length=256, batch=256, lr=3e-3, lr_end=1e-4, recall=0.3, warmup=200),
@@ -189,16 +191,17 @@ def student_config(teacher, layers, args):
         linear_kv_head=teacher.n_head)
     config |= args.changes                                         # fields given by --set
     narrow = config["key_dim"] < teacher.head_dim
-    config.setdefault("linear_qk_norm", extras and not narrow)     # narrow keys contain QK-norm's gain
+    config.setdefault("linear_qk_norm", extras and not narrow)     # low_rank_keys applied its gain
     return replace(teacher, **config)
 
 
 @torch.no_grad()
 def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
-    """A linear layer out of an attention layer: the same weights, with KV heads cloned (paper eq. 13). A new
-    gate has the same value at every token. transfer False: a random layer. The twin reads one batch x (B,T,C)
-    of the layer's inputs. Least squares then scales each input channel of its W_o to match attention."""
-    t = attn.config
+    """A linear layer out of an attention layer: the same weights, with KV heads cloned (paper eq. 13), or
+    narrow q and k (low_rank_keys). A new gate starts constant over tokens. transfer False: a random layer.
+    The twin reads one batch x (B,T,C) of the layer's inputs. Least squares then scales each input channel of
+    its W_o to match attention."""
+    old = attn.config
     twin = LinearAttention(config).to(x.device)
     if twin.forget is not None:
         nn.init.zeros_(twin.forget.weight)
@@ -206,17 +209,17 @@ def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
     if not transfer:
         return twin
     q, k, v, _ = with_bias(attn.qkvz).split(attn.sizes)
-    clones = config.linear_kv_head // t.n_kv_head
-    v = clone_heads(v, t.n_kv_head, clones)
+    clones = config.linear_kv_head // old.n_kv_head
+    v = clone_heads(v, old.n_kv_head, clones)
     if config.key_dim < config.head_dim:
         q, k = low_rank_keys(attn, x, config.key_dim)              # one head of k for each query head
         group = config.n_head // config.linear_kv_head             # if heads share a k: the first one's
         k = k.unflatten(0, (config.n_head, -1))[::group].flatten(0, 1)
     else:
-        k = clone_heads(k, t.n_kv_head, clones)
+        k = clone_heads(k, old.n_kv_head, clones)
     fill(twin.qkvz, torch.cat((q, k, v)))
     fill(twin.out, with_bias(attn.out))
-    if config.linear_qk_norm and t.qk_norm and config.key_dim == config.head_dim:
+    if config.linear_qk_norm and old.qk_norm and config.key_dim == config.head_dim:
         twin.q_norm.load_state_dict(attn.q_norm.state_dict())
         twin.k_norm.load_state_dict(attn.k_norm.state_dict())
     target = attn.mix(x, where).float()                            # (B,T,H*D): attention's input to W_o
@@ -343,13 +346,16 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_el
     """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
     "reverse": KL(student, teacher), the article's. The logits of all tokens would not fit memory, so the head
     runs on slices of tokens, of about slice_elements logits."""
-    def learn():
+    def student_hidden():
         return student.hidden(idx, offset=offset).flatten(0, 1)                   # (N,C)
 
     @torch.no_grad()
-    def teach():
+    def teacher_hidden():
         return teacher.hidden(idx).flatten(0, 1)                                  # (N,C)
-    xs, *xt = beside(idx, learn, teach) if alpha < 1 else [learn()]               # xt is empty without KL
+    if alpha < 1:
+        xs, *xt = beside(idx, student_hidden, teacher_hidden)                     # at the same time on a GPU
+    else:
+        xs, xt = student_hidden(), []                                             # no teacher
 
     def of_slice(logits_s, y, *xt):                                               # (n,V), (n,), (n,C)
         logits_t = teacher.head(*xt) if xt else None
@@ -411,13 +417,13 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
     for step, rows in progress.steps(corpus, training_rows):
         loss = progress.compute(rows)                              # calls gradients, sums them over all GPUs
         norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
-        loss, norm = progress.finite(loss, torch.stack(norms).max())            # NaN if any norm is
-        lr = progress.rate(step)                                   # plan.rate(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        loss, norm = progress.finite(loss, torch.stack(norms).max())            # an error if one is not
+        lr = progress.rate(step)                                   # plan.rate(step); 0 in a probe
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
         optimizer.step()
         progress.done(step, loss, norm, lr)
-    optimizer.state.clear()                                        # its memory
+    optimizer.state.clear()                                        # frees its memory
     module.requires_grad_(False).zero_grad()
     make_whole()
 
@@ -434,8 +440,8 @@ def only_train(module, groups):
 
 def backward(loss_fn, rows, at_once):
     """Add up gradients of rows (batch, length + 1) over micro-batches of at_once rows; returns the mean loss.
-    Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone. Of
-    several GPUs each takes its share of the rows; the sums over all GPUs are gradients and loss."""
+    Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone. With
+    several GPUs, each adds up its share of the rows. The caller sums gradients and losses over all GPUs."""
     def forward(terms):
         with bf16():                                               # next() runs the forward pass of a term
             return next(terms, None)
@@ -463,20 +469,22 @@ def convert_staged(run, teacher, corpus, plans, args):
     student = assemble(teacher, config, mixers)
     del twins, mixers                                              # frees twins of layers that stay attention
 
-    # From here attention has no positions (HyPE). With RoPE the score of two tokens depends on their
-    # distance, and at a distance that training never had the score is arbitrary. Without positions the
-    # score depends on the two tokens alone, near or far. The order of tokens comes from the linear layers,
-    # which keep RoPE. GPT-2's learned positions leave the whole residual stream here.
-    distil = objective(student, teacher, args.kl, args.alpha)
-    train(run, "distil", plans["distil"], corpus, student, [list(student.parameters())], distil)
+    # From here attention has no positions (HyPE), unless --pe keeps them. With RoPE the score of two tokens
+    # depends on their distance. At a distance that training never had the score is arbitrary. Without them
+    # the score depends on the two tokens alone, near or far. The order of tokens comes from the linear
+    # layers, which keep RoPE. GPT-2's learned positions leave the whole residual stream here.
+    train(run, "distil", plans["distil"], corpus, student, [list(student.parameters())],
+          objective(student, teacher, args.kl, args.alpha))
 
     # Stage 3 has long sequences, because attention must learn to find one key among thousands: stage 2 never
     # shows it so many. Stage 3 has no teacher: a small one cannot read such texts, a large one would cost
-    # too much. The text itself is the target. So a student reads further than its teacher: attention ignores
-    # distance, decay keeps linear states from growing with the text, and training showed texts 4 to 32 times
-    # as long.
-    finetune = objective(student, None, args.kl, alpha=1.0)
-    train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())], finetune)
+    # too much. The text itself is the target.
+    #
+    # A student reads further than its teacher for three reasons. Attention without positions ignores
+    # distance. Decay keeps linear states from growing with the text. Stage 3 trains on texts longer than the
+    # teacher's.
+    train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())],
+          objective(student, None, args.kl, alpha=1.0))
     return student
 
 
@@ -519,8 +527,8 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=
     score     the highest  score_i = (max R - R_i) / (max C - C_i + 1e-6)  (paper eq. 8, 9). R is recall, C is
               minus the loss, both with layer i linear. A layer stays if its linear form loses much recall
               but little C: such a layer serves recall
-    guarded   the same, with the denominator at least C's standard error. Layers whose linear form costs over
-              `limit` nats come first
+    guarded   the same, with the denominator at least the standard error of max C. Layers whose linear form
+              costs over `limit` nats come first
     swap      the highest  score_i = (R_i if it stays - R_i if it is linear) + (the same of C)
 
     Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
@@ -557,8 +565,8 @@ def swap_scores(teacher, twins, config, corpus, args):
     """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
     C_kept (for "swap") are measured with layer i as attention: without positions (--pe hype), else the
-    teacher's. A new output gate is left out. All other layers are the teacher's. Returns a list of dicts, one
-    per layer, and minus the held-out loss of the teacher itself."""
+    teacher's. That attention has no output gate. All other layers are the teacher's. Returns a list of dicts,
+    one per layer, and minus the held-out loss of the teacher itself."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 
@@ -646,15 +654,16 @@ def convert_progressive(run, teacher, corpus, plans, args):
 
 
 def groups_of(layers, n_groups=0):
-    """The linear layers in the groups in which they are converted; by default at most 6 in each."""
+    """The linear layers in groups, in order of conversion. By default: at most 6 in each, at least 2
+    groups."""
     linear = [i for i, kind in enumerate(layers) if kind == "L"]
     return np.array_split(linear, min(len(linear), n_groups or max(2, math.ceil(len(linear) / 6))))
 
 
 # ---- the logit base ----------------------------------------------------------------------------------------
 #
-# Why s_t is a logarithm (paper eq. 11). Say the score of the right key exceeds all others by m. Among t keys
-# its softmax weight is e^m / (e^m + t), which goes to 0. Let s_t = log(t + a) / log(a) multiply the query.
+# Why s_t is a logarithm (paper eq. 11). Let the right key's score exceed the scores of t other keys by m. Its
+# softmax weight is e^m / (e^m + t), which goes to 0. Let s_t = log(t + a) / log(a) multiply the query.
 # With m = log(a), the weight is (t + a) / (2t + a), at least a half at any t. Without s_t the right key keeps
 # half the weight up to t = a keys. s_t starts at 1 and reaches 2 at t = a^2 - a: the larger a,
 # the gentler the scaling.
@@ -675,7 +684,7 @@ def choose_logit_base(run, student, corpus, plans, args):
     print(f"held-out loss + loss of an answer, at {length:,} tokens, by logit base")
     print("".join(f"{a:>9s}" for a in costs))
     print("".join(f"{cost:9.4f}" for cost in costs.values()) + "\n")
-    best = min(costs, key=costs.get)                               # a string: run.json keeps the costs
+    best = min(costs, key=costs.get)                               # a string, as keys of JSON in run.json are
     return None if best == "None" else float(best)
 
 
@@ -687,7 +696,7 @@ def fit_logit_base(student, corpus, length, seed, varied=0.0):
     costs = {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
-        logp = recall(student, corpus, length, 10, seed + 1, varied=varied)[0]  # other keys than the report's
+        logp = recall(student, corpus, length, 10, seed + 1, varied=varied)[0]  # not the report's pass keys
         costs[str(a)] = (losses(student, batches).mean() - logp.mean()).item()
         if costs[str(a)] > min(costs.values()) + 0.02:
             break
@@ -695,7 +704,8 @@ def fit_logit_base(student, corpus, length, seed, varied=0.0):
 
 
 def fit_length(plans, length):
-    """The length at which the base is fitted: well past every training sequence. plans: of this run alone."""
+    """The length at which the base is fitted: well past every training sequence. plans has this run's
+    stages."""
     return max(length, 4 * plans["finetune"].length) if "finetune" in plans else 16 * length
 
 

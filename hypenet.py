@@ -96,7 +96,7 @@ class HypeNetConfig:
     qk_norm: bool = True            # RMSNorm of q and k, per head, in attention layers
     # attention layers of a student
     attn_position: bool = True      # True: the teacher's positions; False: none (HyPE)
-    chunk: int | None = None        # the article's positions ("chunk HyPE"): tokens per chunk
+    chunk: int | None = None        # the article's positions ("chunk HyPE"): tokens per chunk of positions
     n_chunks: int = 0               # number of chunks; each has a learned embedding
     attn_gate: bool = False         # sigmoid output gate
     logit_base: float | None = None  # a of s_t, for long contexts (see Attention); None: s_t = 1
@@ -196,9 +196,9 @@ class Where(NamedTuple):
 def locate(config, pos):
     """The Where of tokens at positions pos (B or 1, T)."""
     def cos_sin(p, dim):
-        freq, factor = rope_frequencies(config, dim, p.device)
+        freq, attention_factor = rope_frequencies(config, dim, p.device)
         angle = p[..., None, None] * freq                                     # (B or 1, T, 1, dim/2)
-        return factor * angle.cos(), factor * angle.sin()
+        return attention_factor * angle.cos(), attention_factor * angle.sin()
     attn_rope = linear_rope = s_t = None
     if config.position == "rope" and config.attn_position:
         attn_rope = cos_sin(pos % config.chunk if config.chunk else pos, config.head_dim)
@@ -252,7 +252,7 @@ def activated(x, swiglu):
 
 
 class RMSNorm(nn.RMSNorm):
-    bias = None                                      # as LayerNorm has one
+    bias = None                                      # LayerNorm has one, so code for both reads norm.bias
 
     def forward(self, x):
         return normed(x, self.weight, None, self.eps)
@@ -297,8 +297,9 @@ def attend(q, k, v, mask=None, causal=False):
 
 class Attention(nn.Module):
     """Softmax attention. In a teacher, attention has RoPE, or no positions if its input has learned ones. In
-    a student, attention has HyPE (no positions, scaled queries) or chunk HyPE, and may have an output gate or
-    a window. Eq. 17 also norms o. We follow the authors' code, which does not.
+    a student, attention has no positions (HyPE), the article's (chunk HyPE) or the teacher's. A student's
+    attention may have scaled queries, an output gate or a window. Eq. 17 also norms o. We follow the authors'
+    code, which does not.
 
     Why s_t. Beside t keys of logit y, a key of logit y + m gets the weight e^m / (e^m + t), which fades as t
     grows. Queries times s_t = log(t + a) / log(a) (paper eq. 11) turn the lead m into m s_t. m = log a then
@@ -327,7 +328,7 @@ class Attention(nn.Module):
         return gated(self.attend(q, k, v, where.pos, cache).flatten(2), None, z)
 
     def project(self, x, where):
-        """x (B,T,C) -> q (B,T,H,D), k and v (B,T,H_kv,D), z (B,T,H*D) or None."""
+        """x (B,T,C) -> q (B,T,H,D), k and v (B,T,H_kv,D), gate z (B,T,H*D) or None."""
         c = self.config
         q, k, v, z = self.qkvz(x).split(self.sizes, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, c.head_dim)) for t in (q, k, v))
@@ -377,11 +378,12 @@ def store(cache, k, v, pos):
 
 
 class Decay(NamedTuple):
-    """How the state of a linear layer fades. formula(z, H, device) gives log_decay for kernel.chunked_scan.
-    z (B,T,H,width) is the output of the forget gate's Linear. With width 0 there is none, and z is None."""
+    """A kind of linear layer: how its state fades, and which scan computes it. formula(z, H, device) gives
+    log_decay for kernel.chunked_scan. z (B,T,H,width) is the output of the forget gate's Linear. With width 0
+    there is none, and z is None."""
     width: Callable                  # K -> outputs of the Linear per head and token
     formula: Callable                # (z, H, device) -> log_decay: (H,), (B,T,H) or (B,T,H,K), float32
-    bias: Callable = lambda keep: math.log(keep / (1 - keep))    # its first bias: keep this share of S
+    bias: Callable = lambda share: math.log(share / (1 - share))  # initial bias: at first S keeps this share
     scan: Callable = chunked_scan     # a row may bring another recurrence with the same arguments
 
 
@@ -594,11 +596,12 @@ class HypeNet(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=0):
-        """Continue prompts, a list of id lists of any lengths: a list of lists of max_new_tokens ids. Each
-        prompt is read alone into its row of the state, so no row needs padding. temperature 0 is greedy."""
+        """Continue prompts, a list of id lists of any lengths. Returns max_new_tokens ids for each prompt.
+        Each prompt is read alone into its row of the state, so no row needs padding. temperature 0 is
+        greedy."""
         device = self.wte.weight.device
-        if max_new_tokens < 1 or not all(prompts):
-            raise ValueError(f"max_new_tokens is {max_new_tokens} (at least 1); every prompt needs a token")
+        refuse(max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        refuse(not all(prompts), "a prompt is empty; give every prompt a token")
         rng = torch.Generator(device).manual_seed(seed)
         state = self.init_state(len(prompts), max(map(len, prompts)) + max_new_tokens)
         logits = []
@@ -682,7 +685,7 @@ def write_file(path, content):
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
-    with suppress(OSError):                          # not every system can sync a folder, which has the name
+    with suppress(OSError):                          # the folder stores the name; some systems cannot sync it
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
@@ -763,7 +766,8 @@ def check_scaling(s):
     for name in needed:
         refuse(name not in s, f"rope_scaling of rope_type {kind} lacks {name}")
     for name, value in s.items():
-        refuse(name not in ("rope_type", *needed, *allowed), f"rope_scaling of rope_type {kind} has {name}")
+        refuse(name not in ("rope_type", *needed, *allowed),
+               f"rope_scaling of rope_type {kind} has the unknown field {name}")
         number = type(value) in (int, float) and 0 < value < math.inf
         refuse(name not in ("rope_type", "truncate") and not number,
                f"rope_scaling has {name} {value!r}; it must be a positive number")

@@ -31,10 +31,10 @@ each chunk needs the previous one. Everything else runs in parallel, and all but
 
     O = scale * ( (Q * e^P) S_0 + A V )             S_M = e^(P_M) * S_0 + (K * e^F)^T V
 
-The usual form of A is one product, (Q * e^P)(K * e^-P)^T. But e^-P can overflow. Its variant e^(P_i - P_j)
-loses digits, and -inf minus -inf is NaN. In scan_torch every exponent is a sum of numbers <= 0, so every
-factor lies in [0, 1]. Neither g = 0 (forget nothing) nor g = -inf (forget all) is a special case. A is built
-in two ways:
+The usual form of A is one product, (Q * e^P)(K * e^-P)^T. But e^-P can overflow. Another form takes e^(P_i -
+P_j). The difference of two large sums loses digits, and -inf minus -inf is NaN. In scan_torch every exponent
+is a sum of numbers <= 0, so every factor lies in [0, 1]. Neither g = 0 (forget nothing) nor g = -inf (forget
+all) is a special case. A is built in two ways:
 
   one decay per head      The decay does not depend on the channel: A = (Q K^T) * E with E_ij = e^(G_ij).
                           For column j of G, set g to 0 up to token j, then take the cumulative sum.
@@ -54,8 +54,8 @@ With the scale each product has size 1, so o and its gradients do not grow with 
 paper's recipe), the norm cancels the scale up to its epsilon; otherwise the scale sets the size of o.
 
 References: Lightning Attention (one constant decay per head; arXiv 2401.04658, 2405.17381), Gated Linear
-Attention (one decay per channel, in chunks; arXiv 2312.06635, section 4). "head" is an attention head. A
-decay called "head" is one number per head. (B,T,H,K) is batch, time, heads, key channels.
+Attention (one decay per channel, in chunks; arXiv 2312.06635, section 4). A head is one of the H parts of
+a layer, each with its own state. (B,T,H,K) is batch, time, heads, key channels.
 """
 
 import warnings
@@ -96,7 +96,7 @@ def scan_torch(q, k, v, log_decay, state, scale):
     """The scan in chunks of M tokens. A remainder is one shorter chunk. Autograd gives the gradients."""
     T = q.shape[1]
     M = min(T, 32)                          # fastest on CPUs: larger makes A slower, smaller makes more calls
-    whole = T - T % M
+    whole = T - T % M                       # tokens in whole chunks
     if whole == T:
         return _scan_chunks(q, k, v, log_decay, state, scale, M)
     g = g_rest = log_decay                  # a constant decay has no axis of tokens
@@ -134,7 +134,8 @@ def _scan_chunks(q, k, v, g, state, scale, M):
 
 
 def _by_head(q, k, v, g, scale):
-    """One decay per head, g (...,M,1): scale * A V, P and F. E is small, so the scale multiplies E."""
+    """One decay per head, g (...,M,1): scale * A V, P and F. The scale multiplies E, which has few
+    entries."""
     M = g.shape[-2]
     later = torch.ones(M, M, dtype=torch.bool, device=g.device).tril(-1)    # row l, column j: l > j
     G = torch.where(later, g, 0).cumsum(-2)                                 # (...,M,M)
@@ -275,10 +276,11 @@ def _pick_backend(backend, q, v, dtype):
 #     dv     k      q       do      dS       last to first    dv_j = sum_i ((k_j * e^G_ij) . q_i) do_i
 #     dk     v      do      q       dS^T     last to first    dk_j = sum_i (v_j . do_i) (q_i * e^G_ij)
 #
-# So the backward pass needs nothing but the inputs: each scan makes its own states again. In S^T and dS^T the
-# decay scales columns, not rows. From last to first, P and F change places and A is transposed. The scan for
-# dv ends with the gradient of the start state. The kernel multiplies every result by the scale, so it starts
-# from dfinal / scale. Hence scale must not be 0. The gradient of log_decay is derived further down.
+# So the forward pass stores no states for the backward pass: each scan makes its own states again. In S^T and
+# dS^T the decay scales columns, not rows. A scan from last to first exchanges P and F, and transposes A. The
+# scan for dv ends with the gradient of the start state. The kernel multiplies every result by the scale. So
+# the scans of dS start from the gradient of the final state divided by the scale, which must not be 0. The
+# gradient of log_decay is derived further down.
 
 
 # ---- the Triton scan: one kernel, four scans ---------------------------------------------------------------

@@ -93,7 +93,8 @@ def pass_key(args, tokenizer):
 
 
 def context(args, tokenizer):
-    """The last --ctx ids of the text, after BOS, the id that begins a text; and the right answer, if any."""
+    """The last --ctx ids of the text, and the right answer or None. BOS, the id that begins a text, is
+    first."""
     if args.prompt is None and args.file is None:
         return pass_key(args, tokenizer)
     start = [] if args.chat or tokenizer.bos is None else [tokenizer.bos]
@@ -114,7 +115,7 @@ def context(args, tokenizer):
 
 def write(args, tokenizer, model, state, prompt):
     """Read the prompt, print its end and the text that follows. Return the generated ids, and timestamps: of
-    the start, then of every id."""
+    the start, then of every id, a stop id included."""
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     characters = tokenizer.stream_decoder()          # a character may be several tokens
     out, times = [], [time.time()]

@@ -5,16 +5,17 @@
     python -m support.evaluate --write tasks                write the built-in tasks as files for lm-eval
     lm_eval --include_path tasks --tasks copy,recall --model hf --model_args pretrained=exported,...
 
-A question is a line of JSON. It has a context and a target, or a context, choices and gold, the index of the
-right choice. The built-in tasks are made of held-out text:
+A question is a line of JSON with a context and a target. Or the question has a context, choices and gold, the
+index of the right choice. The built-in tasks are made of held-out text, or for `agreement` of fixed words:
 
-    last_word   the last word of a passage, a long word that also stands in the passage, not near its end
+    last_word   the last word of a passage, a long word that also stands earlier in the passage
     agreement   the verb after two nouns: "The keys near the door" are. Only the first noun decides
     copy        words in random order, a second time
     recall      one of two numbers that stand in a text
 
-Each task has two rows. The first comes from log-probabilities, summed over the tokens of an answer, in nats.
-The second is the share of right answers that greedy generation writes. Errors are standard errors.
+Each task has two rows. The first row comes from log-probabilities in nats, summed over an answer's tokens.
+The row shows the mean for the target, or how often the right choice is the likeliest. The second row is the
+share of right answers that greedy generation writes. Errors are standard errors.
 """
 import json
 import os
@@ -43,7 +44,7 @@ def get_args(argv):
     p = Parser(prog="python -m support.evaluate", description=__doc__.split("\n\n")[0])
     add = p.add_argument
     add("model", nargs="?", type=filled, help="as for sample.py; default: the newest run in out/")
-    add("--teacher", type=filled, help="the model beside it; default: the teacher of the run; none: no other")
+    add("--teacher", type=filled, help="model to compare with; default: the run's teacher; none: no model")
     add("--tasks", nargs="+", type=filled, metavar="FILE.jsonl", help="questions; default: built-in tasks")
     add("--write", type=filled, metavar="FOLDER", help="write the built-in tasks for lm-eval, and end")
     add("--questions", type=number(int, 2), default=200, help="questions in a task; default: %(default)s")
@@ -55,8 +56,8 @@ def get_args(argv):
 
 
 def last_word(texts, size, rng):
-    """A passage, and the word of six letters or more that follows. The word stands in the passage's first
-    three quarters, not in its last."""
+    """A passage, and the word of six letters or more that follows. The word also stands in the first three
+    quarters of the passage, but not in the last quarter."""
     places = [(text, match) for text in texts for match in re.finditer(r"(?<=\S) ([A-Za-z_]{6,})\b", text)]
     for text, match in (places[i] for i in rng.permutation(len(places))):
         context = text[max(0, match.start() - size):match.start()]
@@ -75,7 +76,8 @@ def agreement(texts, size, rng):
 
 
 def copy(texts, size, rng):
-    """Words in random order, and the words before a random place again. The target: the four words there."""
+    """Words in random order, then again the eight words before a random place. The target is the four words
+    that follow there."""
     words = sorted({*TASKS["S2"].names, *re.findall(r"\b[a-z]{3,8}\b", " ".join(texts))})
     n = min(max(12, size // 8), len(words))
     while True:
@@ -102,7 +104,7 @@ def recall(texts, size, rng):
 
 
 def built_in(corpus, args, length):
-    """{name of a task: list of questions}, made of held-out text. Both models get the same text."""
+    """{name of a task: list of questions}. Both models get the same questions."""
     ids, tokenizer = corpus.prose[:2 ** 21], corpus.tokenizer
     parts = np.split(ids, np.flatnonzero(ids == tokenizer.end))
     texts = [tokenizer.decode(part[part != tokenizer.end].tolist()) for part in parts]
@@ -112,12 +114,12 @@ def built_in(corpus, args, length):
         questions = make(texts, size, np.random.default_rng([args.seed, len(tasks)]))
         tasks[make.__name__] = list(islice(questions, args.questions))
     refuse(len(tasks["last_word"]) < 2, f"the held-out text has no two passages of {length} tokens that end "
-           "in a word of their own; give a shorter --length, or more --data")
+           "in a long word from earlier on; give a shorter --length, or more --data")
     return tasks
 
 
 def read_tasks(paths, most):
-    """{name of a file: its first questions}. ValueError, in one line, for a file of anything else."""
+    """{name of a file: the file's first questions}. ValueError for a file with any other content."""
     tasks = {}
     for path in paths:
         lines = [line for line in read_text(path).split("\n") if line.strip()][:most]
@@ -125,13 +127,13 @@ def read_tasks(paths, most):
         refuse(len(questions) < 2 or len({"choices" in q for q in questions}) > 1,
                f"{path} has {len(questions)} questions; give at least 2, all with choices or none")
         name = os.path.splitext(os.path.basename(path))[0]
-        refuse(name in tasks, f"--tasks names {name} twice; give each file a name of its own")
+        refuse(name in tasks, f"--tasks names {name} twice; rename one of the files")
         tasks[name] = questions
     return tasks
 
 
 def checked(line, where):
-    """The question of a line of JSON."""
+    """The question in a line of JSON. ValueError, which names the place `where`, if there is none."""
     try:
         q = json.loads(line)
         answers, gold = answers_of(q)
@@ -140,8 +142,8 @@ def checked(line, where):
             return q
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
-    raise ValueError(f"{where} is none; allowed: JSON with the texts context and target, or with context, "
-                     "choices (a list of texts) and gold (the index of the right one, from 0)")
+    raise ValueError(f"{where} is no question; allowed: JSON with the texts context and target, or with "
+                     "context, choices (a list of texts) and gold (the index of the right text, from 0)")
 
 
 def answers_of(q):
@@ -164,8 +166,8 @@ def write_tasks(tasks, folder):
 
 
 def encoded(tokenizer, context, answer):
-    """Ids of context and answer, and how many ids the answer has. As in lm-eval, spaces at the end of the
-    context count to the answer. A text begins with bos; without a bos, an empty context is the end id."""
+    """Ids of context and answer, and the number of ids in the answer. As in lm-eval, spaces at the end of the
+    context belong to the answer. A text begins with bos. Without a bos, an empty context is the end id."""
     context, whole = context.rstrip(), context + answer
     start = [tokenizer.end] * (not context) if tokenizer.bos is None else [tokenizer.bos]
     ids = tokenizer.encode(whole)
@@ -174,14 +176,14 @@ def encoded(tokenizer, context, answer):
 
 @torch.no_grad()
 def log_probability(model, ids, n):
-    """The log-probability of the last n ids after those before."""
+    """The log-probability of the last n ids, given the ids before them."""
     idx = torch.tensor([ids], device=model.wte.weight.device)
     logp = model.head(model.hidden(idx[:, :-1])[0, -n:]).float().log_softmax(-1)
     return logp.gather(-1, idx[0, -n:, None]).sum().item()
 
 
 def writes(model, tokenizer, ids, n):
-    """Whether greedy generation after the other ids writes the text of the last n, and then ends the word."""
+    """Whether greedy generation, given all ids but the last n, writes their text and then ends the word."""
     steps = fast.stream(model, [ids[:-n]], n + 2, n_vocab=tokenizer.n_vocab, never=tokenizer.holes,
                         graph=False)
     text = tokenizer.decode([id.item() for id in steps])
@@ -190,7 +192,7 @@ def writes(model, tokenizer, ids, n):
 
 
 def score(model, tokenizer, questions):
-    """{measure: a value per question}."""
+    """{measure: one value per question}."""
     likeliest, logp, generated = [], [], []
     for q in questions:
         answers, gold = answers_of(q)
@@ -243,7 +245,7 @@ def run_main(argv):
             return write_tasks(tasks, args.write)
         bar = tqdm(tasks.items(), desc=name)
         scores[name] = {task: score(model, tokenizer, questions) for task, questions in bar}
-        del model                                    # before the next one is loaded
+        del model                                    # before the next model is loaded
     print("\n".join(table(scores)))
 
 

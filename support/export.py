@@ -26,7 +26,7 @@ LONGEST = 131072                     # tokens that the config names as the limit
 def get_args(argv):
     p = Parser(prog="python -m support.export", description=__doc__.split("\n\n")[0])
     p.add_argument("run", type=filled, help="folder of a run or model, .gguf file, or name on the hub")
-    p.add_argument("out", type=filled, help="folder to write; it must not exist, or be empty")
+    p.add_argument("out", type=filled, help="folder to write, new or empty")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                    help="type of the weights in the folder; default: %(default)s")
     return p.parse_args(argv)
@@ -46,10 +46,10 @@ def write_code(out):
 
 
 def byte_spec():
-    """The tokenizer.json, as a dict, of one id per byte. Byte 0 ends a text; its token is the character \\0.
-    GPT-2's name for byte 0 is a letter, and such a letter in a text would be taken for the end."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}     # GPT-2's names: bytes as they are
-    others = (chr(i) for i in range(256, 512))                            # and these for the other bytes
+    """The tokenizer.json, as a dict, of one id per byte. Byte 0 ends a text, and the token of byte 0 is the
+    character \\0. GPT-2's name for byte 0 is a letter. A text with this letter would seem to end there."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}     # GPT-2 names these by themselves
+    others = (chr(i) for i in range(256, 512))                            # GPT-2's names of the other bytes
     names = [chr(b) if b in printable else next(others) for b in range(256)]
     names[0] = "\0"
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -64,7 +64,7 @@ def name_of(tokenizer, id):
 
 
 def tokenizer_spec(tokenizer):
-    """The tokenizer.json, as a dict, that puts the tokenizer's bos before a text and gives the same ids."""
+    """The tokenizer.json, as a dict, that gives the same ids, and puts the tokenizer's bos before a text."""
     if tokenizer.is_bytes:
         return byte_spec()
     spec = json.loads(tokenizer.spec) | dict(truncation=None, padding=None)
@@ -79,8 +79,8 @@ def tokenizer_spec(tokenizer):
 
 
 def write_tokenizer(tokenizer, out, longest):
-    """tokenizer.json and tokenizer_config.json. The general class reads the first file as it is; a class of
-    one family of models would make its own tokenizer of the vocabulary."""
+    """tokenizer.json and tokenizer_config.json. PreTrainedTokenizerFast, the general class, reads the first
+    file as it is. The class of one family of models would make its own tokenizer from the vocabulary."""
     given = tokenizer.config
     names = {name: content(token) for name, token in given.items() if name.endswith("_token")}
     tokens = {name: token for name, token in names.items() if isinstance(token, str)}
@@ -105,7 +105,7 @@ def longest_text(c):
 
 
 def write_model(model, tokenizer, out):
-    """Configs, then weights: a folder with weights is whole."""
+    """Configs first, weights last, so that a folder with weights is whole."""
     from safetensors.torch import save_file
     c = model.config
     names = dict(AutoConfig="HypeNetForCausalLMConfig", AutoModelForCausalLM="HypeNetForCausalLM")
@@ -124,7 +124,7 @@ def write_model(model, tokenizer, out):
 
 
 def export(run, out, dtype="float32"):
-    """Write the folder `out` for the model `run`. ValueError, in one line, for what cannot be had."""
+    """Write the folder `out` for the model `run`. ValueError if `out` has files, or no model can be read."""
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise ValueError(f"{out} is a file, or a folder with files in it; give a new folder")
     tokenizer = Tokenizer.load(run)

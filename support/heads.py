@@ -1,8 +1,9 @@
 """hypenet.make_heads as one kernel: RMSNorm of each head, then RoPE, for q or k of whole sequences.
 
-A head has few channels. torch.compile makes kernels of several passes for it, at a third of the speed of
-memory. Here one program has a tile of heads, and their two halves of channels are two tensors: RoPE turns
-channel i and i + D/2 as one pair. The backward kernel computes the norm again from its input.
+A head has few channels. For such a head torch.compile makes kernels of several passes, which reach a third of
+the memory's speed. Here one program has a tile of heads. The two halves of the channels are two tensors,
+because RoPE turns channels i and i + D/2 as one pair. The backward pass computes the norm again from its
+input.
 """
 import torch
 
@@ -11,12 +12,12 @@ from kernel import block_size, card, ceil_div, triton
 if triton:
     import triton.language as tl
 
-TILE = 2048                                 # pairs of channels per program: more would not fit the registers
+TILE = 2048                                 # pairs of channels per program; more would not fit the registers
 
 
 class Heads(torch.autograd.Function):
-    """x (B,T,H,D) with any strides over B, T and H -> RoPE(RMSNorm(x)) (B,T,H,D), contiguous. weight (D,) or
-    None: no norm. cos, sin (1 or B,T,1,D/2) or None: no RoPE."""
+    """x (B,T,H,D) with any strides over B, T and H -> RoPE(RMSNorm(x)) (B,T,H,D), contiguous. weight is (D,);
+    None means no norm. cos and sin are (1 or B,T,1,D/2); None means no RoPE."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, cos, sin):
@@ -33,7 +34,8 @@ class Heads(torch.autograd.Function):
 
 
 def launch(x, dy, weight, eps, cos, sin):
-    """The output and None; given dy, the gradient by the output, those by x and, in parts, by weight."""
+    """Forward (dy None): the output and None. Backward: dx, and dweight as one row per program. dy is the
+    gradient of the output."""
     (B, T, H, D), HALF = x.shape, block_size(x.size(-1) // 2)
     ROWS = max(1, TILE // HALF)
     n_programs = min(ceil_div(B * T * H, ROWS), 16 * card(x.device)[1])
@@ -51,7 +53,7 @@ def launch(x, dy, weight, eps, cos, sin):
 
 
 def serves(x, embd, s_t, dtype):
-    """Whether the kernels do all that make_heads is asked for."""
+    """Whether the kernel covers a call of make_heads with these arguments."""
     return (triton is not None and x.is_cuda and embd is None and s_t is None and x.dtype == dtype
             and x.stride(-1) == 1 and x.size(-1) % 2 == 0 and x.size(1) > 1)
 
@@ -69,9 +71,9 @@ if triton:
         stride_xh, stride_yb, stride_yt, stride_yh, stride_rope, D: tl.constexpr, HALF: tl.constexpr,
         ROWS: tl.constexpr, BACKWARD: tl.constexpr,
     ):
-        """y = RoPE(x r weight) with r = 1 / rms(x), one tile of ROWS heads after another. BACKWARD: from dy,
-        the gradient by y, the one by x, and this program's share of the one by weight. With u = x r and dy
-        turned back: g = dy weight, dx = r (g - u mean(g u)), dweight = sum dy u."""
+        """y = RoPE(x r weight) with r = 1 / rms(x), one tile of ROWS heads after another. BACKWARD: dx from
+        dy, and this program's share of dweight. RoPE turns dy back first. Then, with u = x r and
+        g = dy weight: dx = r (g - u mean(g u)), dweight = sum dy u."""
         channel = tl.arange(0, HALF)[None, :]
         if weight_ptr is not None:
             weight_a, weight_b = load_halves(weight_ptr, channel, D, channel < D // 2)

@@ -1,13 +1,15 @@
 """The loss of the head and its gradient, from logits, in one kernel.
 
 halo.sum_of_losses is the definition: alpha CE + (1 - alpha) KL. A vocabulary is wide, so logits are the
-largest tensors of a step. The plain form reads and writes them many times, mostly in float32. Each program of
-loss_kernel has one token. The first pass finds the denominators of both softmaxes, and the KL. The second
-pass, from the last column to the first, finds most logits in the cache. The pass writes the gradient over the
-student's logits. Let log q = s - lse_s and log p = t - lse_t be the logs of the student's and the teacher's
-softmax:
+largest tensors of a step. The plain form reads and writes the logits many times, mostly in float32. Each
+program of loss_kernel has one token, and makes two passes over its logits. The first pass finds the
+denominators of both softmaxes, and the KL. The second pass writes the gradient over the student's logits. The
+second pass runs from the last column to the first, and so finds most logits in the cache.
 
-    term             loss                                   gradient by s
+Let s and t be the logits of student and teacher, and lse the log of the sum of e^s or e^t. Then
+log q = s - lse_s and log p = t - lse_t are the logs of the two softmaxes:
+
+    term             loss                                   gradient with respect to s
     CE               lse_s - s[target]                      q - onehot(target)
     KL, "forward"    D = sum p (t - s) - lse_t + lse_s      q - p
     KL, "reverse"    D = sum q (s - t) - lse_s + lse_t      q (log q - log p - D)
@@ -23,12 +25,12 @@ if triton:
 
 
 def fused(x):
-    """Whether loss_kernel runs where x lies."""
+    """Whether loss_kernel runs on the device of x."""
     return triton is not None and x.is_cuda
 
 
 def loss_and_gradient(plain, logits_s, logits_t, targets, kl, alpha):
-    """plain(logits_s, logits_t, targets, kl, alpha), a sum over tokens, and its gradient by logits_s (n,V).
+    """plain(logits_s, logits_t, targets, kl, alpha), a sum over tokens, and its gradient (n,V) for logits_s.
     plain is halo.sum_of_losses. On a GPU the kernel computes both, and the gradient overwrites logits_s."""
     if fused(logits_s):
         return launch(logits_s, logits_t, targets, kl, alpha), logits_s
@@ -39,7 +41,7 @@ def loss_and_gradient(plain, logits_s, logits_t, targets, kl, alpha):
 
 
 def launch(logits_s, logits_t, targets, kl, alpha):
-    """The loss of loss_and_gradient, by the kernel; the gradient overwrites logits_s."""
+    """The loss of loss_and_gradient, by the kernel. The gradient overwrites logits_s."""
     (n, V), with_teacher = logits_s.shape, logits_t is not None
     assert logits_s.stride(1) == 1 and (not with_teacher or logits_t.stride(1) == 1)
     loss = logits_s.new_empty(n, dtype=torch.float32)
@@ -61,8 +63,8 @@ if triton:
 
     @triton.jit
     def add_online(top, below, x):
-        """A softmax denominator: below * e^top, plus the sum of e^x over the columns of x. Returns the new
-        top and below, the factor of older sums, and e^(x - top)."""
+        """Adds the columns of x to softmax denominators, one per row: below * e^top plus the sum of e^x.
+        Returns the new top, the new below, the factor for older sums, and e^(x - top)."""
         higher = tl.maximum(top, tl.max(x, 1))
         fade = exp(top - higher)
         e = exp(x - higher[:, None])
@@ -73,8 +75,8 @@ if triton:
         s_ptr, t_ptr, target_ptr, loss_ptr, V, stride_s, stride_t, stride_target, alpha,
         TEACHER: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
     ):
-        """One token: its loss, and the gradient written over the logits at s_ptr. A thread has eight
-        neighbours, a row of `at`, so that no thread waits for another until the end of the first pass."""
+        """One token: the loss, and the gradient, which is written over the logits at s_ptr. Each thread has
+        eight neighbouring columns, a row of `at`. So no thread waits for another within the first pass."""
         row = tl.program_id(0).to(tl.int64)
         s_ptr += row * stride_s
         target = tl.load(target_ptr + row * stride_target)

@@ -4,7 +4,7 @@
 
 The model itself is HypeNet. This file adds the arguments, cache and results that transformers expects.
 A column of a batch may be padding. Padding never enters the model: each row is read without its padding, so
-every token stands at its own position. Therefore padding may stand on either side, or between tokens.
+every token keeps its own position. Therefore padding may stand on either side, or between tokens.
 """
 import copy
 
@@ -29,7 +29,7 @@ class HypeNetCache(Cache):
     is_compileable = is_croppable = False
 
     def __init__(self, max_tokens=0):
-        """max_tokens: room to take at once. A cache that is full doubles its room."""
+        """max_tokens: how many tokens to make room for at first. A full cache doubles its room."""
         super().__init__(layers=[])
         self.max_tokens, self.columns, self.state = max_tokens, 0, None
 
@@ -55,13 +55,13 @@ class HypeNetCache(Cache):
             self.state = model.init_state(batch_size, max(needed, 2 * old.max_tokens))
             self.state.pos.copy_(old.pos)
             for layer, old_layer in zip(self.state.layers, old.layers):
-                for name, t in old_layer.items():    # a slot keeps its number: a ring that has turned
-                    layer[name][:, :t.size(1)] = t   # is as large as the window, and does not grow
+                for name, t in old_layer.items():    # a slot keeps its number. A ring that has turned
+                    layer[name][:, :t.size(1)] = t   # is as large as the window, so it stays as is
         return self.state
 
 
 class HypeNetForCausalLMConfig(PretrainedConfig):
-    """The field `hypenet` holds our HypeNetConfig; the other fields are for transformers and its users."""
+    """The field `hypenet` holds our HypeNetConfig. The other fields are for transformers and its users."""
     model_type = "hypenet"
 
 
@@ -78,7 +78,7 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
-        """HypeNet has given its weights their first values."""
+        """Does nothing: HypeNet has already given its weights their first values."""
 
     def get_input_embeddings(self):
         return self.model.wte
@@ -94,7 +94,7 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
         of the cache + T) is 0 for padding. At padding after a token, logits are those of the last token."""
         wrong = [name for name in REFUSED if others.get(name) is not None and others[name] is not False]
         if wrong:
-            raise ValueError(f"a HypeNet takes no {', '.join(wrong)}; leave it out")
+            raise ValueError(f"a HypeNet takes no {', '.join(wrong)}; leave these arguments out")
         given = others.pop("cache", past_key_values)
         wanted = given is not None if use_cache is None else use_cache
         cache = (HypeNetCache() if given is None else given) if wanted else None
@@ -107,8 +107,8 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def read_whole(self, idx, mask):
-        """x (B,T,C) of rows that begin here. The tokens of each row move to its front. What then stands
-        behind them changes nothing, because no token sees a later one."""
+        """x (B,T,C) of rows that begin here. The tokens of each row move to the front of the row. The padding
+        behind the tokens then changes nothing, because no token sees a later one."""
         if mask is None:
             return self.model.hidden(idx)
         order = mask.int().argsort(dim=1, descending=True, stable=True)
@@ -117,7 +117,7 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
         return x.gather(1, token_numbers(mask)[..., None].expand(-1, -1, x.size(-1)))
 
     def read_on(self, idx, mask, cache):
-        """x (B,T,C) of tokens that follow those in the cache. Rows with padding are read one by one."""
+        """x (B,T,C) of tokens that follow the tokens in the cache. Rows with padding are read one by one."""
         state = cache.make_room(self.model, *idx.shape)
         if mask is None:
             x = read(self.model, idx, state)
@@ -129,8 +129,8 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def read(model, idx, state):
-    """x (B,T,C) of tokens that follow those of a State. Empty slots cost as much time as full ones, so the
-    model gets a view of the State, with the slots that are full after the segment."""
+    """x (B,T,C) of tokens that follow the tokens in a State. Empty slots cost as much time as full ones. So
+    the model gets a view of the State, with only the slots that are full after the segment."""
     parts = []
     for part in idx.split(SEGMENT, 1):
         n_slots = int(state.pos.max()) + part.size(1)

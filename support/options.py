@@ -1,10 +1,10 @@
-"""The command line of halo.py: from flags to a run. Every function gets the module halo itself as its first
-argument, because halo.py stands above this file: its tables are the flags, its functions do the work.
+"""The command line of halo.py: from flags to a run. halo.py imports this file, so this file cannot import
+halo.py. A function that needs the tables or functions of halo.py gets the module as its first argument, halo.
 
     get_args    flags -> args. A row of the recipe is a flag
-    settle      args -> the plan of each stage to come. What does not go together is refused here
-    load_teacher, open_text, probe    what the run works with, checked before the run begins
-    run_main    all of it, in this order; then the run
+    settle      args -> the plan of each stage to come. Options that do not go together are refused here
+    load_teacher, open_text, probe    teacher, text and memory, checked before the run begins
+    run_main    all steps above in this order, then the run
 """
 import argparse
 import json
@@ -40,26 +40,29 @@ def get_args(halo, argv):
     add("--teacher", type=filled, default="tiny",
         help="tiny: shipped, 1M parameters. mini, small (3.5M, 14M), tiny-gpt2, small-gpt2: trained first, "
              "once, on a GPU. smollm2 (from pip), gpt2, gpt2-xl, Qwen/Qwen3-1.7B, another repository of the "
-             "hub, or a .gguf file: by the paper's plan, on a GPU. A folder of a GPT-2, Llama or Qwen, or of "
-             "--pretrain: by its size")
+             "hub, or a .gguf file: with the paper's plan, on a GPU. Or a folder of a GPT-2, Llama or Qwen, "
+             "or of --pretrain: the plan then depends on the size of the weights")
     add("--recipe", default="paper", choices=halo.RECIPES,
-        help="whose values the rows below take; default: paper")
+        help="the recipe that sets the rows below; default: paper")
     add("--out", type=filled, help="folder of the run; default: out/TEACHER-RECIPE, then -2, -3, ...")
     add("--resume", type=filled, metavar="RUN",
-        help="go on with the run in this folder, by its own options; --device and --plain can be given too")
+        help="go on with the run in this folder, with the options of the run. Only --device and --plain can "
+             "be given anew")
     add("--data", **many, type=filled, metavar="PATH[:WEIGHT]",
         help="text to train on. stdlib: source of Python's standard library, the default. teacher: text that "
              "the teacher writes, the default of smollm2 and .gguf files. fineweb: fetched as needed, the "
              "default of other real teachers. Or files and folders: .txt, .jsonl, .parquet (field text), .gz "
-             "of the first two, .bin (llm.c's shards of GPT-2 tokens; val in the name: held out). Weights: "
-             "shares of sequences: web/:0.7 books/:0.3")
+             "of the first two, .bin (llm.c's shards of GPT-2 tokens; val in the name: held out). A weight "
+             "is a share of the sequences: web/:0.7 books/:0.3")
     add("--device", type=filled, help=f"cuda, mps or cpu; default here: {default_device()}")
-    add("--micro", type=number(int, 1), metavar="N", help="sequences that go through the models at once, at "
-        "most; default: as many as fit, up to 131,072 tokens")
+    add("--micro", type=number(int, 1), metavar="N", help="at most N sequences go through the models at "
+        "once; default: as many as fit, up to 131,072 tokens")
     add("--plain", action="store_true", help="on a GPU, neither compile operations nor record steps")
-    add("--dry-run", action="store_true", help="print the plan, on a GPU with memory and time, then end")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N", help="of all random choices")
-    add("--budget", type=number(float, 1e-6), default=1.0, metavar="X", help="multiply all tokens by X")
+    add("--dry-run", action="store_true", help="print the plan, on a GPU also memory and time, then end")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N",
+        help="seed of all random choices; default: 0")
+    add("--budget", type=number(float, 1e-6), default=1.0, metavar="X",
+        help="multiply the tokens of each stage by X")
     add("--plan", **many, default=[], metavar="STAGE.FIELD=X",
         help="change entries of the plan, such as distil.tokens=4e6 or align.lr=1e-3")
     add("--pretrain", action="store_true",
@@ -72,17 +75,17 @@ def get_args(halo, argv):
     add("--keep", type=number(int, 1), metavar="N",
         help="how many layers stay attention, with --layers swap, guarded, score, even; default: a quarter")
     add("--groups", type=number(int, 0), default=0, metavar="N",
-        help="groups of linear layers in a progressive run; default: one per 6 layers, at least 2")
+        help="groups of linear layers in a progressive run; default: one per 6 linear layers, at least 2")
     add("--transfer", choices=("on", "off"), default="on",
         help="linear layers start from the weights of attention layers (on) or random (off)")
     add("--retention", type=number(float, 0.001, 0.999), default=0.7, metavar="X",
         help="share of the state that a new forget gate keeps at each token; default: 0.7")
     add("--max-ctx", type=number(int, 1), default=65536 + 1024, metavar="N",
-        help="positions that a chunk HyPE model knows, for context and answer together")
+        help="positions that a chunk HyPE model knows, for context and answer together; default: 66,560")
     add("--trials", type=number(int, 1, 10 ** 6), default=20, metavar="N",
-        help="questions asked at each length; at 64 times the length on a CPU a quarter; default: 20")
+        help="questions asked at each length; on a CPU a quarter of N at 64 times the length; default: 20")
     add("--eval-windows", type=number(int, 2, 10 ** 6), default=256, metavar="N",
-        help="held-out sequences that losses are measured on; default: 256")
+        help="held-out sequences on which losses are measured; default: 256")
     add("--set", **many, default=[], metavar="FIELD=X",
         help="set fields of the student's HypeNetConfig, such as linear_rope=false")
     args = p.parse_args(argv)
@@ -91,7 +94,7 @@ def get_args(halo, argv):
 
 
 def resumed(halo, args, argv):
-    """The options of a run that was stopped. Only the device can change, and --plain be added."""
+    """The options of a run that was stopped. Only the device can change, and only --plain can be added."""
     free = "--resume", "--device", "--plain"
     given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in free]
     refuse([(given, f"--resume takes its options from the run; leave out {' '.join(given)}")])
@@ -103,7 +106,7 @@ def resumed(halo, args, argv):
 
 
 def refuse(rows):
-    """ValueError with the message of the first of rows (wrong, message) that is wrong."""
+    """ValueError with the message of the first row (wrong, message) whose `wrong` is true."""
     for wrong, message in rows:
         if wrong:
             raise ValueError(message)
@@ -113,17 +116,17 @@ def refuse(rows):
 
 
 def settle(halo, args):
-    """Fill in what the options leave open. Returns the plans of the stages to come; ValueError for options
-    that do not go together."""
+    """Fill in all values that the options leave open. Returns the plans of the stages to come. ValueError for
+    options that do not go together."""
     args.hybrid = args.layers is not None         # whether --pretrain trains a hybrid
-    free = args.device or args.dry_run or args.resume              # a CPU will do
+    free = args.device or args.dry_run or args.resume              # no limit of hours on a CPU
     args.device = world.join(default_device(args.device))
     for name, value in halo.RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.path = halo.teacher_path(args.teacher)
     size, weight = plan_of(halo, args)
-    local = args.teacher == "smollm2" or args.teacher.endswith(".gguf")       # for whoever lacks the hub
+    local = args.teacher == "smollm2" or args.teacher.endswith(".gguf")       # need no hub
     if size == "real" and not args.data:
         args.data = ["teacher" if local else "fineweb"]
     args.fused = size != "tiny" and args.device.startswith("cuda") and not args.plain
@@ -141,11 +144,11 @@ def settle(halo, args):
     return {stage: plans[stage] for stage in stages}
 
 
-PLAN_BYTES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # the least weights of a folder with this plan
+PLAN_BYTES = dict(tiny=0, mini=4e6, small=10e6, real=100e6)     # the least bytes of weights for this plan
 
 
 def plan_of(halo, args):
-    """The name of the row of PLANS for a teacher, and the bytes of its weights: 0 if there are none yet."""
+    """The name of a teacher's row in PLANS, and the bytes of its weights: 0 if the teacher has none yet."""
     weight = sum(file.stat().st_size for file in Path(args.path).glob("*.safetensors"))
     if args.teacher in halo.TEACHERS:
         return args.teacher.split("-")[0], weight
@@ -162,7 +165,7 @@ def whole(text):
     return int(value)
 
 
-PLAN_FIELDS = {                                   # of halo.Plan: the numbers that --plan takes
+PLAN_FIELDS = {                                   # the fields of halo.Plan that --plan can change
     "tokens": number(float, 1), "length": number(whole, 1), "batch": number(whole, 1),
     "lr": number(float, 1e-30), "lr_end": number(float, 0), "recall": number(float, 0, 1),
     "warmup": number(whole, 1), "varied": number(float, 0, 1), "weight_decay": number(float, 0),
@@ -182,11 +185,11 @@ def change_plans(plans, items):
             raise ValueError(f"--plan {item}: {error}") from None
     for stage, plan in plans.items():
         refuse([(plan.varied and not plan.recall,
-                 f"--plan {stage}.varied={plan.varied}: a share of the sequences of recall, which are 0")])
+                 f"--plan {stage}.varied={plan.varied}: a share of the recall sequences, but recall is 0")])
 
 
 def read_set(items):
-    """The items FIELD=X of --set as a dict; X is JSON, or else a string. FIELD: a field of students alone."""
+    """The items FIELD=X of --set as a dict. X is JSON, or else a string. Only students have these fields."""
     names = [field.name for field in fields(HypeNetConfig)]
     known = [name for name in names[names.index("attn_position"):] if name != "logit_base"]
     changes = {}
@@ -222,7 +225,7 @@ def check_options(halo, args):
         rows += [(args.teacher not in halo.TEACHERS,
                   f"--pretrain --teacher {args.teacher}: known sizes are {', '.join(halo.TEACHERS)}"),
                  (args.hybrid and scored,
-                  f"--pretrain with --layers {layers}: no teacher to score; use ends, even or letters"),
+                  f"--pretrain with --layers {layers}: no teacher gives scores; use ends, even or letters"),
                  ((args.set or args.keep) and not args.hybrid,
                   "--pretrain --set and --keep go with --layers: a hybrid"),
                  (args.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")]
@@ -230,23 +233,24 @@ def check_options(halo, args):
                  for flag in ("--alpha", "--kl", "--groups")]
     else:
         rows += [(not staged and scored,
-                  f"--training progressive with --layers {layers}: no stage 1 to score by; use ends or even"),
+                  f"--training progressive with --layers {layers}: no stage 1 for scores; use ends or even"),
                  (not staged and args.pe == "hype",
-                  "--training progressive with --pe hype: its attention does not train; use chunk or rope")]
+                  "--training progressive with --pe hype: attention does not train; use chunk or rope")]
     refuse(rows)
 
 
 def check_hours(halo, args, size, weight, tokens):
-    """Refuse what takes hours on a CPU that nobody asked for."""
+    """ValueError that sends a long run to a GPU, with a guess at the hours on this CPU."""
     refuse([(size == "real", f"--teacher {args.teacher} is no folder of a small model, and wants a GPU; "
-             "--teacher tiny runs on a CPU, --device cpu tries it all the same")])
+             "--teacher tiny runs on a CPU, --device cpu starts this run anyway")])
     with torch.device("meta"):
         params = weight / 2 or halo.HypeNet(halo.TEACHERS[args.teacher]).n_params()
     raise ValueError(f"--teacher {args.teacher} wants a GPU: about {cpu_hours(params, tokens):,.1f} hours on "
-                     "this CPU; --teacher tiny takes minutes, --device cpu tries it all the same")
+                     "this CPU; --teacher tiny takes minutes, --device cpu starts this run anyway")
 
 
 def check_layers(halo, how, n_layer, keep):
+    """ValueError if --layers (how) or --keep does not fit a teacher of n_layer layers."""
     letters = bool(how) and set(how) <= set("AL")
     refuse([(not letters and how not in (*halo.SCORED, "even", "ends"),
              f"--layers {how}: give {', '.join(halo.SCORED)}, even, ends, or a letter A or L for each layer"),
@@ -256,7 +260,7 @@ def check_layers(halo, how, n_layer, keep):
 
 
 def check_stage_length(stage, plan, limit, args):
-    """ValueError if a stage's sequences are longer than its models know, or too short for a pass key."""
+    """ValueError if a stage's sequences are longer than the models know, or too short for a pass key."""
     chunks = f" (--max-ctx {args.max_ctx})" if args.pe == "chunk" else ""
     refuse([(plan.length > limit,
              f"--plan {stage}.length={plan.length}: the model knows {limit} positions{chunks}")])
@@ -274,10 +278,10 @@ def make_teacher(halo, args):
     """Pretrain a teacher that is not there yet, or go on with it, and keep it for later runs."""
     begun = world.of_first(os.path.exists(os.path.join(args.path, "run.json")))
     if begun and args.dry_run:
-        print(f"--teacher {args.teacher} is half trained: --resume {args.path} goes on with it, as does "
-              "this run")
+        print(f"--teacher {args.teacher} is half trained. --resume {args.path} goes on with its training, as "
+              "does this command without --dry-run")
         return
-    print(f"--teacher {args.teacher} is trained first, once, in {args.path}; its conversion follows\n",
+    print(f"--teacher {args.teacher} is trained first, once, in {args.path}. The conversion follows.\n",
           flush=True)
     argv = ["--device", args.device]
     if begun:
@@ -293,8 +297,9 @@ def make_teacher(halo, args):
 
 
 def load_teacher(halo, plans, args):
-    """The teacher. What is wrong is found here, before stage 1. Sets args.tokenizer, and args.length: all is
-    measured at the distillation length and its multiples. A RoPE teacher's maximum is too long to test."""
+    """The teacher. Options that do not fit the teacher are errors here, before stage 1. Sets args.tokenizer
+    and args.length, the length of distillation. Everything is measured at this length and its multiples. The
+    maximum of a RoPE teacher would be too long to test."""
     args.tokenizer = Tokenizer.load(args.path)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     teacher = pretrained.load(args.path, dtype, args.device).requires_grad_(False)
@@ -320,7 +325,7 @@ def load_teacher(halo, plans, args):
 
 
 def config_to_pretrain(halo, plans, args):
-    """The config of a teacher that is to be trained. Sets args.tokenizer and args.length, as load_teacher."""
+    """The config of a teacher to train. Sets args.tokenizer and args.length, as load_teacher does."""
     config = halo.TEACHERS[args.teacher]
     args.tokenizer = Tokenizer.bytes()
     args.length = plans["pretrain"].length
@@ -331,7 +336,7 @@ def config_to_pretrain(halo, plans, args):
 
 
 def longest_text(halo, config, plans, args):
-    """The longest text that the run will read at once: of its measurements, not of its training."""
+    """The longest text, in tokens, that a measurement of the run reads at once. Training does not count."""
     if args.pretrain:
         return args.length * (64 if args.hybrid else 1) + 1
     longest = 64 * args.length
@@ -357,8 +362,8 @@ def open_text(plans, longest, teacher, args):
 
 
 def probe(halo, teacher, corpus, plans, args):
-    """What the stages cost on this device, see Probe.found; ValueError if they do not fit."""
-    layers = "even" if args.layers in halo.SCORED else args.layers      # nothing is selected, so any will do
+    """The cost of each stage on this device, as in Probe.found. ValueError if a stage does not fit."""
+    layers = "even" if args.layers in halo.SCORED else args.layers      # a probe selects no layers
     args = argparse.Namespace(**vars(args) | dict(layers=layers))
     run = Probe(vars(args), args.tokenizer.n_vocab)
     how = halo.convert_progressive if "group" in plans else halo.convert_staged
@@ -372,8 +377,8 @@ def probe(halo, teacher, corpus, plans, args):
 
 
 def disk_bytes(halo, teacher, plans, args):
-    """What a run writes: two checkpoints (the old one stays until the new one is written), the student and,
-    in a progressive run, a model for each group."""
+    """The bytes that a run writes: two checkpoints, the student and, in a progressive run, one model per
+    group. There are two checkpoints, because the old one stays until the new one is written."""
     n_groups = 0
     if "group" in plans:
         layers = halo.choose_layers(args.layers, len(teacher.config.layers), keep=args.keep)
@@ -387,7 +392,7 @@ def check_disk(folder, n_bytes):
     free = shutil.disk_usage(parent).free
     if n_bytes > free:
         raise ValueError(f"checkpoints and student need {n_bytes / 1e6:,.0f} MB of disk, {parent} has "
-                         f"{free / 1e6:,.0f} MB; let --out name a folder on a larger one")
+                         f"{free / 1e6:,.0f} MB; let --out name a folder on a larger disk")
 
 
 def cpu_hours(params, tokens):
@@ -404,7 +409,7 @@ def cpu_hours(params, tokens):
 
 
 def print_plan(corpus, plans, found):
-    """The text of a run, and a row for each stage: with the findings of a Probe also memory, speed, time."""
+    """Print the text of a run, and one row per stage. `found`, of a Probe, adds memory, speed and time."""
     total = sum(plan.total for plan in plans.values())
     for paths, share, source in zip(corpus.paths, corpus.shares, corpus.sources):
         n = sum(source.sizes)
@@ -433,7 +438,7 @@ def print_plan(corpus, plans, found):
 
 
 def run_main(halo, argv):
-    """All that a command line asks for."""
+    """Do everything that a command line asks for."""
     args = get_args(halo, argv)
     if args.resume:
         args = resumed(halo, args, argv)
@@ -472,11 +477,11 @@ def execute(halo, run, teacher, corpus, plans, args):
     weights = None if args.pretrain else pretrained.digest(args.path)
     try:
         refuse([(run.once("teacher", lambda: weights) != weights,
-                 f"--resume {args.resume}: its teacher's files have changed since it began; start a new run"),
+                 f"--resume {args.resume}: the teacher's files have changed meanwhile; start a new run"),
                 (run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"],
-                 f"--resume {args.resume}: the text has changed since it began; start a new run"),
+                 f"--resume {args.resume}: the text has changed meanwhile; start a new run"),
                 (run.once("plans", lambda: stages) != stages,
-                 f"--resume {args.resume}: its stages are not this version's; start a new run")])
+                 f"--resume {args.resume}: its stages are not those of this version; start a new run")])
         if args.pretrain:
             finish_pretrained(run, halo.pretrain(run, corpus, plans, args), corpus, args)
         else:
@@ -486,10 +491,11 @@ def execute(halo, run, teacher, corpus, plans, args):
 
 
 def main(halo, argv):
+    """run_main with every error as one line."""
     def run(argv):
         try:
             run_main(halo, argv)
-        except torch.OutOfMemoryError:                             # outside of training, see within_memory
+        except torch.OutOfMemoryError:                             # not in training: see within_memory
             raise ValueError("the device ran out of memory: take a smaller --teacher or another --device"
                              ) from None
     command_line("halo.py", run, argv, lasting=True)

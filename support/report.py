@@ -1,10 +1,10 @@
-"""What is measured of models, and the tables that show it.
+"""The measurements of models, and the tables that show them.
 
     measure, losses, compare    loss, KL and agreement on held-out text
     shares                      the share of hidden things that a model finds, by context length
     print_scores, print_report  the tables of a run
     finish, finish_pretrained   the end of a run: report.json, the files of the model, the last table
-    announce, print_costs       what sample.py says of a model, and of its speed and memory
+    announce, print_costs       for sample.py: a line on the model, then its speed and memory
 """
 import itertools
 import sys
@@ -25,8 +25,9 @@ from support.run import bf16, by_slices, peak_gb
 
 @torch.no_grad()
 def measure(models, batches):
-    """Means over the tokens of each sequence, (sequences, 1 or 4): the loss of each model in nats. Of two
-    models, teacher and student, also KL(teacher, student) and how often their likeliest next token agrees."""
+    """Means over the tokens of each sequence, (sequences, 1 or 4). One model gives one column, the loss in
+    nats. Teacher and student give four: both losses, KL(teacher, student), and the share of tokens at which
+    both models find the same next token likeliest."""
     def one(targets, *xs):
         logs = [model.head(x).float().log_softmax(-1) for model, x in zip(models, xs)]
         out = [-log.gather(-1, targets[:, None])[:, 0] for log in logs]
@@ -47,20 +48,20 @@ def measure(models, batches):
 
 
 def losses(model, batches):
-    """Mean loss of each sequence, in nats per token."""
+    """The mean loss of each sequence, in nats per token."""
     return measure([model], batches)[:, 0]
 
 
 def compare(teacher, student, batches):
-    """The same as means over all tokens, by name."""
+    """The four numbers of `measure` as means over all tokens, by name."""
     t, s, kl, same = measure([teacher, student], batches).mean(0).tolist()
     return dict(val_loss=dict(teacher=t, student=s), kl=kl, top1_agreement=same)
 
 
 # ---- recall ------------------------------------------------------------------------------------------------
 
-# Field of report.json -> (the task of support/recall.py, its title in the table). The second task is for
-# models that were trained to find more than pass keys.
+# Field of report.json -> (the task of support/recall.py, the task's title in the table). The second task is
+# for models that were trained to find more than pass keys.
 ASKED = {"passkey": ("S1", "pass key found"), "multikey": ("multi-key", "1 of 4 keys found")}
 
 
@@ -72,7 +73,7 @@ def shares(model, corpus, lengths, args):
     for field, n in tqdm([*itertools.product(asked, lengths)], desc="recall   ", dynamic_ncols=True):
         task, _ = ASKED[field]
         if n <= model.config.limit() and has_room(task, n, corpus):
-            slow = args.device == "cpu" and n > 16 * args.length    # minutes
+            slow = args.device == "cpu" and n > 16 * args.length    # would take minutes
             trials = max(1, args.trials // 4) if slow else args.trials
             found[field][str(n)] = recall(model, corpus, n, trials, task=task)[1].mean().item()
     return found
@@ -80,7 +81,7 @@ def shares(model, corpus, lengths, args):
 
 def evaluate(teacher, student, corpus, args):
     """The numbers of the report. Recall is asked for at 1 to 16 times the length of distillation, and of the
-    student at 64 times. Past its training length the number of keys grows, and s_t corrects for it."""
+    student at 64 times. Past the training length attention has more keys. s_t corrects for their number."""
     lengths = [n * args.length for n in (1, 2, 4, 16, 64)]
     teachers = shares(teacher, corpus, lengths[:4], args)
     students = shares(student, corpus, lengths, args)
@@ -94,7 +95,7 @@ def evaluate(teacher, student, corpus, args):
 
 
 def print_scores(scores, ranks, layers, teacher_loss):
-    """The table of selection: what halo.swap_scores measured of each layer, and what halo.rank made of it."""
+    """The table of selection, one row per layer: the results of halo.swap_scores and of halo.rank."""
     kinds = {"": "if linear"}
     if "R_kept" in scores[0]:
         kinds["_kept"] = "if kept"
@@ -157,7 +158,7 @@ def finish(run, teacher, student, corpus, args):
 
 
 def finish_pretrained(run, model, corpus, args):
-    """The same for a model that was trained from random weights: it has no teacher."""
+    """Save and measure a model trained from random weights, write report.json, print the numbers."""
     if world.RANK == 0:
         args.tokenizer.save(run.folder)
         model.save_pretrained(run.folder, torch.bfloat16)           # last: a folder with this file is whole
@@ -178,7 +179,7 @@ def finish_pretrained(run, model, corpus, args):
 
 
 def save_usable(run, stage, title, student, corpus, args):
-    """Save the model after a group of layers, for use; returns its held-out loss."""
+    """Save a student after a group of layers, ready for use. Returns the student's held-out loss."""
     if world.RANK == 0:
         student.save_pretrained(run.path(stage))
         corpus.tokenizer.save(run.path(stage))
@@ -195,7 +196,7 @@ def say(text):
 
 
 def announce(model, path, total):
-    """Say which model runs. Warn if HyPE without s_t meets more than the 16,384 tokens of the paper."""
+    """Say which model runs. Warn if a HyPE model without s_t reads more than the paper's 16,384 tokens."""
     c = model.config
     if total > 16384 and "A" in c.layers and not (c.attn_position or c.logit_base):
         say(f"sample.py: {total:,} tokens are more than the 16,384 of the paper's training, and the model "
@@ -209,7 +210,7 @@ def size(n):
 
 
 def print_costs(model, state, prompt, out, times):
-    """Print speed and memory, beside the memory of the same model if every layer were attention."""
+    """Print speed and memory, and the memory that the model would need if every layer were attention."""
     read = times[1] - times[0]
     say(f"\nread {len(prompt):,} tokens in {read:.1f} s, {len(prompt) / read:,.0f} tok/s")
     if len(times) > 2:

@@ -9,9 +9,9 @@
         ...                                           the caller updates the weights
         progress.done(step, loss, norm, lr)           one line of the log; sometimes a checkpoint
 
-Of several processes (support/world.py) the first writes all files. They go on, try again and stop together.
+Of several processes (support/world.py) the first writes all files. All go on, try again and stop together.
 
-A Probe has the interface of a Run. Its stages take a few steps on random ids, and measure what they cost.
+A Probe has the interface of a Run. Its stages take a few steps on random ids, and measure speed and memory.
 
 A plan has steps, total (tokens), length, batch, lr, lr_end and rate(step). rows_of(corpus, stage, plan) is a
 function step -> ids (batch, length + 1). corpus.advance(plan) is called when a stage has ended.
@@ -49,13 +49,13 @@ except ImportError:                                   # Windows: nothing keeps t
 
 
 class BrokenOff(KeyboardInterrupt):
-    """A signal has ended the gradients of a step, which have changed no weight yet."""
+    """A signal has ended the computation of a step's gradients. The step has changed no weight yet."""
 
 
 class Run:
-    """A run and its folder. run.json holds the options, the results of what is done, and a hash of every
-    checkpoint. After Ctrl-C or SIGTERM a checkpoint of the last whole step is written, then the program
-    leaves. ValueError if another run has the folder, or run.json is not as it was written."""
+    """A run and its folder. run.json holds the options, all results so far, and a hash of every checkpoint.
+    After Ctrl-C or SIGTERM the run writes a checkpoint of the last whole step, and the program ends.
+    ValueError if another run has the folder, or if run.json is not as a run wrote it."""
 
     def __init__(self, folder, options):
         claimed, self.lock = claim(folder, options) if world.RANK == 0 else (folder, None)
@@ -63,16 +63,16 @@ class Run:
         self.options = options
         self.done = {}                                # results by name, see once()
         self.asked = False                            # whether a signal has asked for the end
-        self.can_break = False                        # whether the end need not wait
+        self.can_break = False                        # whether a signal may end the work at once
         self.tokens = 0                               # of all stages so far
         if world.of_first(os.path.exists(self.path("run.json"))):
             _, self.done = read_run(self.folder)
         self.began = time.time() - self.done.get("seconds", 0.0)
         threads = self.done.setdefault("threads", torch.get_num_threads())
         if threads != torch.get_num_threads() and default_device(options.get("device")) == "cpu":
-            print(f"this run began with {threads} threads and goes on with {torch.get_num_threads()}: its "
-                  f"numbers are not bit for bit those of an unbroken run (OMP_NUM_THREADS={threads} gives "
-                  "those)", file=sys.stderr)
+            print(f"this run began with {threads} threads and goes on with {torch.get_num_threads()}: the "
+                  "numbers can differ in their last bits from those of an unbroken run "
+                  f"(OMP_NUM_THREADS={threads} gives equal numbers)", file=sys.stderr)
         self.save()
         self.handlers = {sig: signal.signal(sig, self.on_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
 
@@ -86,13 +86,13 @@ class Run:
         if self.asked:                                # the second signal ends the program at once
             raise KeyboardInterrupt
         self.asked = True
-        if world.SIZE == 1:                           # torchrun sends a signal also where a process failed
+        if world.SIZE == 1:                           # torchrun signals also if another process fails
             print("\nstopping; a second signal stops at once", file=sys.stderr)
         if self.can_break:
             raise BrokenOff
 
     def unless_asked(self, work, at_once):
-        """work(at_once), which a signal breaks off; then NaN."""
+        """work(at_once), or NaN if a signal ends the work."""
         self.can_break = True
         try:
             return work(at_once)
@@ -127,7 +127,7 @@ class Run:
         return self.done[name]
 
     def digests(self, stage):
-        """The hashes that a stage's checkpoint may have: that of the newest, and of the one before."""
+        """The hashes that a stage's checkpoint may have: the previous checkpoint's, and the newest one's."""
         return self.done.setdefault("checkpoints", {}).get(stage, [])
 
     def stage(self, name, plan, module, optimizer, gradients):
@@ -158,7 +158,7 @@ class Run:
 
 # ---- the folder of a run -----------------------------------------------------------------------------------
 
-LOCK = ".lock"                                        # held while a run lives; the number of its process
+LOCK = ".lock"                                        # locked while a run lives; holds its process id
 
 
 def new_folder(asked, default):
@@ -178,19 +178,19 @@ def new_folder(asked, default):
 
 
 def is_unused(folder):
-    """Whether a folder has no file but what a killed run leaves before its first file is whole."""
+    """Whether a folder has no files, except those that a killed run leaves before its first file is whole."""
     return all(name == LOCK or is_leftover(name) for name in os.listdir(folder))
 
 
 def is_leftover(name):
-    """Whether a file is one that hypenet.write_file had not finished."""
+    """Whether a name is that of a file that hypenet.write_file has not finished."""
     return re.search(r"\.tmp\d+$", name) is not None
 
 
 def claim(folder, options):
-    """Take a folder for this run alone, and remove what a killed run left there. Returns the folder and its
-    lock, an open file. If no option names the folder, and another run has taken it since new_folder was
-    called, the next folder is taken. ValueError if the folder that an option names is taken."""
+    """Take a folder for this run alone, and remove unfinished files of a killed run. Returns the folder and
+    its lock, an open file. Another run may have taken the folder since new_folder was called. This run then
+    takes the next folder. ValueError instead if an option names the folder."""
     resumed = options.get("resume")
     named = resumed or options.get("out")
     default = re.sub(r"-\d+$", "", folder)
@@ -204,9 +204,9 @@ def claim(folder, options):
         if named:
             lock.seek(0)
             holder = "" if free else f" by the process {lock.read()}"
-            raise ValueError(f"the folder {folder} is in use{holder}; wait for its end, or name another")
+            raise ValueError(f"the folder {folder} is in use{holder}; wait for that run, or name another")
         lock.close()
-        print(f"another run has taken {folder}; this one goes to {default}-{number}")
+        print(f"another run has taken {folder}; this run goes to {default}-{number}")
         folder = f"{default}-{number}"
     lock.truncate(0)
     print(os.getpid(), end="", file=lock, flush=True)
@@ -217,8 +217,8 @@ def claim(folder, options):
 
 
 def hold(lock):
-    """Lock an open file until it is closed or this process ends, however it ends. False if another process
-    holds it. A disk without locks is taken as free."""
+    """Lock an open file until the file is closed or this process ends in any way. False if another process
+    has locked the file. True, with a warning, if the disk has no locks."""
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,13 +230,13 @@ def hold(lock):
 
 
 def seal(options, done):
-    """The hash of what run.json holds."""
+    """The hash of the contents of run.json."""
     return hashlib.sha256(json.dumps([options, done]).encode()).hexdigest()
 
 
 def read_run(folder):
-    """What run.json holds: the options of the run in a folder, and what is done. ValueError if the folder has
-    no run, or run.json is not as a run wrote it."""
+    """The contents of run.json: the options of the run in a folder, and all results so far. ValueError if the
+    folder has no run, or if run.json is not as a run wrote it."""
     try:
         with open(os.path.join(folder, "run.json"), encoding="utf-8") as f:
             record = json.load(f)
@@ -259,9 +259,9 @@ def options_of(folder):
 
 class Stage:
     """The progress of one stage. A stage that was stopped goes on from its checkpoint; a stage that has ended
-    is only loaded. gradients(rows, at_once) leaves gradients in the parameters that train, computed from so
-    many rows at once, and returns the loss as a tensor. ValueError if the checkpoint is damaged, the loss is
-    not finite, memory or disk run out, or another process ends."""
+    is only loaded. gradients(rows, at_once) leaves gradients in the parameters that train, and returns the
+    loss as a tensor. At most at_once rows go through the model together. ValueError if the checkpoint is
+    damaged, the loss is not finite, memory or disk run out, or another process ends."""
 
     def __init__(self, run, name, plan, module, optimizer, gradients):
         self.run = run
@@ -276,8 +276,8 @@ class Stage:
             most = shard.TOKENS
             checkpoint_blocks(module)
             if plan.batch % world.SIZE:
-                raise ValueError(f"--plan {without_number(name)}.batch={plan.batch}: give a multiple of the "
-                                 f"{world.SIZE} GPUs, which share out the model")
+                raise ValueError(f"--plan {without_number(name)}.batch={plan.batch}: give a multiple of "
+                                 f"{world.SIZE}, the number of GPUs that share the model")
         self.at_once = run.options["micro"] or min(self.mine, max(1, most // plan.length))
         self.first = 0                                # steps done before this process
         self.computed = 0                             # steps done in this process
@@ -297,13 +297,13 @@ class Stage:
             self.run.trim_log(self.name, self.first)
 
     def read(self, digest):
-        """Take up the checkpoint, whose hash is `digest`, if it is what this run wrote for this stage."""
+        """Load the checkpoint with the hash `digest`. ValueError unless this run wrote it for this stage."""
         known = digest in self.run.digests(self.name)
         saved = torch.load(self.file, map_location="cpu", weights_only=True) if known else dict(module={})
         if saved["module"].keys() != self.trained().keys():
             raise ValueError(f"{self.file} is not as this run wrote it: altered, of another run or stage, or "
                              "damaged; remove it to train this stage again")
-        self.run.done["checkpoints"][self.name] = [digest]          # the only one that counts from here on
+        self.run.done["checkpoints"][self.name] = [digest]          # the other hash no longer counts
         shard.load(self.module, self.optimizer, saved)
         self.first = saved["step"]
         self.mean = saved["mean"]
@@ -312,7 +312,7 @@ class Stage:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def save(self, step, by_all=False):
-        """Write the checkpoint after this step. by_all: any process may be the only one that is left."""
+        """Write the checkpoint after this step. by_all: all processes write, because some may have ended."""
         state = dict(step=step, mean=self.mean, module=self.trained())
         if step < self.plan.steps:                    # after the last step nobody needs the optimizer
             state["optimizer"] = self.optimizer.state_dict()
@@ -334,7 +334,7 @@ class Stage:
             self.run.save(by_all)
         try:
             write_file(self.file, write)
-        except (OSError, RuntimeError) as e:          # RuntimeError: torch's own on a full disk
+        except (OSError, RuntimeError) as e:          # RuntimeError: from torch, on a full disk
             message = f"{self.file}: {e}; free some disk, then --resume {self.run.folder}"
             raise ValueError(message) from None
 
@@ -358,8 +358,8 @@ class Stage:
         corpus.advance(self.plan)
 
     def compute(self, rows):
-        """Gradients of a batch, summed over the processes; returns the loss. The first step compiles what
-        there is to compile, and finds how many rows fit; the third is recorded."""
+        """Leave the gradients of a batch, summed over the processes, and return the loss. The first step
+        compiles, and finds how many rows fit. The third step is recorded if all rows fit at once."""
         self.computed += 1
         in_one = self.at_once >= self.mine and self.plan.batch >= world.SIZE
         if self.computed == 3 and in_one and not shard.is_shared(self.module):
@@ -386,13 +386,14 @@ class Stage:
         if asked:
             self.save(self.first + self.computed - 1)
             self.run.leave_if_asked()
-        if not shard.is_shared(self.module):          # else they are sums already
+        if not shard.is_shared(self.module):          # FSDP has summed shared gradients
             world.sum_gradients([p for p in self.module.parameters() if p.requires_grad])
         return loss
 
     def together(self, step, work):
-        """work(), for which the processes wait for each other. If one ends, all others write the checkpoint
-        after this step, because the one that ended may be the first."""
+        """work(), in which the processes wait for each other. ValueError if a process has ended. All others
+        first write the checkpoint after this step, because process 0 may be gone. No process can write a
+        shared module alone."""
         try:
             return work()
         except world.Lost as error:
@@ -435,14 +436,14 @@ def without_number(stage):
 
 
 def ahead(make, steps, device):
-    """make(step) on the device for each of a range of steps; a thread makes the next one meanwhile."""
+    """make(step), on the device, for each step of a range. A thread makes the next rows meanwhile."""
     def one(step):
         rows = torch.from_numpy(make(step))
         return rows.pin_memory() if device.type == "cuda" else rows
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(one, steps.start)
         for step in steps:
-            rows = coming.result()                    # raises here what making the rows raised
+            rows = coming.result()                    # an error in make(step) is raised here
             if step + 1 < steps.stop:
                 coming = pool.submit(one, step + 1)
             yield rows.to(device, non_blocking=True)
@@ -453,7 +454,7 @@ def ahead(make, steps, device):
 
 class Probe:
     """Stands in for a Run, to measure the stages on this device before a run begins. found[stage] is a tuple:
-    rows at once that fit, tokens a second, peak memory in GB. No weight changes, and no file is written.
+    rows at once that fit, tokens per second, peak memory in GB. No weight changes, and no file is written.
     ValueError or torch.OutOfMemoryError if a stage does not fit."""
 
     def __init__(self, options, n_vocab):
@@ -467,7 +468,7 @@ class Probe:
         return work(at_once)
 
     def once(self, name, work):
-        """A probe measures stages alone."""
+        """Does nothing: a probe measures only the stages of training."""
 
     def stage(self, name, plan, module, optimizer, gradients):
         return ProbeStage(self, name, plan, module, optimizer, gradients)
@@ -475,7 +476,7 @@ class Probe:
 
 class ProbeStage(Stage):
     """Three steps on random ids at learning rate 0. The optimizer allocates its state in the first step, so
-    the later steps show what memory the stage needs. Two more steps time a recording."""
+    the later steps show how much memory the stage needs. Two more steps time the recording, if any."""
 
     def load(self):
         self.file = ""
@@ -489,7 +490,7 @@ class ProbeStage(Stage):
         rows = torch.randint(self.run.n_vocab, shape, device=device)
         for step in range(5):
             if step < 3 or self.replay:
-                yield step, rows[:self.at_once * world.SIZE]      # one part of a batch: others cost the same
+                yield step, rows[:self.at_once * world.SIZE]      # one part of a batch: all cost the same
         checkpoint_blocks(self.module, on=False)
         speed = self.at_once * world.SIZE * self.plan.length / world.of_first(self.seconds)
         self.run.found[without_number(self.name)] = (self.at_once, speed, peak_gb(device.type))
@@ -521,7 +522,7 @@ def bf16():
 
 
 def checkpoint_blocks(module, on=True):
-    """Let each block of a model keep its input alone; the backward pass computes the rest again."""
+    """Let each block of a model keep its input alone. The backward pass computes the rest again."""
     for block in getattr(module, "blocks", []):
         if on:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -536,9 +537,9 @@ def checkpointed(module):
 
 
 def within_memory(stage, module, at_once, work):
-    """work(at_once), and the rows at once that fitted. Where memory runs out, half the rows are tried; at one
-    row the blocks are checkpointed. work has changed no weight yet, so a second try gives the same result.
-    If one process must try again, all do."""
+    """work(at_once), and the number of rows at once that fit. If memory runs out, half the rows are tried. If
+    one row is too many, the blocks are checkpointed. work has changed no weight yet, so a second try gives
+    the same result. If one process must try again, all do."""
     while True:
         found = None
         try:
@@ -561,16 +562,18 @@ def within_memory(stage, module, at_once, work):
 
 
 def by_slices(work, n_vocab, *tensors, elements=None):
-    """[work(slice of each tensor)] for slices of the tokens (N,...), each with about `elements` logits."""
+    """[work(slice of each tensor), ...]. The tensors (N,...) are cut along their tokens, so that the logits
+    of a slice have about `elements` elements."""
     n = max(1, (elements or (2 ** 27 if tensors[0].is_cuda else 2 ** 24)) // n_vocab)
     slices = [t.split(n) for t in tensors]
     return [work(*part) for part in zip(*slices)]
 
 
 def loss_by_slices(work, weight, xs, *others, elements=None):
-    """The loss of tokens xs (N,C) behind a head with weight (V,C): the sum over slices of the tokens of
-    work(logits, slices of others), which returns the loss and its gradient by the logits (n,V). All logits
-    may need more memory than the model. So each slice is taken back to xs and the weight at once."""
+    """The loss of tokens xs (N,C) behind a head with weight (V,C), as a sum over slices of n tokens.
+    work(logits, slices of others) returns a slice's loss and its gradient with respect to the logits (n,V).
+    All logits together may need more memory than the model. So each slice's gradient goes on to xs and the
+    weight at once, and its logits are freed."""
     if elements is None and fused(xs):
         elements = 2 ** 29                            # the kernel makes no copies of the logits
     return SlicedLoss.apply(work, elements, weight, xs, *others)
@@ -603,8 +606,8 @@ class SlicedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grads = [g if g is None else g.mul_(grad) for g in ctx.grads]
-        ctx.grads = None                              # in place, so that no second copy is made
+        grads = [g if g is None else g.mul_(grad) for g in ctx.grads]    # in place: no second copy
+        ctx.grads = None
         return None, None, *grads, *[None] * ctx.n_others
 
 
@@ -614,8 +617,8 @@ def side_stream(device):
 
 
 def beside(x, first, second):
-    """first() and second(), tensors where x lies. On a GPU both run at the same time, because one of them
-    often waits for memory while the other multiplies."""
+    """first() and second(), each a tensor on the device of x. On a GPU both run at the same time, because one
+    of them often waits for memory while the other multiplies."""
     if not x.is_cuda:
         return first(), second()
     main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
@@ -629,7 +632,7 @@ def beside(x, first, second):
 
 
 def peak_gb(device):
-    """Peak memory in GB of the GPU, or of this process; None where the system does not tell."""
+    """Peak memory in GB of the GPU, or of this process on a CPU. None if the system does not tell."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     try:
@@ -644,9 +647,9 @@ def peak_gb(device):
 
 def recorded(work, rows, plain=False):
     """work, a function of rows, as a CUDA graph for rows of this shape. The step of a small model launches a
-    thousand kernels, and launching them costs more time than running them. A replay writes all gradients
-    anew. None on other devices, if `plain` is asked for, or if memory has no room for a second copy of all
-    that it holds."""
+    thousand kernels, and to launch them takes longer than to run them. A replay writes all gradients anew.
+    None on other devices, if `plain` is asked for, or if memory has no room for a second copy of everything
+    in it."""
     if not rows.is_cuda or plain:
         return None
     held = torch.cuda.memory_reserved(rows.device)

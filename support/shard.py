@@ -1,7 +1,9 @@
-"""Training what one GPU cannot hold: each GPU keeps a part of every weight, gradient and optimizer state.
+"""Training a model that one GPU cannot hold: each GPU keeps a part of every weight, gradient and optimizer
+state.
 
 PyTorch's FSDP2 gathers the weights of a block while the block runs, and no longer. A module is shared out
-while it trains. Before and after, every GPU holds the module whole, so that other code knows of no parts."""
+while it trains. Before and after training, every GPU holds the whole module, so other code knows of no parts.
+"""
 import copy
 
 import torch
@@ -9,14 +11,14 @@ import torch.nn as nn
 
 from support import world
 
-DTensor = ()                         # of one process no tensor is shared
+DTensor = ()                         # for isinstance: one process shares no tensor
 if world.SIZE > 1:                   # these imports take a second
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-ROOM = 0.8                           # of a GPU's memory: for weights, gradients and optimizer state
-TOKENS = 2 ** 13                     # that go through a shared module at once
+ROOM = 0.8                           # share of a GPU's memory for weights, gradients and Adam
+TOKENS = 2 ** 13                     # tokens that go through a shared module at once, at most
 
 
 def is_shared(module):
@@ -24,8 +26,8 @@ def is_shared(module):
 
 
 def too_large(params):
-    """Whether gradients and the two states of Adam, 12 bytes per parameter, exceed the room of a GPU beside
-    all that it holds."""
+    """Whether training needs more than ROOM of a GPU in any process. Gradients and Adam's two states need 12
+    bytes per parameter, beside everything that the GPU already holds."""
     device = params[0].device
     if world.SIZE == 1 or device.type != "cuda":
         return False
@@ -34,9 +36,10 @@ def too_large(params):
 
 
 def share(module, groups):
-    """Share out a module that is too large to train on each GPU. groups are lists of all its parameters, and
-    are emptied. Returns lists of the parameters that train in their place, and a function that makes the
-    module whole again."""
+    """Share out a module over the GPUs if the module is too large to train on each. `groups` are lists of the
+    parameters that train. Returns the lists of parameters to train instead, and a function that makes the
+    module whole again. If the module is shared out, empties the lists of `groups` to free their memory.
+    ValueError if the module is too large, but only some parameters train."""
     params = [p for group in groups for p in group]
     if not too_large(params):
         return groups, lambda: None
@@ -47,7 +50,7 @@ def share(module, groups):
     names = {id(p): name for name, p in module.named_parameters()}
     named_groups = [[names[id(p)] for p in group] for group in groups]
     for group in groups:
-        group.clear()                                              # the whole weights, now free
+        group.clear()                                              # frees the whole weights
     params.clear()
     empty = without_weights(module)
     mesh = init_device_mesh(next(module.parameters()).device.type, (world.SIZE,))
@@ -70,10 +73,10 @@ def share(module, groups):
 
 
 def sum_gradients(unit):
-    """Let FSDP sum gradients over the GPUs. Its default are means."""
+    """Let FSDP sum gradients over the GPUs. By default FSDP takes the mean."""
     divide_by = getattr(unit, "set_gradient_divide_factor", None) or unit.set_reduce_scatter_divide_factor
     divide_by(1.0)
-    if hasattr(unit, "set_force_sum_reduction_for_comms"):          # gloo knows no other reduction
+    if hasattr(unit, "set_force_sum_reduction_for_comms"):          # gloo has no other reduction
         unit.set_force_sum_reduction_for_comms(True)
 
 
@@ -88,10 +91,10 @@ def without_weights(module):
 
 
 def whole(value):
-    """A value of a checkpoint with whole tensors in place of shared ones."""
+    """A value of a checkpoint. A shared tensor becomes whole in process 0, and None in other processes."""
     if isinstance(value, DTensor):
         value = value.detach().full_tensor()
-        return None if world.RANK else value.cpu()                 # process 0 writes
+        return None if world.RANK else value.cpu()                 # only process 0 writes
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     return [whole(item) for item in value] if isinstance(value, list) else value

@@ -1,13 +1,13 @@
 """Try to break the project: kill runs, and put faults into the code.
 
     python -m support.torture --kills        kill a small run at 50 random moments, and at every rename of a
-                                             file; resume it; compare it with the run that nobody killed
+                                             file. Resume the run, compare it with a run that nobody killed
     python -m support.torture --faults       put each fault of support/faults.py into a copy of the project,
                                              where the tests must fail
     python -m support.torture --faults 3 17 -k "plan or log"     two of the faults, against some of the tests
 
-Both run on a CPU, the kills in minutes, the faults in hours. A kill is SIGKILL: no handler runs, and files
-stay as they are. Needs fork, so no Windows.
+Both modes run on a CPU, --kills in minutes, --faults in hours. A kill is SIGKILL: no handler runs, and files
+stay as they are. --kills needs fork, which Windows lacks.
 """
 import json
 import os
@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent.parent
 
 
 class Hasty(run.Stage):
-    """A stage that saves a checkpoint as often as it may, which is every twentieth of its time."""
+    """A stage that saves checkpoints as often as a stage may: saving takes at most 5% of the time."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -43,7 +43,7 @@ class Hasty(run.Stage):
 
 
 def make_teacher(folder):
-    """A random teacher of 96 tokens, and a text, in a folder. Returns the command line of a small run."""
+    """Write a random teacher for 96 tokens, and a text, to a folder. Returns the arguments of a small run."""
     torch.manual_seed(0)
     config = HypeNetConfig(n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_hidden=64, max_len=96)
     HypeNet(config).save_pretrained(folder / "teacher")
@@ -59,8 +59,9 @@ def make_teacher(folder):
 
 
 def start(argv, kill=0):
-    """Start halo.py in a process of its own; returns its id. kill n: the process kills itself before its n-th
-    rename of a file; -n: after it. Forked, because to import torch takes longer than the run."""
+    """Start halo.py in a process of its own. Returns the process id. kill n: the process kills itself before
+    its n-th rename of a file. kill -n: after this rename. The process is a fork, because to import torch
+    takes longer than the run."""
     pid = os.fork()
     if pid:
         return pid
@@ -91,12 +92,12 @@ def start(argv, kill=0):
 
 
 def wait(pid):
-    """The status of a process at its end; minus the signal that killed it."""
+    """Wait for a process to end. Returns the exit status, or minus the signal that killed the process."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def result(out):
-    """All that a run leaves and that a resumed run must leave too: contents by file name."""
+    """The contents, by file name, that a resumed run must share with an unbroken run. Times are left out."""
     names = "model.safetensors", "config.json", "tokenizer.json"
     found = {name: (out / name).read_bytes() for name in names}
     found["log.jsonl"] = [json.loads(line) | dict(ms=0) for line in open(out / "log.jsonl")]
@@ -106,14 +107,14 @@ def result(out):
 
 
 def leftovers(out):
-    """The files in a folder that are not whole, by name: their bytes."""
+    """{name of an unfinished file in a folder: number of bytes}."""
     return {path.name: path.stat().st_size for path in out.rglob("*") if run.is_leftover(path.name)}
 
 
 def survives(argv, out, reference, kill):
-    """Kill a run, go on with it, and remove it. kill: seconds until the kill, or the number of a rename.
-    Returns what the kill left over; None if the run ended before the kill. ValueError unless the run that
-    went on is the reference."""
+    """Kill a run, resume the run, and remove its folder. kill: seconds until the kill (a float), or the
+    number of a rename (an int), as in `start`. Returns the leftovers of the kill, or None if the run ended
+    before the kill. ValueError unless the resumed run equals the reference."""
     pid = start([*argv, "--out", str(out)], kill=kill if isinstance(kill, int) else 0)
     if isinstance(kill, float):
         time.sleep(kill)
@@ -137,8 +138,8 @@ def survives(argv, out, reference, kill):
 
 
 def kills(n_moments, n_renames=None, seed=0):
-    """Kill a run at n_moments random moments, and before and after each rename (at most n_renames of them,
-    drawn at random). Prints what came of it; ValueError where a run does not survive."""
+    """Kill a run at n_moments random moments, and before and after each rename. n_renames: how many renames,
+    drawn at random. Prints the counts. ValueError if a run does not survive."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -152,12 +153,12 @@ def kills(n_moments, n_renames=None, seed=0):
         renames = range(1, len(open("renames").readlines()) + 1)
         if n_renames is not None:
             renames = rng.sample(renames, n_renames)
-        lefts = []                                    # what each kill left over
+        lefts = []                                    # the leftovers of each kill
         while len(lefts) < n_moments:
             moment = rng.uniform(0, seconds)
             left = survives(argv, folder / "killed", reference, moment)
             if left is None:
-                seconds = moment                      # a run takes less time than that
+                seconds = moment                      # this run took at most so long
             else:
                 lefts.append(left)
         print(f"{len(lefts)}/{n_moments} runs killed at a random moment of {seconds:.1f} s: bit for bit the "
@@ -174,8 +175,8 @@ def kills(n_moments, n_renames=None, seed=0):
 
 
 def survivors(numbers, argv):
-    """Put each fault into a copy of the project and run pytest with argv there. Returns the faults that no
-    test has found."""
+    """Put each fault into a copy of the project and run pytest with argv there. Returns the numbers of the
+    faults that no test has found."""
     found = []
     for n in numbers:
         file, old, new = FAULTS[n - 1]
@@ -186,7 +187,7 @@ def survivors(numbers, argv):
             if code.count(old) != 1:
                 raise ValueError(f"fault {n}: {file} has {old!r} {code.count(old)} times, not once")
             (copy / file).write_text(code.replace(old, new))
-            (copy / "support" / "faults.py").write_text("FAULTS = []\n")     # a test looks for each of them
+            (copy / "support" / "faults.py").write_text("FAULTS = []\n")     # a test looks for every fault
             tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *argv], cwd=copy,
                                    capture_output=True, text=True)
         failed = [line for line in tests.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -203,7 +204,7 @@ def get_args(argv):
     add("--moments", type=number(int, 0), default=50, help="random moments of a kill; default: %(default)s")
     add("--renames", type=number(int, 0), help="renames of a file at which to kill; default: all")
     add("--faults", type=number(int, 1, len(FAULTS)), nargs="*", metavar="N",
-        help="put faults into the code, all or those of these numbers; what follows goes to pytest")
+        help="put faults into the code, all or the faults N; further arguments go to pytest")
     args, rest = p.parse_known_args(argv)
     if not args.kills and args.faults is None:
         p.error("give --kills or --faults")
@@ -217,7 +218,7 @@ def run_main(argv):
     if args.faults is not None:
         numbers = args.faults or range(1, len(FAULTS) + 1)
         found = survivors(numbers, rest)
-        print(f"{len(found)} of {len(numbers)} faults survive: {found}")
+        print(f"{len(found)} of {len(numbers)} faults pass all tests: {found}")
 
 
 if __name__ == "__main__":

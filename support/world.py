@@ -2,14 +2,15 @@
 
     torchrun --nproc_per_node=4 halo.py --teacher smollm2
 
-Every process makes the same batches and holds the same weights. Each takes a share of the rows, and gradients
-are summed: losses and weights are those of one process. Questions and held-out text are shared out too.
-Process 0 alone prints and writes files. Started without torchrun, nothing here does anything.
+Every process makes the same batches. Every process holds the same weights, unless support/shard.py shares out
+the weights. Each process takes some rows of a batch, and gradients are summed. So losses and weights equal
+those of one process, up to rounding. Questions and held-out text are shared out too. Process 0 alone prints
+and writes files. Without torchrun this file changes nothing.
 
     begin, join, fail, leave       from start to end
     parts, split, gather           each process takes its share; all get all results
     total, any_of, sum_gradients   sums over the processes
-    of_first, in_turn, equalise    what process 0 decides, and what it does before the others
+    of_first, in_turn, equalise    the others take values of process 0, or wait for a process to go first
 """
 import atexit
 import datetime
@@ -23,11 +24,11 @@ import torch.distributed as dist
 
 MANY = dist.is_available() and dist.is_torchelastic_launched()
 SIZE = int(os.environ["WORLD_SIZE"]) if MANY else 1                # processes in all
-RANK = int(os.environ["RANK"]) if MANY else 0                      # the number of this one
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if MANY else 0          # its number on this machine
-STORE = None                         # what torchrun keeps for all processes
-BUCKET = 2 ** 26                     # gradients that are summed at once
-WAIT = datetime.timedelta(days=1)    # for process 0, which may read much text; ended processes show at once
+RANK = int(os.environ["RANK"]) if MANY else 0                      # the number of this process
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if MANY else 0          # the number of this process on its machine
+STORE = None                         # torchrun's store of keys and values that all processes see
+BUCKET = 2 ** 26                     # numbers that are summed in one call
+WAIT = datetime.timedelta(days=1)    # process 0 may read much text; if a process ends, no other waits on
 
 
 class Lost(ValueError):
@@ -38,7 +39,7 @@ class Lost(ValueError):
 
 
 def begin():
-    """Find the other processes, take a GPU, and let process 0 alone print."""
+    """Find the other processes, take a GPU, and silence every process but process 0."""
     global STORE
     if SIZE == 1 or STORE:
         return
@@ -50,7 +51,7 @@ def begin():
 
 
 def join(device):
-    """Let the processes talk, each from its GPU or from the CPU. Returns device, as it was given."""
+    """Let the processes talk, each from its GPU or from the CPU. Returns the given device."""
     if SIZE == 1 or dist.is_initialized():
         return device
     kind, _, index = device.partition(":")
@@ -66,7 +67,7 @@ def join(device):
 
 
 def fail():
-    """Before an error is printed: of all processes, let the first one that fails print alone."""
+    """To be called before an error is printed: only the first process that fails may print."""
     if STORE:
         sys.stderr = sys.__stderr__ if STORE.add("failed", 1) == 1 else open(os.devnull, "w")
 
@@ -81,7 +82,7 @@ def leave(status):
 
 @contextmanager
 def talk():
-    """Around what waits for other processes. Lost if one has ended."""
+    """A context for calls that wait for other processes. Raises Lost if a process has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -92,18 +93,18 @@ def talk():
 
 
 def split(items):
-    """The share of this process: rows of a tensor, or items of a list."""
+    """This process's share of the rows of a tensor, or of the items of a list."""
     return items[RANK::SIZE]
 
 
 def parts(rows, at_once):
-    """The share of this process in rows, at most at_once rows at a time; none where rows are too few."""
+    """This process's share of rows, at most at_once rows at a time. Empty if there are too few rows."""
     mine = split(rows)
     return mine.split(at_once) if len(mine) else ()
 
 
 def gather(mine):
-    """The results of all processes for a split list, in the order of the list."""
+    """The results of all processes for a list that was split, in the order of the list."""
     if SIZE == 1:
         return mine
     found = [None] * SIZE
@@ -131,7 +132,7 @@ def any_of(*flags):
 
 
 def sum_gradients(params):
-    """Sum the gradients of parameters over the processes, in place. No gradient counts as 0."""
+    """Sum the gradients of parameters over the processes, in place. A missing gradient counts as 0."""
     if SIZE == 1:
         return
     for p in params:
@@ -151,7 +152,7 @@ def sum_gradients(params):
 
 
 def of_first(value):
-    """The value, an object, that process 0 gives. What the others give does not count."""
+    """The value of process 0, any object. The values of the other processes do not count."""
     found = [value]
     if SIZE > 1:
         with talk():
@@ -160,8 +161,8 @@ def of_first(value):
 
 
 def in_turn(work):
-    """work() in every process, on each machine in one process before the others. What the first one downloads
-    or keeps in a cache, the others find."""
+    """work() in every process. On each machine one process goes first, so that the others find the files that
+    this process has downloaded or cached."""
     if LOCAL_RANK:
         total(0)
     result = work()
