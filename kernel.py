@@ -287,17 +287,18 @@ def _pick_backend(backend, q, v, dtype):
 #
 # One program of scan_kernel has BLOCK_V columns of one head's state in registers and walks over the chunks.
 # A chunk has BLOCK_T tokens, the M of the derivation. The forward pass keeps nothing but its inputs. The
-# backward pass stores one state per chunk, and only where log_decay wants a gradient.
+# backward pass stores one state per chunk, and only if log_decay needs a gradient.
 #
 # One decay per head (SIDE "head"): each program makes e^P, e^F and A on its way.
 # One decay per channel: the registers cannot hold a state and also make A. A needs no state, so
-# prepare_kernel makes Q * e^P, K * e^F and A for all chunks at once. The scans are then matrix products. The
-# decays lie along the rows of S (SIDE "key") or the columns of S^T (SIDE "value"). finish_kernel adds to dq
-# and dk the pairs of tokens within a chunk. In code, past and future are P and F in the order of the scan.
+# prepare_kernel makes Q * e^P, K * e^F and A for all chunks at once. The scans are then matrix products. One
+# decay scales one row of S (SIDE "key"), or one column of S^T (SIDE "value"). finish_kernel adds to dq and dk
+# the pairs of tokens within a chunk. In code, past and future are P and F in the order of the scan.
 #
 # A long sequence with few heads would leave most of the card idle. So the chunks are divided into segments
-# that run at once. A first pass writes but does not read: it finds the state (local) and the sum of g (total)
-# of each segment. A program then starts by replaying the segments before its own: S = e^total * S + local.
+# that run at once. A first pass writes but does not read. From a zero state it finds the last state (local)
+# and the sum of g (total) of every segment but the last. A program then starts by replaying the segments
+# before its own: S = e^total * S + local.
 if triton:
     @triton.jit
     def load_tile(ptr, rows, stride, cols, n_rows, N_COLS: tl.constexpr):
@@ -347,7 +348,8 @@ if triton:
 
     @triton.jit
     def head_decay(g, tokens, REVERSE: tl.constexpr, DTYPE: tl.constexpr):
-        """One decay per head, one chunk: the sum of g (M,); P, F (M,), in the order of the scan; E (M,M)."""
+        """One decay per head, g (M,) of one chunk. Returns the sum of g, then P and F (M,) in the order of the
+        scan, and E (M,M)."""
         i, j = tokens[:, None], tokens[None, :]
         if DTYPE == tl.float32:
             g = tl.maximum(g, -1e4)                                         # finite, and e^-1e4 is 0
@@ -355,7 +357,7 @@ if triton:
             past, future, G = tl.cumsum(g, 0), tl.sum(after_j, 0), tl.cumsum(after_j, 0)
             if REVERSE:
                 G = tl.trans(G)
-        else:               # the shortcut: differences of sums, whose lost digits are below bf16's rounding
+        else:               # G as a difference of sums: the lost digits are below bf16's rounding
             g = tl.maximum(g, -80.0)                                        # finite, and e^-80 = 2e-35
             past = tl.cumsum(g, 0)
             future = tl.sum(g, 0) - past
@@ -369,7 +371,7 @@ if triton:
     # need e^F. One e^sum holds both.
     #
     # The shortcut: blocks of 2 LEAF tokens are not cut further. Decays are measured from the middle of the
-    # block, so one of the two factors of a pair may exceed 1. Here g is raised to at least -8.5 (bf16, LEAF
+    # block, so one of the two factors of a pair may exceed 1. So g is raised to at least -8.5 (bf16, LEAF
     # 8) or -17 (float32, LEAF 4). The error, at most e^-8.5 = 2e-4 or e^-17 = 4e-8, is below the rounding of
     # the dtype. A sum of LEAF such g is at least -68. Factors up to e^68 = 3e29 leave float32 room for inputs
     # and gradients of 1e-8 to 1e8.
@@ -435,7 +437,8 @@ if triton:
     #           =  sum_V S_t * (q_t^T do_t + e^(g_{t+1}) * dS_{t+1})  -  k_t * dk_t
     #           =  q_t * dq_t  -  k_t * dk_t  +  dg_{t+1}
     #
-    # Write dS_M for the gradient that the last state of a chunk gets from later chunks. Within the chunk then
+    # From here dS_M is the gradient that the last state of a chunk gets from later chunks alone. Within the
+    # chunk then
     #
     #     dg_t  =  sum_{s = t .. M} (q_s * dq_s - k_s * dk_s)  +  sum_V S_M * dS_M       (0 where g_t = -inf)
     #
@@ -449,14 +452,14 @@ if triton:
     #     Z_j   =  k_j . e^(F_j) v_j dS_M^T               from j to S_M
     #     W     =  e^(P_M) * sum S_0 * dS_M               from S_0 to S_M
     #
-    # The first sum is a difference. A path from j to i is in row i and in column j of X. Unless the path
-    # crosses t, it is in both sums or in neither:
+    # The first sum is a difference. A path from j to i is in row i and in column j of X. A path that does not
+    # cross t is in both sums or in neither:
     #
     #     sum_{j < t <= i} X_ij  =  sum_{s >= t} (sum_{j < s} X_sj  -  sum_{i > s} X_is)
     #
-    # Rows and columns sum the same float32 numbers, so what cancels leaves no error of bf16. The scan for dq
-    # knows S_0. It stores Y in dg_ptr, and S_0 in marks_ptr unless the decay makes W tiny. The scan for dk
-    # knows dS_M. It makes X from dA and turns Y into dg.
+    # Rows and columns sum the same float32 numbers, so the terms that cancel leave no bf16 error. The scan
+    # for dq knows S_0. It stores Y in dg_ptr, and S_0 in marks_ptr unless the decay makes W tiny. The scan
+    # for dk knows dS_M. It makes X from its A, scale e^(G_ij) (do_i . v_j), and replaces Y by dg.
     @triton.jit
     def scan_kernel(
         read_ptr, write_ptr, value_ptr, g_ptr, A_ptr, start_ptr, local_ptr, total_ptr, out_ptr, final_ptr,
@@ -466,14 +469,15 @@ if triton:
         K: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, TURNED: tl.constexpr, REVERSE: tl.constexpr,
         DTYPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):
-        """One of the four scans over one segment. S is K x V here: for dq and dk the layer's V x K.
+        """One of the four scans over one segment. For dq and dk, K and V here are the layer's V and K.
 
         g_ptr      g of each token (SIDE "head"), else the sums of each chunk
-        TURNED     the scan is for dq or dk: in memory the states are V x K
+        TURNED     the scan is for dq or dk: memory holds the transpose of S
         out_ptr    None: this is the first pass, which gives local_ptr and total_ptr
         marks_ptr  S_0 of every chunk. The scan for dq writes marks_ptr, and the scan for dk reads marks_ptr
         x_ptr      SIDE "head": q in the scan for dq, k in the scan for dk
-        dg_ptr     SIDE "head": Y, then dg, see above. SIDE "value": where the scan for dk writes W
+        dg_ptr     SIDE "head": the scan for dq writes Y, the scan for dk replaces Y by dg. SIDE "value": W of
+                   the scan for dk
         """
         FIRST_PASS: tl.constexpr = out_ptr is None
         N_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -515,8 +519,8 @@ if triton:
             at_chunk = bh * n_chunks + chunk
             first = chunk * BLOCK_T
             left = (T - first).to(tl.int32)
-            # Inside the sequence here = tokens. The minimum differs from chunk to chunk, so that the compiler
-            # keeps no offsets in registers from one chunk to the next. The registers are full.
+            # here = tokens, up to the end of the sequence. The minimum depends on `left`, so the compiler
+            # cannot keep offsets in registers from one chunk to the next. The registers are full.
             here = tl.minimum(tokens, left)
             at = (b * T + first) * H + h                                    # in contiguous tensors
             write = load_tile(write_ptr + first * stride_wt, here, stride_wt, rows, left, K)
@@ -753,7 +757,7 @@ def _triton_backward(tensors, scale, do, dfinal, dg_wanted, dstate_wanted):
     elif dg_wanted:
         dg = dg.sum(0).to(g.dtype)
     if dg_wanted and log_decay.dim() < 4:
-        dg = dg[..., 0].sum_to_size(log_decay.shape)                        # a constant decay has one for all
+        dg = dg[..., 0].sum_to_size(log_decay.shape)              # a constant decay has one gradient
     return dq, dk, dv, dg, dstate * scale if dstate_wanted else None
 
 
@@ -854,7 +858,7 @@ def _stored_dtype(x):
 
 
 def _within_chunk(q, g, s):
-    """Constants of prepare_kernel and finish_kernel. They take few channels at a time: many small programs
+    """Constants of prepare_kernel and finish_kernel. Both take few channels at a time: many small programs
     keep more loads and products in flight than a few large ones."""
     half = dot_dtype(q) == tl.bfloat16
     leaf = 8 if half else 4
@@ -880,7 +884,7 @@ def _layout(write, value, side):
 
 @lru_cache(4096)                            # a small scan would spend more time here than on the card
 def _layout_of(shape, V, dtype, side, card):
-    """The fastest Layout, by timings on an H200. Cards other than Hopper's have less shared memory."""
+    """The fastest Layout, by timings on an H200. Cards with less shared memory get smaller blocks."""
     (B, T, H, K), (hopper, cores) = shape, card
     BLOCK_K, BLOCK_V = block_size(K), block_size(V)
     if dtype == torch.bfloat16 or interpreted():
@@ -889,7 +893,7 @@ def _layout_of(shape, V, dtype, side, card):
     else:                                   # float32 is multiplied without tensor cores: small products
         BLOCK_T, BLOCK_V = 16, min(BLOCK_V, 32)
     n_chunks = ceil_div(T, BLOCK_T)
-    wanted = 2 * cores // (B * H * ceil_div(max(K, V), 64))                 # two programs per multiprocessor
+    wanted = 2 * cores // (B * H * ceil_div(max(K, V), 64))             # about two programs per multiprocessor
     per_segment = ceil_div(n_chunks, max(1, min(wanted, n_chunks // 4)))
     return Layout(BLOCK_T, BLOCK_K, BLOCK_V, n_blocks=ceil_div(V, BLOCK_V), n_chunks=n_chunks,
                   per_segment=per_segment, n_segments=ceil_div(n_chunks, per_segment),
@@ -901,13 +905,13 @@ def ceil_div(a, b):
 
 
 def block_size(n):
-    """The smallest power of two that is at least n, and at least 16: the smallest tile of a tensor core."""
+    """The smallest power of two that is at least n and at least 16, the smallest tile of a tensor core."""
     return max(16, 1 << (n - 1).bit_length())
 
 
 @lru_cache
 def card(device):
-    """Whether a GPU has Hopper's shared memory (227 KB per program), and its number of multiprocessors."""
+    """Whether a GPU has shared memory as Hopper has (227 KB per program), and its multiprocessors."""
     if device.type != "cuda":
         return True, 4
     p = torch.cuda.get_device_properties(device)
@@ -915,5 +919,5 @@ def card(device):
 
 
 def interpreted():
-    """Whether the kernels run on a CPU (TRITON_INTERPRET=1, for tests). This interpreter cannot do bf16."""
+    """Whether the kernels run on a CPU (TRITON_INTERPRET=1, for tests). The interpreter cannot do bf16."""
     return not isinstance(scan_kernel, triton.JITFunction)

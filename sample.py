@@ -54,7 +54,7 @@ def get_args(argv):
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="seed of every random choice; default: 0")
     add("--logit-base", type=number(float, 1), help="sharpen attention in long contexts (a of paper eq. 11)")
     add("--segment", type=number(int, 1), help="tokens read at a time; default: 16384 on a GPU, else 1024")
-    add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
+    add("--device", type=filled, help=f"cuda, mps or cpu; default: {default_device()} here")
     args = p.parse_args(argv)
     if args.prompt is not None and args.file is not None:
         raise ValueError("--prompt and --file: give one of them")

@@ -51,7 +51,7 @@ def get_args(argv):
     add("--length", type=number(int, 32), help="tokens of a context; default: 3/4 of the trained length")
     add("--data", nargs="+", type=filled, help="text of the built-in tasks, as for halo.py; default: stdlib")
     add("--seed", type=number(int, 0), default=0, help="seed of the built-in tasks; default: 0")
-    add("--device", help=f"cuda, mps or cpu; default: {default_device()} here")
+    add("--device", type=filled, help=f"cuda, mps or cpu; default: {default_device()} here")
     return p.parse_args(argv)
 
 

@@ -377,8 +377,9 @@ def probe(halo, teacher, corpus, plans, args):
 
 
 def disk_bytes(halo, teacher, plans, args):
-    """The bytes that a run writes: two checkpoints, the student and, in a progressive run, one model per
-    group. There are two checkpoints, because the old one stays until the new one is written."""
+    """The bytes that a run writes. Adam's state and the weights are 12 bytes per trained parameter, twice,
+    because an old checkpoint stays until the new one is written. A stage that has ended keeps 4. The student,
+    and in a progressive run the model of each group, take 4 per parameter."""
     n_groups = 0
     if "group" in plans:
         layers = halo.choose_layers(args.layers, len(teacher.config.layers), keep=args.keep)

@@ -298,9 +298,10 @@ class Stage:
 
     def read(self, digest):
         """Load the checkpoint with the hash `digest`. ValueError unless this run wrote it for this stage."""
-        known = digest in self.run.digests(self.name)
-        saved = torch.load(self.file, map_location="cpu", weights_only=True) if known else dict(module={})
-        if saved["module"].keys() != self.trained().keys():
+        saved = None
+        if digest in self.run.digests(self.name):
+            saved = torch.load(self.file, map_location="cpu", weights_only=True)
+        if saved is None or saved["module"].keys() != self.trained().keys():
             raise ValueError(f"{self.file} is not as this run wrote it: altered, of another run or stage, or "
                              "damaged; remove it to train this stage again")
         self.run.done["checkpoints"][self.name] = [digest]          # the other hash no longer counts

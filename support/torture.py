@@ -119,9 +119,12 @@ def survives(argv, out, reference, kill):
     if isinstance(kill, float):
         time.sleep(kill)
         os.kill(pid, signal.SIGKILL)
-    if wait(pid) == 0:
+    status = wait(pid)
+    if status == 0:
         shutil.rmtree(out)
         return None
+    if status != -signal.SIGKILL:
+        raise ValueError(f"halo.py {' '.join(argv)} ends by itself with status {status}")
     left = leftovers(out) if out.exists() else {}
     begun = (out / "run.json").exists()
     again = ["--resume", str(out)] if begun else [*argv, "--out", str(out)]
@@ -198,7 +201,7 @@ def survivors(numbers, argv):
 
 
 def get_args(argv):
-    p = Parser(prog="torture", description=__doc__.split("\n\n")[0])
+    p = Parser(prog="python -m support.torture", description=__doc__.split("\n\n")[0])
     add = p.add_argument
     add("--kills", action="store_true", help="kill runs")
     add("--moments", type=number(int, 0), default=50, help="random moments of a kill; default: %(default)s")
