@@ -348,8 +348,8 @@ if triton:
 
     @triton.jit
     def head_decay(g, tokens, REVERSE: tl.constexpr, DTYPE: tl.constexpr):
-        """One decay per head, g (M,) of one chunk. Returns the sum of g, then P and F (M,) in the order of the
-        scan, and E (M,M)."""
+        """One decay per head, g (M,) of one chunk. Returns the sum of g, then P and F (M,) in the order of
+        the scan, and E (M,M)."""
         i, j = tokens[:, None], tokens[None, :]
         if DTYPE == tl.float32:
             g = tl.maximum(g, -1e4)                                         # finite, and e^-1e4 is 0
@@ -893,7 +893,7 @@ def _layout_of(shape, V, dtype, side, card):
     else:                                   # float32 is multiplied without tensor cores: small products
         BLOCK_T, BLOCK_V = 16, min(BLOCK_V, 32)
     n_chunks = ceil_div(T, BLOCK_T)
-    wanted = 2 * cores // (B * H * ceil_div(max(K, V), 64))             # about two programs per multiprocessor
+    wanted = 2 * cores // (B * H * ceil_div(max(K, V), 64))            # about two programs per multiprocessor
     per_segment = ceil_div(n_chunks, max(1, min(wanted, n_chunks // 4)))
     return Layout(BLOCK_T, BLOCK_K, BLOCK_V, n_blocks=ceil_div(V, BLOCK_V), n_chunks=n_chunks,
                   per_segment=per_segment, n_segments=ceil_div(n_chunks, per_segment),
