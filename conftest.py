@@ -1,4 +1,4 @@
-"""Several processes share the tests, see pyproject.toml. So each computes with one thread, set before torch."""
+"""Several processes share the tests (pyproject.toml). So each one computes with one thread."""
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")            # before torch starts
