@@ -3,7 +3,7 @@
     python halo.py                             convert the tiny teacher on a laptop CPU, offline, in minutes
     python halo.py --recipe article            the article's recipe in place of the paper's
     python halo.py --resume out/tiny-paper     go on with a run that was stopped
-    python halo.py --teacher small             convert a teacher of 14M parameters, on one GPU
+    python halo.py --teacher small             train and convert a teacher of 14M parameters, on one GPU
     python halo.py --pretrain --out teacher    train the tiny teacher anew, on one GPU
     torchrun --nproc_per_node=4 halo.py ...    any of these on 4 GPUs, with the losses of one GPU
 
@@ -27,8 +27,8 @@ Map of the file:
     elsewhere       what is measured: support/report.py. The command line: support/options.py. Several GPUs:
                     support/world.py
 
-Deviations from the paper, and what each buys:
-    transfer  Least squares scales each column of W_o, so the twin starts near its attention layer.
+Deviations from the paper in this file, and what each buys (README.md has more):
+    transfer  Least squares scales each input channel of W_o. So a twin starts near its attention layer.
     align     A layer's error is divided by its target's mean square. All layers then learn at one pace.
     select    `swap` compares a linear layer with attention without positions. `--layers score` is eq. 8.
     select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
@@ -89,7 +89,7 @@ ROWS = (  # flag, the paper's value, the article's value, allowed values, help
     ("kl", "forward", "reverse", ("forward", "reverse"),
      "forward: KL(teacher, student). reverse: KL(student, teacher)"),
     ("alpha", 0.0, 0.5, number(float, 0, 1), "share of cross-entropy in the loss, 0 to 1"),
-    ("window", 0, 2048, number(int, 0), "attention sees the last N tokens, its own included; 0: all"),
+    ("window", 0, 2048, number(int, 0), "each token attends to the last N tokens, itself included; 0: all"),
     ("logit_base", "fit", "none", str, "a of s_t (eq. 11): fit, none, or a number above 1"),
 )
 RECIPES = {"paper": {row[0]: row[1] for row in ROWS}, "article": {row[0]: row[2] for row in ROWS}}
@@ -98,7 +98,7 @@ RECIPES = {"paper": {row[0]: row[1] for row in ROWS}, "article": {row[0]: row[2]
 @dataclass
 class Plan:
     """Data and learning rate of one stage. The rate is a warm-up times a cosine from lr to lr_end."""
-    tokens: float                    # in all
+    tokens: float                    # in all; of "group", for all groups together
     length: int                      # tokens of a sequence
     batch: int                       # sequences of a step
     lr: float
@@ -191,7 +191,7 @@ def student_config(teacher, layers, args):
         linear_kv_head=teacher.n_head)
     config |= args.changes                                         # fields given by --set
     narrow = config["key_dim"] < teacher.head_dim
-    config.setdefault("linear_qk_norm", extras and not narrow)     # low_rank_keys applied its gain
+    config.setdefault("linear_qk_norm", extras and not narrow)     # low_rank_keys has its gain in q and k
     return replace(teacher, **config)
 
 
@@ -379,9 +379,9 @@ def sum_of_losses(logits_s, logits_t, targets, kl, alpha):
 
 
 def objective(student, teacher, kl, alpha):
-    """The loss function of a stage, for `train`: it yields one term. Chunk HyPE gives each sequence a random
-    start position, so that every chunk embedding is trained. A CUDA graph cannot call the host's random
-    generator, so a hash of the ids picks the start."""
+    """The loss function of a stage, for `train`: it yields one term. With --pe chunk, each sequence starts at
+    another position, so that every chunk embedding is trained. A hash of the ids picks the start, because a
+    CUDA graph cannot call the host's random generator."""
     def loss_fn(idx, targets):
         c = student.config
         T = idx.size(1)
@@ -418,7 +418,7 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
         loss = progress.compute(rows)                              # calls gradients, sums them over all GPUs
         norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
         loss, norm = progress.finite(loss, torch.stack(norms).max())            # an error if one is not
-        lr = progress.rate(step)                                   # plan.rate(step); 0 in a probe
+        lr = progress.rate(step)                                   # plan.rate(step); 0 in a Probe (run.py)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         optimizer.step()
@@ -439,7 +439,7 @@ def only_train(module, groups):
 
 
 def backward(loss_fn, rows, at_once):
-    """Add up gradients of rows (batch, length + 1) over micro-batches of at_once rows; returns the mean loss.
+    """Add up gradients of rows (batch, length + 1) over micro-batches of at_once rows. Returns the mean loss.
     Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone. With
     several GPUs, each adds up its share of the rows. The caller sums gradients and losses over all GPUs."""
     def forward(terms):
@@ -470,9 +470,9 @@ def convert_staged(run, teacher, corpus, plans, args):
     del twins, mixers                                              # frees twins of layers that stay attention
 
     # From here attention has no positions (HyPE), unless --pe keeps them. With RoPE the score of two tokens
-    # depends on their distance. At a distance that training never had the score is arbitrary. Without them
-    # the score depends on the two tokens alone, near or far. The order of tokens comes from the linear
-    # layers, which keep RoPE. GPT-2's learned positions leave the whole residual stream here.
+    # depends on their distance. If training never had that distance, the score is arbitrary. Without
+    # positions the score depends on the two tokens alone, near or far. The order of tokens comes from the
+    # linear layers, which keep RoPE. GPT-2's learned positions leave the whole residual stream here.
     train(run, "distil", plans["distil"], corpus, student, [list(student.parameters())],
           objective(student, teacher, args.kl, args.alpha))
 
@@ -481,7 +481,7 @@ def convert_staged(run, teacher, corpus, plans, args):
     # too much. The text itself is the target.
     #
     # A student reads further than its teacher for three reasons. Attention without positions ignores
-    # distance. Decay keeps linear states from growing with the text. Stage 3 trains on texts longer than the
+    # distance. Decay bounds the numbers in a linear state. Stage 3 trains on texts longer than the
     # teacher's.
     train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())],
           objective(student, None, args.kl, alpha=1.0))
@@ -511,7 +511,7 @@ def select(run, teacher, twins, config, corpus, args):
     n_layer = len(twins)
     if args.layers not in SCORED:
         return choose_layers(args.layers, n_layer, keep=args.keep)
-    measured = run.once("scores", lambda: swap_scores(teacher, twins, config, corpus, args))
+    measured = run.once("scores", lambda: layer_scores(teacher, twins, config, corpus, args))
     scores, teacher_loss = measured[0], -measured[1]
     layers = choose_layers(args.layers, n_layer, scores, teacher_loss, keep=args.keep)
     print_scores(scores, rank(args.layers, scores, teacher_loss), layers, teacher_loss)
@@ -529,7 +529,7 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=
               but little C: such a layer serves recall
     guarded   the same, with the denominator at least the standard error of max C. Layers whose linear form
               costs over `limit` nats come first
-    swap      the highest  score_i = (R_i if it stays - R_i if it is linear) + (the same of C)
+    swap      the highest  score_i = (R_i if i is attention - R_i if i is linear) + (the same of C)
 
     Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
     layer looks a fixed number of tokens back: it needs RoPE, so linear suits it, even if it helps recall."""
@@ -561,7 +561,7 @@ def rank(how, scores, teacher_loss, limit=1.0):
     return ranks
 
 
-def swap_scores(teacher, twins, config, corpus, args):
+def layer_scores(teacher, twins, config, corpus, args):
     """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
     C_kept (for "swap") are measured with layer i as attention: without positions (--pe hype), else the
@@ -668,8 +668,8 @@ def groups_of(layers, n_groups=0):
 # half the weight up to t = a keys. s_t starts at 1 and reaches 2 at t = a^2 - a: the larger a,
 # the gentler the scaling.
 #
-# Why training has no s_t: the weights learn scores that are sharp enough for the length they train at. So a
-# can be chosen afterwards, on texts that are much longer than any training sequence.
+# Why training has no s_t: the weights learn scores that are sharp enough for the length they train at. So the
+# base can be chosen afterwards, on texts that are much longer than any training sequence.
 #
 # Why several bases are tried: which is best depends on m, that is on how sharp this student's scores are. Too
 # large a base leaves attention flat. Too small a base makes attention one-hot, which raises the loss.

@@ -95,7 +95,7 @@ def evaluate(teacher, student, corpus, args):
 
 
 def print_scores(scores, ranks, layers, teacher_loss):
-    """The table of selection, one row per layer: the results of halo.swap_scores and of halo.rank."""
+    """The table of selection, one row per layer: the results of halo.layer_scores and of halo.rank."""
     kinds = {"": "if linear"}
     if "R_kept" in scores[0]:
         kinds["_kept"] = "if kept"

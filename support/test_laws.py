@@ -234,7 +234,7 @@ def test_scores_are_of_the_layer_they_name(monkeypatch):
     monkeypatch.setattr(halo, "losses", lambda model, _: model(idx)[0].square().mean((1, 2)))
     config = halo.student_config(old.config, "LLL", args)
     corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
-    scores, _ = halo.swap_scores(old, twins, config, corpus, args)
+    scores, _ = halo.layer_scores(old, twins, config, corpus, args)
     for i, (twin, score) in enumerate(zip(twins, scores, strict=True)):
         for kind, model in ("", halo.with_linear(old, config, i, twin)), ("_kept", halo.with_kept(old, i)):
             logits = model(idx)[0]
@@ -252,7 +252,7 @@ def test_a_score_has_the_standard_error_of_its_mean(monkeypatch):
     monkeypatch.setattr(halo, "losses", lambda *_: loss)
     corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
     config = halo.student_config(old.config, "LL", args)
-    scores, minus_loss = halo.swap_scores(old, twins, config, corpus, args)
+    scores, minus_loss = halo.layer_scores(old, twins, config, corpus, args)
     wanted = dict(R=logp.mean(), R_se=logp.std() / 40 ** 0.5, C=-loss.mean(), C_se=loss.std() / 5 ** 0.5)
     assert len(scores) == 2 and minus_loss == -loss.mean().item()
     for score in scores:
@@ -263,7 +263,7 @@ def test_selection_weighs_a_layer_against_the_teachers_loss(monkeypatch):
     """guarded keeps the layer whose linear form costs over 1 nat more than the teacher's loss."""
     scores = [dict(R=-1.0 - i, R_se=0.1, C=-2.0 - 0.1 * i, C_se=0.1) for i in range(4)]
     scores[0]["C"] = -3.5
-    monkeypatch.setattr(halo, "swap_scores", lambda *_: (scores, -2.4))
+    monkeypatch.setattr(halo, "layer_scores", lambda *_: (scores, -2.4))
     a_run = types.SimpleNamespace(once=lambda _, work: work())
     assert halo.select(a_run, None, [None] * 4, None, None, options(layers="guarded")) == "ALLL"
 
