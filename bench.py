@@ -25,7 +25,6 @@ import math
 import os
 import platform
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -37,16 +36,16 @@ from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple
 
-if __name__ == "__main__":                       # Ctrl-C prints no traceback while torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from support.early import prepare
 
-import halo  # noqa: E402 (first, because its settings must come before torch starts)
+prepare(__name__)                                # before torch is imported
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import halo
 import kernel
 from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file
 from support import fast, pretrained, shard, world

@@ -41,29 +41,28 @@ tokenizer.json.
 """
 import math
 import os
-import signal
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a thread that spins long stalls other busy programs
-if __name__ == "__main__":                       # Ctrl-C prints no traceback while torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from support.early import prepare
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+prepare(__name__)                                # before torch is imported
 
-from hypenet import DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention  # noqa: E402
-from hypenet import locate  # noqa: E402
-from support import options, shard, world  # noqa: E402
-from support.common import number  # noqa: E402
-from support.loss import loss_and_gradient  # noqa: E402
-from support.recall import recall, training_rows  # noqa: E402
-from support.report import losses, print_scores, save_usable  # noqa: E402
-from support.run import beside, bf16, loss_by_slices  # noqa: E402
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from hypenet import (
+    DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention, locate)
+from support import options, shard, world
+from support.common import number
+from support.loss import loss_and_gradient
+from support.recall import recall, training_rows
+from support.report import losses, print_scores, save_usable
+from support.run import beside, bf16, loss_by_slices
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

@@ -13,27 +13,26 @@ read in segments. Only the K/V of attention layers grow with the context, up to 
 """
 import glob
 import os
-import signal
 import sys
 import time
 from dataclasses import replace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # see halo.py
-if __name__ == "__main__":                       # Ctrl-C prints no traceback while torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from support.early import prepare
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+prepare(__name__)                                # before torch is imported
 
-from halo import teacher_path  # noqa: E402
-from support import fast, pretrained  # noqa: E402
-from support.common import (  # noqa: E402
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from halo import teacher_path
+from support import fast, pretrained
+from support.common import (
     Parser, command_line, default_device, filled, number, read_json, read_text)
-from support.recall import plant  # noqa: E402
-from support.report import announce, print_costs, say  # noqa: E402
-from support.text import Corpus  # noqa: E402
-from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
+from support.recall import plant
+from support.report import announce, print_costs, say
+from support.text import Corpus
+from support.tokens import Tokenizer, check_tokenizer
 
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny-student")
 

@@ -167,8 +167,9 @@ def kills(n_moments, n_renames=None, seed=0):
         print(f"{len(lefts)}/{n_moments} runs killed at a random moment of {seconds:.1f} s: bit for bit the "
               "unbroken run")
         found = [survives(argv, folder / "killed", reference, kill) for n in renames for kill in (n, -n)]
-        found = [left for left in found if left is not None]        # a fast run has fewer renames
-        print(f"{len(found)}/{len(found)} runs killed before or after a rename: bit for bit the unbroken run")
+        found = [left for left in found if left is not None]        # None: the run ended before the kill
+        print(f"{len(found)}/{2 * len(renames)} runs killed before or after a rename: bit for bit the "
+              "unbroken run")
         largest = max([*lefts, *found, {}], key=lambda files: sum(files.values()))
         sizes = ", ".join(f"{name} {size:,} bytes" for name, size in largest.items()) or "nothing"
         print(f"most that a kill left over: {sizes}; the next start removed it")
