@@ -301,10 +301,8 @@ class Attention(nn.Module):
     attention may have scaled queries, an output gate or a window. Eq. 17 also norms o. We follow the authors'
     code, which does not.
 
-    Why s_t. Beside t keys of logit y, a key of logit y + m gets the weight e^m / (e^m + t), which fades as t
-    grows. Queries times s_t = log(t + a) / log(a) (paper eq. 11) turn the lead m into m s_t. m = log a then
-    becomes log(t + a), and the weight is at least 1/2 at any t. Training has no s_t: weights learn the
-    sharpness for trained lengths. `a` is fitted afterwards, on longer text (halo.fit_logit_base)."""
+    A softmax over more keys is flatter, so the right key can drown in a long context. Each query is therefore
+    multiplied by s_t = log(t + a) / log(a) (paper eq. 11). halo.py derives s_t where it fits a."""
 
     def __init__(self, config):
         super().__init__()
@@ -618,8 +616,8 @@ class HypeNet(nn.Module):
     # ---- files ----
 
     def save_pretrained(self, path, dtype=None):
-        """Write config.json, then model.safetensors (in dtype, or as is) to path, each whole or not at all. A
-        folder with weights is therefore whole. ValueError if a weight is not finite."""
+        """Write config.json, then model.safetensors (in dtype, or as is) to path, each whole or not at all.
+        In a new folder, weights therefore have their config. ValueError if a weight is not finite."""
         from safetensors.torch import save_file
         os.makedirs(path, exist_ok=True)
         weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.state_dict().items()}
