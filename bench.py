@@ -48,7 +48,7 @@ import torch.nn.functional as F
 import halo
 import kernel
 from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file
-from support import fast, pretrained, shard, world
+from support import fast, options, pretrained, shard, world
 from support.common import (
     Parser, command_line, default_device, file_name, filled, number, read_json, write_json)
 from support.options import get_args as halo_args
@@ -832,6 +832,10 @@ ABLATIONS = {                        # change of a recipe: options of halo.py, {
     "article, retention 0.62": "--recipe article --retention 0.62",
     "article, retention 0.95": "--recipe article --retention 0.95",
     **{f"layers at random, draw {i + 1}": f"--layers {{draws[{i}]}}" for i in range(5)},
+    "gates, 0.70 at first": "--decay head --retention 0.7",
+    "stage 3 by the teacher": "--target teacher",
+    "passages that come again": "--plan {copies}",
+    "stage 2 in rows 4 times": "--plan distil.length={rows[0]} distil.batch={rows[1]}",
     "peak learning rates 3 times": "--plan align.lr={lr[0]:.3g} distil.lr={lr[1]:.3g} "
                                    "finetune.lr={lr[2]:.3g}",
     "peak learning rates a third": "--plan align.lr={lr[3]:.3g} distil.lr={lr[4]:.3g} "
@@ -851,8 +855,10 @@ def fill_in(config, plans, budget):
     return dict(
         kv=config.n_kv_head,
         layers=halo.choose_layers("even", len(config.layers)),
-        tokens=plans["pretrain"].total + budget * sum(plan.total for plan in trained),
+        tokens=plans.get("pretrain", plans["distil"]).total + budget * sum(plan.total for plan in trained),
         draws=DRAWS,
+        copies=" ".join(f"{stage}.copies=0.25" for stage in STAGES),
+        rows=(4 * plans["distil"].length, plans["distil"].batch // 4),
         lr=[factor * plan.lr for factor in (3, 1 / 3) for plan in trained],
         batch=(4 * plans["distil"].batch, plans["distil"].batch // 4))
 
@@ -873,7 +879,7 @@ def run_halo(args, flags, seed, device):
         return dict(read_json(folder, "report.json", "report"), scores=scores)
 
 
-def ablate_row(report, T, teacher_loss):
+def ablate_row(report, teacher_loss):
     """The fields of a row that come from a run's report. A run from scratch has no teacher in its report."""
     loss = report["val_loss"]
     recalled = dict(at=report["passkey"], four=report.get("multikey", {}))
@@ -881,8 +887,10 @@ def ablate_row(report, T, teacher_loss):
         teacher_loss = loss["teacher"]
         loss = loss["student"]
         recalled = {start: shares.get("student", {}) for start, shares in recalled.items()}
-    row = dict(layers=report["layers"], gap=teacher_loss and loss - teacher_loss)
+    row = dict(layers=report["layers"], gap=teacher_loss and loss - teacher_loss, kl=report.get("kl"),
+               same=report.get("top1_agreement"))
     for start, shares in recalled.items():
+        T = int(next(iter(shares), 0))                             # the first length is that of distillation
         for n in MULTIPLES:
             row[f"{start}_{n}x"] = shares.get(str(n * T))
     return row | dict(minutes=report["seconds"] / 60, teacher_loss=teacher_loss, scores=report["scores"],
@@ -901,15 +909,18 @@ def bench_ablate(args):
     One of four: the same for one of four numbers, if training had more than pass keys."""
     args.name = args.name or "ablate"
     path = halo.teacher_path(args.teacher)
-    if not os.path.exists(os.path.join(path, "model.safetensors")):
+    if args.teacher in halo.TEACHERS and not os.path.exists(os.path.join(path, "model.safetensors")):
         raise ValueError(f"--teacher {args.teacher} is not there yet: python halo.py --pretrain --teacher "
                          f"{args.teacher} --out {path}")
-    config = halo.TEACHERS[args.teacher]
+    config = pretrained.load(path).config
+    args.path, args.also = path, args.also.split()
+    plans = halo.PLANS[options.plan_of(halo, args)[0]]
     table = Table(args, "teacher budget change seed",
-                  "change seed layers gap pass_keys one_of_four minutes",
+                  "change seed layers kl gap pass_keys one_of_four minutes",
                   f"teacher {args.teacher}, {config.max_len:,} tokens, {args.jobs} runs at once")
-    known = fill_in(config, halo.PLANS[args.teacher.split("-")[0]], args.budget)
+    known = fill_in(config, plans, args.budget)
     same = dict(teacher=args.teacher, budget=args.budget, trials=args.trials)
+    same |= dict(also=" ".join(args.also)) if args.also else {}
     comparable = chosen(table.rows, **same)
     losses = [row["teacher_loss"] for row in comparable]
     done = {(row["change"], row["seed"]) for row in comparable}
@@ -920,7 +931,7 @@ def bench_ablate(args):
         stop.callback(pool.shutdown, wait=False, cancel_futures=True)              # Ctrl-C starts no other
         runs = {}
         for (change, seed), device in zip(todo, itertools.cycle(args.devices)):
-            flags = ABLATIONS[change].format(**known).split()
+            flags = [*args.also, *ABLATIONS[change].format(**known).split()]
             runs[pool.submit(run_halo, args, flags, seed, device)] = change, seed
         for run in as_completed(runs):
             change, seed = runs[run]
@@ -928,7 +939,7 @@ def bench_ablate(args):
             if "failed" in report:
                 print(f"{change}, seed {seed}: failed: {report['failed']}", flush=True)
                 continue
-            row = ablate_row(report, config.max_len, next(filter(None, losses), None))
+            row = ablate_row(report, next(filter(None, losses), None))
             losses.append(row["teacher_loss"])
             table.add(**same, change=change, seed=seed, **row, flags=ABLATIONS[change],
                       shown=dict(pass_keys=percents(row, "at"), one_of_four=percents(row, "four")))
@@ -964,7 +975,8 @@ FLAGS = [                            # modes, flag, what is given, default, help
     ("niah", "--times", COUNT, 256, "longest context, in trained lengths"),
     ("niah", "--windows", COUNT, 32, "held-out texts to measure the loss on"),
     ("niah ablate", "--trials", COUNT, 20, "questions of every task at every length"),
-    ("ablate", "--teacher", dict(choices=halo.TEACHERS), None, "default: mini, on a CPU tiny"),
+    ("ablate", "--teacher", TEXT, None, "as for halo.py; default: mini, on a CPU tiny"),
+    ("ablate", "--also", TEXT, "", "options of halo.py for every run, as one argument"),
     ("ablate", "--only", SOME | dict(choices=ABLATIONS, metavar="CHANGE"), None,
      f"of {', '.join(map(repr, ABLATIONS))}"),
     ("ablate", "--seeds", COUNT, 3, f"seeds of {', '.join(SEEDED)}; others have one"),

@@ -88,6 +88,9 @@ ROWS = (  # flag, the paper's value, the article's value, allowed values, help
     ("kl", "forward", "reverse", ("forward", "reverse"),
      "forward: KL(teacher, student). reverse: KL(student, teacher)"),
     ("alpha", 0.0, 0.5, number(float, 0, 1), "share of cross-entropy in the loss, 0 to 1"),
+    ("target", "text", "text", ("text", "teacher"),
+     "what stage 3 learns. text: the next token. teacher: the teacher's predictions, as far into a text as "
+     "the teacher was trained to read; the next token beyond"),
     ("window", 0, 2048, number(int, 0), "each token attends to the last N tokens, itself included; 0: all"),
     ("logit_base", "fit", "none", str, "a of s_t (eq. 11): fit, none, or a number above 1"),
 )
@@ -104,6 +107,7 @@ class Plan:
     lr_end: float
     recall: float = 0.5              # share of sequences that hide a thing to recall, such as a pass key
     varied: float = 0.0              # of these sequences, the share whose task is not a pass key
+    copies: float = 0.0              # share of all sequences in which passages come again
     warmup: int = 50                 # steps, at most a tenth of all
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
 
@@ -195,16 +199,17 @@ def student_config(teacher, layers, args):
 
 
 @torch.no_grad()
-def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
+def linear_twin(attn, config, x, where, retention=None, transfer=True):
     """A linear layer out of an attention layer: the same weights, with KV heads cloned (paper eq. 13), or
-    narrow q and k (low_rank_keys). A new gate starts constant over tokens. transfer False: a random layer.
-    The twin reads one batch x (B,T,C) of the layer's inputs. Least squares then scales each input channel of
-    its W_o to match attention."""
+    narrow q and k (low_rank_keys). A new gate starts constant over tokens: at the share `retention`, or as
+    far as the head looks back (lookback). transfer False: a random layer. The twin reads one batch x (B,T,C)
+    of the layer's inputs. Least squares then scales each input channel of its W_o to match attention."""
     old = attn.config
     twin = LinearAttention(config).to(x.device)
     if twin.forget is not None:
+        share = lookback(attn, x, where) if retention is None else torch.full((old.n_head,), retention)
         nn.init.zeros_(twin.forget.weight)
-        nn.init.constant_(twin.forget.bias, DECAYS[config.decay].bias(retention))
+        twin.forget.bias.view(old.n_head, -1).copy_(DECAYS[config.decay].bias(share)[:, None])
     if not transfer:
         return twin
     q, k, v, _ = with_bias(attn.qkvz).split(attn.sizes)
@@ -226,6 +231,23 @@ def linear_twin(attn, config, x, where, retention=0.7, transfer=True):
     scale = (target * o).sum((0, 1)) / (o * o).sum((0, 1)).clamp(min=1e-12)   # least |target - scale * o|^2
     twin.out.weight *= scale
     return twin
+
+
+def lookback(attn, x, where, rows=4):
+    """The share gamma (H,) of its state that each head should keep at a token, so that it remembers as far
+    back as the attention head looks. A state that fades by gamma reads a token d back with weight gamma^d,
+    so d is gamma / (1 - gamma) on average. For d stands the geometric mean of 1 + d, less 1, over the
+    weights of attention on the first rows of x (B,T,C). A plain mean would follow the weight that many heads
+    leave on the first token when they find nothing."""
+    T = x.size(1)
+    q, k, *_ = attn.project(x[:rows], where)                       # (B,T,H,D), (B,T,H_kv,D)
+    k = k.repeat_interleave(q.size(2) // k.size(2), 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k).float() / q.size(-1) ** 0.5
+    i = torch.arange(T, device=x.device)
+    back = i[:, None] - i                                          # (T,T): how far j is before i
+    weights = scores.masked_fill(back < 0, -math.inf).softmax(-1)
+    d = (weights * back.clamp(min=0).float().log1p()).sum(-1).mean((0, 2)).expm1()           # (H,)
+    return (d / (1 + d)).clamp(0.3, 0.999)
 
 
 @torch.no_grad()
@@ -343,25 +365,29 @@ def assemble(source, config, mixers):
 
 def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
     """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
-    "reverse": KL(student, teacher), the article's. The logits of all tokens would not fit memory, so the head
-    runs on slices of tokens, of about slice_elements logits."""
-    def student_hidden():
-        return student.hidden(idx, offset=offset).flatten(0, 1)                   # (N,C)
+    "reverse": KL(student, teacher), the article's. Tokens past the length that the teacher was trained at
+    have CE alone, for its predictions are worth nothing there. The logits of all tokens would not fit memory,
+    so the head runs on slices of tokens, of about slice_elements logits."""
+    known = min(idx.size(1), teacher.config.max_len) if alpha < 1 else 0          # positions with a teacher
 
     @torch.no_grad()
     def teacher_hidden():
-        return teacher.hidden(idx).flatten(0, 1)                                  # (N,C)
-    if alpha < 1:
-        xs, *xt = beside(idx, student_hidden, teacher_hidden)                     # at the same time on a GPU
-    else:
-        xs, xt = student_hidden(), []                                             # no teacher
+        return teacher.hidden(idx[:, :known])                                     # (B,known,C)
+    xs = partial(student.hidden, idx, offset=offset)                              # -> (B,T,C)
+    xs, *xt = beside(idx, xs, teacher_hidden) if known else [xs()]                # both at once on a GPU
 
     def of_slice(logits_s, y, *xt):                                               # (n,V), (n,), (n,C)
         logits_t = teacher.head(*xt) if xt else None
-        return loss_and_gradient(sum_of_losses, logits_s, logits_t, y, kl, alpha)
-    total = loss_by_slices(of_slice, student.head_weight(), xs, targets.flatten(), *xt,
-                           elements=slice_elements)
-    return total / len(xs)
+        return loss_and_gradient(sum_of_losses, logits_s, logits_t, y, kl, alpha if xt else 1.0)
+
+    def total(part, *xt):
+        """The sum of the losses at some positions."""
+        tokens = [t.flatten(0, 1) for t in (xs[:, part], targets[:, part], *xt)]
+        return loss_by_slices(of_slice, student.head_weight(), *tokens, elements=slice_elements)
+    loss = total(slice(known), *xt) if known else 0.0
+    if known < idx.size(1):
+        loss = loss + total(slice(known, None))
+    return loss / targets.numel()
 
 
 def sum_of_losses(logits_s, logits_t, targets, kl, alpha):
@@ -476,14 +502,32 @@ def convert_staged(run, teacher, corpus, plans, args):
           objective(student, teacher, args.kl, args.alpha))
 
     # Stage 3 has long sequences, because attention must learn to find one key among thousands: stage 2 never
-    # shows it so many. Stage 3 has no teacher: a small one cannot read such texts, a large one would cost
-    # too much. The text itself is the target.
+    # shows it so many. In the paper stage 3 has no teacher: the text itself is the target (--target text).
+    # But text unlike what a large teacher was trained on carries its student away from what it knows. So
+    # --target teacher keeps the teacher's predictions wherever the teacher can read.
     #
     # A student reads further than its teacher for three reasons. Attention without positions ignores
     # distance. Decay bounds the numbers in a linear state. Stage 3 trains on texts longer than the
     # teacher's.
     train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())],
-          objective(student, None, args.kl, alpha=1.0))
+          stage_3(student, teacher, args))
+    return student
+
+
+def stage_3(student, teacher, args):
+    """The loss function of stage 3."""
+    if args.target == "teacher":
+        return objective(student, teacher, args.kl, args.alpha)
+    return objective(student, None, args.kl, alpha=1.0)
+
+
+def convert_control(run, teacher, corpus, plans, args):
+    """The control of stage 3: the teacher itself, all attention, reads the same long text. What this model
+    can do as well, the hybrid owes to the text."""
+    mixers = [attention_twin(block.mixer, teacher.config) for block in teacher.blocks]
+    student = assemble(teacher, teacher.config, mixers)
+    train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())],
+          stage_3(student, teacher, args))
     return student
 
 
@@ -564,21 +608,31 @@ def layer_scores(teacher, twins, config, corpus, args):
     """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
     C_kept (for "swap") are measured with layer i as attention: without positions (--pe hype), else the
-    teacher's. That attention has no output gate. All other layers are the teacher's. Returns a list of dicts,
-    one per layer, and minus the held-out loss of the teacher itself."""
+    teacher's. That attention has no output gate. All other layers are the teacher's. swap_se is the error of
+    the score of "swap": smaller than the others, because both futures of a layer read the same text. Returns
+    a list of dicts, one per layer, and minus the held-out loss of the teacher itself."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 
-    def measured(model, kind=""):
-        logp = recall(model, corpus, args.length, args.trials * 2, varied=args.varied)[0]
-        loss = losses(model, batches)
-        return {f"R{kind}": logp.mean().item(), f"R{kind}_se": logp.std().item() / len(logp) ** 0.5,
-                f"C{kind}": -loss.mean().item(), f"C{kind}_se": loss.std().item() / len(loss) ** 0.5}
-    unchanged = measured(teacher, "_kept") if args.layers == "swap" and args.pe != "hype" else {}
+    def values(model):
+        """R of each question and C of each text."""
+        return (recall(model, corpus, args.length, args.trials * 2, task=args.task, varied=args.varied)[0],
+                -losses(model, batches))
+
+    def error(x):
+        return x.std().item() / len(x) ** 0.5
+
+    def summary(values, kind=""):
+        return {f"{name}{kind}{of}": f(x) for name, x in zip("RC", values)
+                for of, f in (("", lambda x: x.mean().item()), ("_se", error))}
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
-        scores.append(measured(with_linear(teacher, config, i, twin)) | unchanged)
-        if args.layers == "swap" and args.pe == "hype":
-            scores[i] |= measured(with_kept(teacher, i), "_kept")
+        linear = values(with_linear(teacher, config, i, twin))
+        scores.append(summary(linear))
+        if args.layers == "swap":
+            if i == 0 or args.pe == "hype":                        # else the teacher's: the same for all i
+                kept = values(with_kept(teacher, i) if args.pe == "hype" else teacher)
+            scores[i] |= summary(kept, "_kept")
+            scores[i]["swap_se"] = math.hypot(*(error(a - b) for a, b in zip(kept, linear)))
     return scores, -losses(teacher, batches).mean().item()
 
 
@@ -679,7 +733,7 @@ def choose_logit_base(run, student, corpus, plans, args):
     if args.logit_base != "fit":
         return None if args.logit_base == "none" else float(args.logit_base)
     length = min(fit_length(plans, args.length), student.config.limit())
-    costs = run.once("fit", lambda: fit_logit_base(student, corpus, length, args.seed, args.varied))
+    costs = run.once("fit", lambda: fit_logit_base(student, corpus, length, args))
     print(f"held-out loss + loss of an answer, at {length:,} tokens, by logit base")
     print("".join(f"{a:>9s}" for a in costs))
     print("".join(f"{cost:9.4f}" for cost in costs.values()) + "\n")
@@ -687,15 +741,16 @@ def choose_logit_base(run, student, corpus, plans, args):
     return None if best == "None" else float(best)
 
 
-def fit_logit_base(student, corpus, length, seed, varied=0.0):
+def fit_logit_base(student, corpus, length, args):
     """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, both in
     nats a token. The two losses count equally, by choice, as in choose_layers "swap". From base to base the
     cost should fall, then rise. So the search ends once a base costs 0.02 more than the best."""
-    batches = corpus.held_out_batches(length, 8, seed)
+    batches = corpus.held_out_batches(length, 8, args.seed)
+    asked = dict(trials=10, seed=args.seed + 1, task=args.task, varied=args.varied)    # not the report's seed
     costs = {}
     for a in tqdm((None, 10000, 3000, 1000, 500, 300, 100, 50, 20), desc="fit a    ", dynamic_ncols=True):
         student.config.logit_base = a
-        logp = recall(student, corpus, length, 10, seed + 1, varied=varied)[0]  # not the report's pass keys
+        logp = recall(student, corpus, length, **asked)[0]
         costs[str(a)] = (losses(student, batches).mean() - logp.mean()).item()
         if costs[str(a)] > min(costs.values()) + 0.02:
             break
@@ -711,11 +766,17 @@ def fit_length(plans, length):
 # ---- from start to end -------------------------------------------------------------------------------------
 
 
+def method(args):
+    """The function that makes a student out of a teacher."""
+    if args.control:
+        return convert_control
+    return convert_staged if args.training == "staged" else convert_progressive
+
+
 def convert(run, teacher, corpus, plans, args):
     """Distil a teacher into a student; returns the student."""
     torch.manual_seed(args.seed)                 # chunk embeddings and other new weights
-    how = convert_staged if args.training == "staged" else convert_progressive
-    student = how(run, teacher, corpus, plans, args).eval()
+    student = method(args)(run, teacher, corpus, plans, args).eval()
     student.config.logit_base = choose_logit_base(run, student, corpus, plans, args)
     return student
 
@@ -729,7 +790,7 @@ def pretrain(run, corpus, plans, args):
     model = HypeNet(config).to(args.device)
     for block in model.blocks:
         if getattr(block.mixer, "forget", None) is not None:
-            nn.init.constant_(block.mixer.forget.bias, DECAYS[config.decay].bias(args.retention))
+            nn.init.constant_(block.mixer.forget.bias, DECAYS[config.decay].bias(args.retention or 0.7))
     train(run, "pretrain", plans["pretrain"], corpus, model, [list(model.parameters())],
           objective(model, None, args.kl, alpha=1.0))
     model.eval()

@@ -381,8 +381,11 @@ class Decay(NamedTuple):
     there is none, and z is None."""
     width: Callable                  # K -> outputs of the Linear per head and token
     formula: Callable                # (z, H, device) -> log_decay: (H,), (B,T,H) or (B,T,H,K), float32
-    bias: Callable = lambda share: math.log(share / (1 - share))  # initial bias: at first S keeps this share
     scan: Callable = chunked_scan     # a row may bring another recurrence with the same arguments
+
+    def bias(self, share):
+        """The initial bias of the Linear with which S keeps this share, or these, at every token."""
+        return torch.logit(torch.as_tensor(share))
 
 
 def lightning(z, H, device):
@@ -520,7 +523,7 @@ class HypeNet(nn.Module):
                 if name.endswith(("mixer.out.weight", "mlp.down.weight")):        # into the residual stream
                     std /= math.sqrt(2 * len(c.layers))
                 nn.init.normal_(p, std=std)
-            elif name.endswith("forget.bias"):       # S keeps 0.7 per token, as in halo.linear_twin
+            elif name.endswith("forget.bias"):       # S keeps 0.7 per token
                 nn.init.constant_(p, DECAYS[c.decay].bias(0.7))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)

@@ -699,7 +699,7 @@ def test_state_size():
 
 def options(recipe="paper", **changes):
     """The options of a recipe, as halo.py hands them on."""
-    rows = dict(halo.RECIPES[recipe], max_ctx=512, changes={}, device="cpu")
+    rows = dict(halo.RECIPES[recipe], max_ctx=512, changes={}, device="cpu", task="S1", asked=1)
     return argparse.Namespace(**vars(cli.get_args(halo, [])) | rows | changes)
 
 
@@ -747,7 +747,7 @@ def test_linear_twin_starts_close():
     teacher = tiny(layers="A", dtype=torch.float32)
     config = halo.student_config(teacher.config, "L", options("paper", decay="channel"))
     (attn, h, where, _), = halo.teacher_layers(teacher, config, some_ids(4, T))
-    twin = halo.linear_twin(attn, config, h, where)
+    twin = halo.linear_twin(attn, config, h, where, retention=0.7)
     q, k, v, z = twin.qkvz.weight.split(twin.sizes)
     rows = attn.qkvz.weight.unflatten(0, (8, 8))                            # heads: four of q, two of k and v
     assert q.equal(rows[:4].flatten(0, 1)) and k.equal(rows[[4, 4, 5, 5]].flatten(0, 1))
@@ -827,7 +827,7 @@ def test_what_is_found_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(model.config, "limit", lambda: 4000, raising=False)
     for device, varied in itertools.product(("cpu", "cuda"), (0.0, 0.3)):
         asked.clear()
-        o = types.SimpleNamespace(device=device, varied=varied, trials=20, length=96)
+        o = types.SimpleNamespace(device=device, asked=2 if varied else 1, trials=20, length=96)
         shares = reports.shares(model, corpus, [96, 2048, 9999], o)
         assert shares.pop("passkey") == {"96": 0.25, "2048": 0.25, "9999": None}
         assert shares == ({"multikey": {"96": None, "2048": 0.5, "9999": None}} if varied else {})
@@ -846,6 +846,7 @@ def test_what_is_found_is_reported(monkeypatch, capsys):
 def test_tables_are_at_most_100_columns_wide(capsys):
     """The tables of selection and report fit a terminal of 100 columns, at the size of a real model."""
     numbers = {f"{name}{kind}{se}": -12.3456 for name in "RC" for kind in ("", "_kept") for se in ("", "_se")}
+    numbers["swap_se"] = 12.345
     layers = "LA" * 24
     reports.print_scores([numbers] * 48, [(False, -123.456)] * 48, layers, 12.3456)
     report = dict(layers=layers, params=dict(teacher=14 * 10 ** 9, student=14 * 10 ** 9), kl=0.1,
@@ -1234,19 +1235,20 @@ def test_logit_base_is_fitted_to_loss_and_recall(monkeypatch):
     is tried after one that costs 0.02 more than the best."""
     model, corpus, seeds = tiny(dtype=torch.float32), text.Corpus(Tokenizer.bytes()), set()
 
-    def found(student, corpus, length, trials, seed, varied):
-        seeds.add((seed, varied))
+    def found(student, corpus, length, trials, seed, task, varied):
+        seeds.add((seed, task, varied))
         return torch.full((trials,), -9.0 if (student.config.logit_base or 1e9) > 50 else -1.0), None
     monkeypatch.setattr(halo, "recall", found)
     monkeypatch.setattr(halo, "losses", lambda model, _: torch.tensor([model.config.logit_base == 20]) + 2.0)
-    fits = halo.fit_logit_base(model, corpus, 64, seed=0, varied=0.5)
-    assert (fits["None"], fits["100"], fits["50"], fits["20"]) == (11, 11, 3, 4) and seeds == {(1, 0.5)}
+    o = types.SimpleNamespace(seed=0, task="S2", varied=0.5)
+    fits = halo.fit_logit_base(model, corpus, 64, o)
+    assert (fits["None"], fits["100"], fits["50"], fits["20"]) == (11, 11, 3, 4) and seeds == {(1, "S2", 0.5)}
     args = types.SimpleNamespace(logit_base="fit", length=64)
     for costs, best in (fits, 50.0), ({"None": 1.0, "20": 2.0}, None):
         a_run = types.SimpleNamespace(once=lambda name, work: costs)
         assert halo.choose_logit_base(a_run, model, corpus, {}, args) == best
     monkeypatch.setattr(halo, "losses", lambda m, _: -1e-4 * torch.tensor([m.config.logit_base or 1e5]))
-    assert list(halo.fit_logit_base(model, corpus, 64, seed=0)) == ["None", "10000"]
+    assert list(halo.fit_logit_base(model, corpus, 64, o)) == ["None", "10000"]
 
 
 def test_teacher_is_made_once(home, tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ import torch
 from hypenet import DECAYS, HypeNetConfig
 from support import fast, pretrained, world
 from support.common import Parser, command_line, default_device, filled, number
-from support.recall import plant
+from support.recall import has_room, plant
 from support.report import finish, finish_pretrained
 from support.run import Probe, Run, new_folder, options_of
 from support.text import Corpus
@@ -78,8 +78,11 @@ def get_args(halo, argv):
         help="groups of linear layers in a progressive run; default: one per 6 linear layers, at least 2")
     add("--transfer", choices=("on", "off"), default="on",
         help="linear layers start from the weights of attention layers (on) or random (off)")
-    add("--retention", type=number(float, 0.001, 0.999), default=0.7, metavar="X",
-        help="share of the state that a new forget gate keeps at each token; default: 0.7")
+    add("--retention", type=number(float, 0.001, 0.999), metavar="X",
+        help="share of the state that a new forget gate keeps at each token; default: for each head as far "
+             "as its attention head looks back")
+    add("--control", action="store_true",
+        help="convert nothing: the teacher itself trains as a student does in stage 3, for comparison")
     add("--max-ctx", type=number(int, 1), default=65536 + 1024, metavar="N",
         help="positions that a chunk HyPE model knows, for context and answer together; default: 66,560")
     add("--trials", type=number(int, 1, 10 ** 6), default=20, metavar="N",
@@ -134,13 +137,18 @@ def settle(halo, args):
     check_options(halo, args)
     args.teacher_first = args.teacher in halo.TEACHERS and not weight and not args.pretrain
     stages = ["align", "distil", "finetune"] if args.training == "staged" else ["group"]
+    stages = ["finetune"] if args.control else stages
     stages = ["pretrain"] if args.pretrain else stages
     plans = {stage: halo.PLANS[size][stage] for stage in ["pretrain"] * args.teacher_first + stages}
     plans = {stage: replace(plan, tokens=plan.tokens * args.budget) for stage, plan in plans.items()}
     change_plans(plans, args.plan)
     if args.device == "cpu" and not free and ("pretrain" in plans or size in ("small", "real")):
         check_hours(halo, args, size, weight, sum(plan.total for plan in plans.values()))
-    args.varied = plans["distil" if "distil" in stages else stages[0]].varied
+    # What is measured follows the texts of distillation; --control has none, --pretrain only its own.
+    first = plans.get("distil") or plans[stages[0]]
+    args.varied = first.varied
+    args.asked = 1 if first.recall and not first.varied else 2     # trained on pass keys: asked for those
+    args.length = halo.PLANS[size]["distil"].length if args.control else first.length
     return {stage: plans[stage] for stage in stages}
 
 
@@ -168,7 +176,8 @@ def whole(text):
 PLAN_FIELDS = {                                   # the fields of halo.Plan that --plan can change
     "tokens": number(float, 1), "length": number(whole, 1), "batch": number(whole, 1),
     "lr": number(float, 1e-30), "lr_end": number(float, 0), "recall": number(float, 0, 1),
-    "warmup": number(whole, 1), "varied": number(float, 0, 1), "weight_decay": number(float, 0),
+    "warmup": number(whole, 1), "varied": number(float, 0, 1), "copies": number(float, 0, 1),
+    "weight_decay": number(float, 0),
 }
 
 
@@ -273,6 +282,9 @@ def check_stage_length(stage, plan, limit, args):
 
 # ---- teacher and text --------------------------------------------------------------------------------------
 
+ROUNDS = 4                           # how often a run reads what its teacher writes: so often text is as good
+                                     # as new (arXiv 2305.16264), and writing it takes longer than reading it
+
 
 def make_teacher(halo, args):
     """Pretrain a teacher that is not there yet, or go on with it, and keep it for later runs."""
@@ -297,9 +309,10 @@ def make_teacher(halo, args):
 
 
 def load_teacher(halo, plans, args):
-    """The teacher. Options that do not fit the teacher are errors here, before stage 1. Sets args.tokenizer
-    and args.length, the length of distillation. Everything is measured at this length and its multiples. The
-    maximum of a RoPE teacher would be too long to test."""
+    """The teacher. Options that do not fit the teacher are errors here, before stage 1. Sets args.tokenizer,
+    and args.task, what selection and the fit of `a` ask for: not a pass key if training hides none.
+    args.length, the length of distillation, becomes at most the teacher's. Everything is measured at this
+    length and its multiples. The maximum of a RoPE teacher would be too long to test."""
     args.tokenizer = Tokenizer.load(args.path)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     teacher = pretrained.load(args.path, dtype, args.device).requires_grad_(False)
@@ -310,7 +323,7 @@ def load_teacher(halo, plans, args):
     student = halo.student_config(config, "L" * n_layer, args)
     choose = partial(halo.choose_layers, args.layers, n_layer, keep=args.keep)
     refuse([("L" in config.layers, f"--teacher {args.teacher} is a hybrid, {config.layers}: not a teacher"),
-            (args.layers not in halo.SCORED and "L" not in choose(),
+            (args.layers not in halo.SCORED and "L" not in choose() and not args.control,
              f"--layers {args.layers} leaves nothing to convert"),
             (student.key_dim > config.head_dim or student.linear_kv_head % config.n_kv_head,
              f"--set: key_dim is at most the teacher's head_dim, {config.head_dim}, and linear_kv_head a "
@@ -319,16 +332,17 @@ def load_teacher(halo, plans, args):
     for stage, plan in plans.items():
         limit = dict(align=config.limit(), finetune=student.limit()).get(stage, both)
         check_stage_length(stage, plan, limit, args)
-    args.length = min(config.max_len, plans["group" if "group" in plans else "distil"].length)
+    args.length = min(config.max_len, args.length)
     plant(args.tokenizer, np.zeros(args.length, np.int64), np.random.default_rng(0))
+    hides = any(plan.recall for plan in plans.values())
+    args.task = "S1" if hides or not has_room("multi-key", args.length, args) else "multi-key"
     return teacher
 
 
 def config_to_pretrain(halo, plans, args):
-    """The config of a teacher to train. Sets args.tokenizer and args.length, as load_teacher does."""
+    """The config of a teacher to train. Sets args.tokenizer and args.task, as load_teacher does."""
     config = halo.TEACHERS[args.teacher]
-    args.tokenizer = Tokenizer.bytes()
-    args.length = plans["pretrain"].length
+    args.tokenizer, args.task = Tokenizer.bytes(), "S1"
     check_stage_length("pretrain", plans["pretrain"], math.inf, args)
     if args.hybrid:
         check_layers(halo, args.layers, len(config.layers), args.keep)
@@ -348,7 +362,7 @@ def longest_text(halo, config, plans, args):
 
 def open_text(plans, longest, teacher, args):
     """The Corpus of a run. Too little text is an error here, before stage 1."""
-    n_tokens = max(20 * longest, sum(plan.total for plan in plans.values()))
+    n_tokens = max(20 * longest, sum(plan.total for plan in plans.values()) / ROUNDS)
 
     def write(share):                                              # for --data teacher
         return teacher_text(teacher, args.path, args.tokenizer, share * n_tokens, args.seed, args.dry_run)
@@ -366,9 +380,8 @@ def probe(halo, teacher, corpus, plans, args):
     layers = "even" if args.layers in halo.SCORED else args.layers      # a probe selects no layers
     args = argparse.Namespace(**vars(args) | dict(layers=layers))
     run = Probe(vars(args), args.tokenizer.n_vocab)
-    how = halo.convert_progressive if "group" in plans else halo.convert_staged
     try:
-        how(run, teacher, corpus, plans, args)
+        halo.method(args)(run, teacher, corpus, plans, args)
     except torch.OutOfMemoryError:
         way_out = "more --groups" if "group" in plans else "--recipe article, which trains groups of layers,"
         raise ValueError(f"weights, gradients and optimizer state exceed the memory of {args.device}; give "

@@ -171,20 +171,23 @@ def hide(tokenizer, row, rng, varied=0.0):
 def training_rows(corpus, stage, plan):
     """The rows of a stage, a function of the step -> (batch, length + 1) int64.
 
-    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. A share below one
-    row per step gives one row every few steps. A batch depends on seed, stage and step alone, so that a
-    stopped run goes on with the same rows."""
+    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. In a share
+    plan.copies, other rows as far as there are some, passages come again. A share below one row per step
+    gives one row every few steps. A batch depends on seed, stage and step alone, so that a stopped run goes
+    on with the same rows."""
     plain_rows = corpus.rows(stage, plan)
-    if not plan.recall:
+    if not plan.recall and not plan.copies:
         return plain_rows
 
     def rows_of(step):
         rows = plain_rows(step)
         rng = np.random.default_rng([corpus.seed, zlib.crc32(stage.encode()), step])
-        share = plan.recall * plan.batch
-        n = int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)
-        for row in rows[:n]:
+        n_recall, n_copies = (int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)
+                              for share in (plan.recall * plan.batch, plan.copies * plan.batch))
+        for row in rows[:n_recall]:
             hide(corpus.tokenizer, row, rng, plan.varied)
+        for row in rows[len(rows) - n_copies:]:
+            again(row, rng, max(1, len(row) // 256))
         return rows
     return rows_of
 
@@ -193,7 +196,8 @@ def training_rows(corpus, stage, plan):
 
 
 def has_room(task, n, corpus):
-    """Whether a text of n tokens has room for a task, whatever names and values are drawn (50 draws)."""
+    """Whether a text of n tokens has room for a task, whatever names and values are drawn (50 draws). Of the
+    corpus only the tokenizer counts."""
     text = np.zeros(min(n, 4096), np.int64)                         # no task needs more
     try:
         for seed in range(50):

@@ -68,7 +68,7 @@ ASKED = {"passkey": ("S1", "pass key found"), "multikey": ("multi-key", "1 of 4 
 def shares(model, corpus, lengths, args):
     """The share of answers that a model finds: {field of ASKED: {length: share}}. The share is None past the
     last position that the model knows, and where the text has no room for the task."""
-    asked = list(ASKED)[:2 if args.varied else 1]
+    asked = list(ASKED)[:args.asked]
     found = {field: dict.fromkeys(map(str, lengths)) for field in asked}
     for field, n in tqdm([*itertools.product(asked, lengths)], desc="recall   ", dynamic_ncols=True):
         task, _ = ASKED[field]
@@ -107,7 +107,8 @@ def print_scores(scores, ranks, layers, teacher_loss):
         recalls = "".join(f"{s['R' + kind]:9.3f} +- {s[f'R{kind}_se']:6.3f}" for kind in kinds)
         its_losses = "".join(f"{-s['C' + kind]:9.4f} +- {s[f'C{kind}_se']:6.4f}" for kind in kinds)
         note = "  (must stay: linear costs over 1 nat)" if must_stay else ""
-        print(f"{i:3d} {layers[i]}{recalls}{its_losses}{score:10.3f}{note}")
+        error = f" +- {s['swap_se']:5.3f}" if "swap_se" in s else ""
+        print(f"{i:3d} {layers[i]}{recalls}{its_losses}{score:10.3f}{error}{note}")
     print(f"teacher's held-out loss {teacher_loss:.4f}; layers: {layers}\n")
 
 

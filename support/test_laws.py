@@ -159,7 +159,7 @@ def test_twins_learn_from_the_teachers_own_pass(family):
 
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_a_twin_starts_as_its_options_say(decay, monkeypatch):
-    """A new forget gate keeps the share --retention. The twin has its teacher's weights and gains of QK-norm,
+    """A new forget gate keeps the share --retention, or what lookback says. The twin has its teacher's weights and gains of QK-norm,
     or random ones with --transfer off."""
     old, rows = tiny(dtype=torch.float32, layers="AA"), some_ids(4, 25)
     for transfer in "on", "off":
@@ -171,6 +171,10 @@ def test_a_twin_starts_as_its_options_say(decay, monkeypatch):
                 if name in ("q_norm.weight", "k_norm.weight"):
                     assert w.equal(theirs[name]) == (transfer == "on"), name
             assert twin.qkvz.weight[:32].equal(theirs["qkvz.weight"][:32]) == (transfer == "on")
+    monkeypatch.setattr(halo, "lookback", lambda attn, *_: torch.linspace(0.4, 0.9, attn.config.n_head))
+    twin = aligned(monkeypatch, old, rows, options(decay=decay))[0][0]
+    for h, share in enumerate(torch.linspace(0.4, 0.9, twin.config.n_head)):
+        assert torch.allclose(twin.log_decay(torch.randn(1, 3, 32))[:, :, h].exp(), share)
 
 
 @pytest.mark.parametrize("stages, chunks, length", [
@@ -257,6 +261,54 @@ def test_a_score_has_the_standard_error_of_its_mean(monkeypatch):
     assert len(scores) == 2 and minus_loss == -loss.mean().item()
     for score in scores:
         assert score == pytest.approx({name: x.item() for name, x in wanted.items()})
+
+
+def test_the_error_of_swap_is_that_of_differences(monkeypatch):
+    """Both futures of a layer answer the same questions and read the same text. So the error of the score is
+    that of their differences: here R differs by 0 or 2 (n = 40), C by 1 everywhere."""
+    old = tiny(dtype=torch.float32, layers="A")
+    args = options(layers="swap", eval_windows=8, length=24, varied=0.0, task="S1")
+    twins = aligned(monkeypatch, old, some_ids(4, 25), args)[0]
+    noise, step = torch.randn(40), torch.arange(40) % 2 * 2.0
+
+    def kept(model):
+        return isinstance(model.blocks[0], halo.WithoutPositions)
+    monkeypatch.setattr(halo, "recall", lambda model, *_, **__: (noise + step * kept(model), None))
+    monkeypatch.setattr(halo, "losses", lambda model, _: noise[:5] - 1.0 * kept(model))
+    corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
+    config = halo.student_config(old.config, "L", args)
+    (score,), _ = halo.layer_scores(old, twins, config, corpus, args)
+    assert score["swap_se"] == pytest.approx(step.std().item() / 40 ** 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("known", [1, 9, 16, 40])
+@pytest.mark.parametrize("kl, alpha", [("forward", 0), ("reverse", 0.5)])
+def test_past_the_teachers_length_the_text_is_the_target(known, kl, alpha):
+    """Positions up to the teacher's max_len have alpha CE + (1 - alpha) KL, the positions after it CE."""
+    teacher, student = tiny(1, torch.float32, layers="AA", max_len=known), tiny(2, torch.float32)
+    idx, targets = some_ids(2, 16), some_ids(2, 16, seed=1)
+    s, t = student(idx)[0].log_softmax(-1), teacher(idx)[0].log_softmax(-1)
+    p, q = (t, s) if kl == "forward" else (s, t)
+    ce = -s.gather(-1, targets[..., None])[..., 0]
+    near = alpha * ce + (1 - alpha) * (p.exp() * (p - q)).sum(-1)
+    wanted = torch.cat((near[:, :known], ce[:, known:]), 1).mean()
+    assert halo.distil_loss(student, teacher, idx, targets, kl, alpha).item() == pytest.approx(wanted.item())
+
+
+@pytest.mark.parametrize("stride, rows", [(1, 1), (3, 1), (3, 2)])
+def test_a_gate_remembers_as_far_as_its_head_looks(stride, rows, monkeypatch):
+    """A head that looks `stride` tokens back, and no further, gives gamma = d / (1 + d) with d = stride. Its
+    first tokens look at the nearest token there is."""
+    T = 64
+    q, k = torch.zeros(2, rows, T, 2, T)
+    for i in range(T):
+        q[:, i, 0, max(0, i - stride)] = k[:, i, :, i] = 1e4           # head 0; head 1 looks everywhere
+    attn = types.SimpleNamespace(project=lambda x, where: (q, k, None, None))
+    gamma = halo.lookback(attn, torch.zeros(rows, T, 1), None)
+    log_d = sum(math.log1p(min(i, stride)) for i in range(T)) / T
+    log_all = sum(sum(math.log1p(d) for d in range(i + 1)) / (i + 1) for i in range(T)) / T
+    d = torch.tensor([log_d, log_all]).expm1()
+    assert torch.allclose(gamma, d / (1 + d), atol=1e-5)
 
 
 def test_selection_weighs_a_layer_against_the_teachers_loss(monkeypatch):
