@@ -97,18 +97,22 @@ def evaluate(teacher, student, corpus, args):
 def print_scores(scores, ranks, layers, teacher_loss):
     """The table of selection, one row per layer: the results of halo.layer_scores and of halo.rank."""
     kinds = {"": "if linear"}
-    if "R_kept" in scores[0]:
+    paired = "swap_se" in scores[0]                                # then the score's error tells more
+    if paired:
         kinds["_kept"] = "if kept"
-    width = 19 * len(kinds)
-    titles = "".join(f"{title:>19s}" for title in kinds.values())
+    width = (11 if paired else 19) * len(kinds)
+    titles = "".join(f"{title:>{width // len(kinds)}s}" for title in kinds.values())
     print(f"\n     {'recall (log p)':>{width}s}{'held-out loss':>{width}s}")
     print(f"layer{titles}{titles}{'score':>10s}")
     for i, (s, (must_stay, score)) in enumerate(zip(scores, ranks)):
-        recalls = "".join(f"{s['R' + kind]:9.3f} +- {s[f'R{kind}_se']:6.3f}" for kind in kinds)
-        its_losses = "".join(f"{-s['C' + kind]:9.4f} +- {s[f'C{kind}_se']:6.4f}" for kind in kinds)
+        if paired:
+            cells = "".join(f"{sign * s[name + kind]:11.4f}" for name, sign in (("R", 1), ("C", -1))
+                            for kind in kinds)
+        else:
+            cells = f"{s['R']:9.3f} +- {s['R_se']:6.3f}{-s['C']:9.4f} +- {s['C_se']:6.4f}"
         note = "  (must stay: linear costs over 1 nat)" if must_stay else ""
-        error = f" +- {s['swap_se']:5.3f}" if "swap_se" in s else ""
-        print(f"{i:3d} {layers[i]}{recalls}{its_losses}{score:10.3f}{error}{note}")
+        error = f" +- {s['swap_se']:.3f}" if paired else ""
+        print(f"{i:3d} {layers[i]}{cells}{score:10.3f}{error}{note}")
     print(f"teacher's held-out loss {teacher_loss:.4f}; layers: {layers}\n")
 
 
