@@ -62,8 +62,8 @@ TASKS = {                            # training hides the first one; the names a
 def written_tasks(tokenizer):
     """Tasks whose answer the model writes. multi-query asks for four values at once. chat is a user's message
     in plain words, for a tokenizer with a chat template."""
-    needle, question = NUMBER
-    question = question.replace("number for {name} is", "numbers for {names} are")
+    needle, _ = NUMBER
+    question = "\nWhich numbers were mentioned above? The special magic numbers for {names} are"
     tasks = {"multi-query": Task(needle, question, string.digits, needles=4, write=64)}
     if tokenizer.config.get("chat_template"):
         lead, _, end = tokenizer.chat([dict(role="user", content="{text}")]).partition("{text}")
