@@ -902,12 +902,12 @@ def draw_niah(facts, rows, path):
         asked = dict.fromkeys(row["task"] for row in rows if "by_depth" in row and row["task"] != "S1")
         others = [(task, chosen(rows, model="student", task=task)) for task in asked]
     losses = [(model, chosen(rows, model=model, task="loss")) for model in models]
-    least = min((row["value"] for row in chosen(rows, task="loss")), default=1)
     shares = (-0.03, 1.05)
     panels = [(f"Pass key found (S1), trained at {facts['trained']:,}", found, shares)]
     if any(row["value"] for _, rows in others for row in rows):
         panels.append((title, others, shares))
-    panels.append(("Held-out loss, nats per token", losses, (0.9 * least, 2 * least)))
+    if least := min((row["value"] for row in chosen(rows, task="loss")), default=None):
+        panels.append(("Held-out loss, nats per token", losses, (0.9 * least, 2 * least)))
     draw(path.removesuffix("json") + "png", panels)
 
 

@@ -48,12 +48,15 @@ def get_args(argv):
     add("--teacher", type=filled, help="model to compare with; default: the run's teacher; none: no model")
     add("--tasks", nargs="+", type=filled, metavar="FILE.jsonl", help="questions; default: built-in tasks")
     add("--write", type=filled, metavar="FOLDER", help="write the built-in tasks for lm-eval, and end")
-    add("--questions", type=number(int, 2), default=1000, help="questions in a task; default: %(default)s")
+    add("--questions", type=number(int, 2), help="questions in a task; default: 1000 on a GPU, else 200")
     add("--length", type=number(int, 32), help="tokens of a context; default: 3/4 of the trained length")
     add("--data", nargs="+", type=filled, help="text of the built-in tasks, as for halo.py; default: stdlib")
     add("--seed", type=number(int, 0), default=0, help="seed of the built-in tasks; default: 0")
     add("--device", type=filled, help=f"cuda, mps or cpu; default: {default_device()} here")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.device = default_device(args.device)
+    args.questions = args.questions or (1000 if args.device.startswith("cuda") else 200)
+    return args
 
 
 def last_word(texts, size, rng):
@@ -262,7 +265,7 @@ def cell(measure, values):
 def load_models(args):
     """Yields name, tokenizer and model: the teacher, if there is one, then the student."""
     def one(model, teacher=False):
-        given = Namespace(model=model, teacher=teacher, device=default_device(args.device), logit_base=None)
+        given = Namespace(model=model, teacher=teacher, device=args.device, logit_base=None)
         return load(given)[:2]
     is_run = args.model is None or os.path.exists(os.path.join(args.model, "report.json"))
     if args.teacher is None and is_run:
