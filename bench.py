@@ -4,7 +4,7 @@
     python bench.py prefill    seconds and memory to read such contexts
     python bench.py train      a training step of every stage at a real size: tokens/s, memory, utilisation
     python bench.py kernel     the scan of kernel.py beside flash-linear-attention and softmax attention
-    python bench.py niah       what a student and its teacher recall and predict far past the trained length
+    python bench.py niah       what students and their teacher recall and predict far past the trained length
     python bench.py ablate     one distillation for every single change of a recipe
     python bench.py figure     draw the figure of decode or niah again from its table
 
@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import halo
 import kernel
@@ -52,7 +53,7 @@ from support import fast, options, pretrained, shard, world
 from support.common import (
     Parser, command_line, default_device, file_name, filled, number, read_json, write_json)
 from support.options import get_args as halo_args
-from support.recall import TASKS, answers, has_room, recall
+from support.recall import TASKS, has_room, read_end, recall, written, written_tasks
 from support.run import Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb
 from support.text import Corpus
 from support.tokens import Tokenizer
@@ -255,7 +256,8 @@ def machine(device):
 
 
 WIDTHS = dict(                       # of columns, others 9; below 0: the text stands at the left
-    size=-8, kind=-9, stage=-9, shape=-22, decay=-10, by=-6, model=-24, task=-10, change=-35, seed=5, of=6,
+    size=-8, kind=-9, stage=-9, shape=-22, decay=-10, by=-6, model=-32, task=-26, change=-35, seed=5, of=6,
+    value=11, low=11, high=11,
     batch=6, plan_batch=5, length=7, at_once=8, used=9, context=11, checkpoint=7, gpus=5, hours=8,
     seconds=9, tok_s=10, pass_keys=16,
     one_of_four=16)
@@ -674,10 +676,13 @@ class Reader(NamedTuple):
     """A model and the way in which it reads long text."""
     name: str
     model: HypeNet
-    tasks: list
+    tasks: dict                      # names and Tasks of support/recall.py
     logit_base: float | None = None
     keep: int | None = None          # read only the first 4 and the last keep - 4 tokens
     yarn: bool = False               # stretch RoPE to every length
+
+
+READERS = ("students", "teacher", "yarn", "window")
 
 
 def stretch(config, factor):
@@ -690,6 +695,18 @@ def stretch(config, factor):
                                    original_max_position_embeddings=config.max_len)
 
 
+@contextlib.contextmanager
+def reading(reader, n):
+    """A context in which the model of a reader reads n tokens in the reader's way."""
+    config = reader.model.config
+    config.logit_base = reader.logit_base
+    if reader.yarn:
+        stretch(config, n / config.max_len)
+    yield
+    if reader.yarn:
+        stretch(config, 1)
+
+
 def wilson(hits, n, z=1.96):
     """The 95% interval of a share of which hits of n were seen. Wilson's stays within 0 and 1."""
     p = hits / n
@@ -699,102 +716,198 @@ def wilson(hits, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def last_loss(model, texts, count):
-    """Mean loss (texts,), in nats per token, of the last `count` tokens of every text (texts, n), after all
-    earlier tokens are read."""
-    logp = []
-    with bf16():
-        for text in world.split(texts):
-            prompt = torch.from_numpy(text).to(model.wte.weight.device)[None]
-            logp.append(answers(model, prompt, count)[0].cpu())
-    return -torch.cat(world.gather(logp)).mean(1).numpy()
+@torch.no_grad()
+def at_ends(models, texts, count):
+    """Means over the last `count` tokens of every text (texts, n), after all earlier tokens are read. One
+    model gives one column, the loss in nats. A student and its teacher give four: both losses, KL(teacher,
+    student), and the share of tokens at which both models find the same next token likeliest."""
+    means = []
+    at_once = max(1, min(16, 65536 // texts.shape[1]))              # logits are wide
+    for part in world.parts(torch.from_numpy(texts), at_once):
+        part = part.to(models[0].wte.weight.device)
+        with bf16():
+            ends = [read_end(model, part[:, :-1], count, model.init_state(*part.shape)) for model in models]
+        logs = [logits.log_softmax(-1) for logits in ends]          # (B, count, V)
+        scores = [-log.gather(-1, part[:, -count:, None])[..., 0] for log in logs]
+        if len(logs) > 1:
+            s, t = logs
+            scores.append(F.kl_div(s, t, reduction="none", log_target=True).sum(-1))
+            scores.append((t.argmax(-1) == s.argmax(-1)).float())
+        means += torch.stack([score.mean(1) for score in scores], 1).cpu()
+    return torch.stack(world.gather(means)).numpy()
 
 
-def readers(student, teacher):
-    """The student with and without s_t; the teacher as it is, with YaRN, and with a window. A teacher whose
-    RoPE is scaled already is not stretched again."""
-    every = list(TASKS)
-    logit_base = student.config.logit_base
-    found = [Reader("student", student, every, logit_base)]
-    if logit_base is not None:
-        found.append(Reader("student without s_t", student, ["S1"]))
-    found.append(Reader("teacher", teacher, every))
-    if teacher.config.position == "rope" and teacher.config.rope_scaling is None:
-        found.append(Reader("teacher, YaRN", teacher, every, yarn=True))
-    return [*found, Reader("teacher, sink + window", teacher, every, keep=teacher.config.max_len)]
+def readers(students, teacher, tasks, kinds=READERS):
+    """The readers of these kinds. students {name: model}: as they are, and a single one without s_t as well.
+    The teacher: as it is, with YaRN, and with a window. A teacher whose RoPE is scaled already is not
+    stretched again."""
+    found = []
+    for name, student in students.items() if "students" in kinds else ():
+        found.append(Reader(name, student, tasks, student.config.logit_base))
+        if len(students) == 1 and student.config.logit_base is not None:
+            found.append(Reader(f"{name} without s_t", student, dict(S1=TASKS["S1"])))
+    if "teacher" in kinds:
+        found.append(Reader("teacher", teacher, tasks))
+    if "yarn" in kinds and teacher.config.position == "rope" and teacher.config.rope_scaling is None:
+        found.append(Reader("teacher, YaRN", teacher, tasks, yarn=True))
+    if "window" in kinds:
+        found.append(Reader("teacher, sink + window", teacher, tasks, keep=teacher.config.max_len))
+    return found
 
 
-def measure_reader(table, reader, corpus, texts, lengths, trials):
-    """The rows of a reader at every length that its model has positions for. A task has the share of answers
-    given in full, and by_depth the shares where the needle stands at 0, 1/4, ... of the text. "loss" is that
-    of the same ends of held-out texts, after so much of each."""
-    config = reader.model.config
-    config.logit_base = reader.logit_base
-    hits = {task: [] for task in reader.tasks}
-    first_loss = None
-    for n in [n for n in lengths if min(n, reader.keep or n) <= config.limit()]:
-        if reader.yarn:
-            stretch(config, n / lengths[0])
-        row = dict(model=reader.name, context=n)
-        for task in reader.tasks:
-            if hits[task][-2:] == [0, 0] or not has_room(task, n, corpus):
-                continue
-            found = recall(reader.model, corpus, n, trials, task=task, keep=reader.keep)[1]
-            hits[task].append(found.sum().item())
-            low, high = wilson(hits[task][-1], trials)
+def is_open(table, reader, task, n):
+    """Whether the last two shorter contexts have an answer, or were not tried."""
+    rows = [row for row in chosen(table.rows, model=reader.name, task=task) if row["context"] < n]
+    rows.sort(key=lambda row: row["context"])
+    return [row["value"] for row in rows[-2:]] != [0, 0]
+
+
+def ask(table, reader, n, corpus, trials, bar):
+    """The rows of a reader's tasks in n tokens: the share of answers found, and by_depth the shares where the
+    needle stands at 0, 1/4, ... of the text."""
+    for name, task in reader.tasks.items():
+        if is_open(table, reader, name, n) and has_room(task, n, corpus):
+            if task.write:
+                found = written(reader.model, corpus, n, trials, task, keep=reader.keep)
+            else:
+                found = recall(reader.model, corpus, n, trials, task=task, keep=reader.keep)[1]
+            hits = found.sum().item()
+            low, high = wilson(hits, trials)
             by_depth = [found[i::5].mean().item() for i in range(min(5, trials))]
-            table.add(**row, task=task, of=trials, value=hits[task][-1] / trials, low=low, high=high,
-                      by_depth=by_depth)
-        if reader.keep is None and n <= texts.shape[1]:
-            loss = last_loss(reader.model, texts[:, -n:], lengths[0] // 2)
-            first_loss = loss if first_loss is None else first_loss
-            mean = loss.mean().item()
-            error = 2 * np.std(loss - first_loss).item() / max(1, len(loss) - 1) ** 0.5
-            table.add(**row, task="loss", of=len(loss), value=mean, low=mean - error, high=mean + error)
-    if reader.yarn:
-        stretch(config, 1)
+            with tqdm.external_write_mode():
+                table.add(model=reader.name, context=n, task=name, of=trials, value=hits / trials, low=low,
+                          high=high, by_depth=by_depth)
+        bar.update(trials * min(n, reader.keep or n))
+
+
+def predict(table, reader, n, texts, count, teacher, first):
+    """The rows of a reader's predictions of the last `count` tokens of texts {kind: (texts, longest)}, in
+    contexts of n tokens. A student is compared with its teacher as far as the teacher was trained. first: the
+    losses of each reader at its first length."""
+    compared = reader.name in table.facts["students"] and n <= teacher.config.max_len
+    for kind, rows in texts.items():
+        if n > rows.shape[1]:
+            continue
+        columns = at_ends([reader.model, teacher][:1 + compared], rows[:, -n:], count).T
+        loss = columns[0]
+        start = first.setdefault((reader.name, kind), loss)
+        measured = {"loss": (loss, loss - start)}
+        if compared:
+            gap = loss - columns[1]
+            measured |= {"loss - teacher's": (gap, gap), "KL": columns[[2, 2]], "same token": columns[[3, 3]]}
+        for name, (values, spread) in measured.items():
+            mean = values.mean().item()
+            error = 2 * np.std(spread).item() / max(1, len(values) - 1) ** 0.5
+            with tqdm.external_write_mode():
+                table.add(model=reader.name, context=n, task=name + kind, of=len(values), value=mean,
+                          low=mean - error, high=mean + error)
 
 
 def bench_niah(args):
-    """Tasks: the share of answers given in full, of so many questions, and its 95% interval.
+    """S1 to multi-query, chat: the share of answers found, of so many questions, and its 95% interval.
+    S1 is a pass key. S2 and S3 are a number and 32 digits in prose. multi-key is one of four numbers.
+    multi-query asks for all four. chat asks in plain words. In both, the model writes its answer.
     After two lengths with no answer, longer ones are not tried.
-    Loss: nats per token on the ends of held-out texts, after so much of each text.
-    Its interval is that of the difference to the first length."""
-    report = read_json(args.model, "report.json", "report of halo.py")
+    The other rows are of the ends of texts, after so much of each text; low and high are 2 errors away.
+    loss: nats per token. Its interval is that of the difference to the first length.
+    loss - teacher's, KL(teacher, student), same token: beside the teacher, text by text.
+    "unseen": text of --unseen, a kind that no model here was trained on."""
+    names = [os.path.basename(os.path.normpath(folder)) for folder in args.model]
+    names = names if len(names) > 1 else ["student"]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--model {' '.join(args.model)}: two folders have the same name; rename one")
+    load = partial(pretrained.load, dtype=dtype_on(args.device), device=args.device)
+    students = {name: load(folder) for name, folder in zip(names, args.model)}
+    report = read_json(args.model[0], "report.json", "report of halo.py")
     teacher_at = args.teacher or halo.teacher_path(report.get("teacher", "tiny"))
-    student = pretrained.load(args.model, dtype_on(args.device), args.device)
-    load = partial(pretrained.load, teacher_at, dtype_on(args.device), args.device)
-    teacher = world.in_turn(load)
-    if not args.data and os.path.exists(os.path.join(args.model, "run.json")):
-        args.data = read_json(args.model, "run.json", "run of halo.py")["options"]["data"]
-    corpus = world.in_turn(partial(Corpus, Tokenizer.load(teacher_at), args.data))
+    teacher = world.in_turn(partial(load, teacher_at))
     T = teacher.config.max_len
-    layers = student.config.layers
-    lengths = [T * n for n in (1, 2, 4, 16, 64, 256) if n <= args.times]
+    lengths = sorted(args.contexts or [T * n for n in (1, 2, 4, 16, 64, 256) if n <= args.times])
+    corpus, texts, sha256 = niah_texts(args, teacher_at, min(lengths[-1], 64 * T))
+    facts = {name: dict(folder=folder, layers=model.config.layers, logit_base=model.config.logit_base,
+                        sha256=pretrained.digest(folder))
+             for (name, model), folder in zip(students.items(), args.model)}
     table = Table(args, "model task context", "model task context of value low high",
-                  f"student {args.model} ({layers}), teacher {teacher_at}, trained at {T:,} tokens",
-                  trained=T, layers=layers, logit_base=student.config.logit_base)
-    table.rows = []                                      # they are another model's
-    texts = corpus.windows(np.random.default_rng(0), args.windows, min(lengths[-1], 64 * T))
-    for reader in readers(student, teacher):
-        measure_reader(table, reader, corpus, texts, lengths, args.trials)
+                  f"{', '.join(args.model)}, teacher {teacher_at}, trained at {T:,} tokens",
+                  trained=T, sha256=[pretrained.digest(teacher_at), *sha256], students=facts)
+    keep_rows(table)
+    tasks = TASKS | written_tasks(corpus.tokenizer)
+    cells = [(reader, n, (args.trials_long or args.trials) if n >= 32768 else args.trials)
+             for reader in readers(students, teacher, tasks, args.readers) for n in lengths
+             if min(n, reader.keep or n) <= reader.model.config.limit()]
+    total = sum(trials * min(n, reader.keep or n) * len(reader.tasks) for reader, n, trials in cells)
+    first = {}
+    with tqdm(total=total, unit="tok", unit_scale=True, dynamic_ncols=True, mininterval=2) as bar:
+        for reader, n, trials in cells:
+            with reading(reader, n):
+                ask(table, reader, n, corpus, trials, bar)
+                if reader.keep is None:
+                    predict(table, reader, n, texts, min(256, lengths[0] // 2), teacher, first)
     if world.RANK == 0:
         draw_niah(table.facts, table.rows, table.path)
     return table
 
 
+def niah_texts(args, teacher_at, longest):
+    """The Corpus that hides things, texts {kind: (texts, longest)} to predict, and a hash of each text."""
+    run = args.model[0]
+    if not args.data and os.path.exists(os.path.join(run, "run.json")):
+        args.data = read_json(run, "run.json", "run of halo.py")["options"]["data"]
+    tokenizer = Tokenizer.load(teacher_at)
+    corpus = world.in_turn(partial(Corpus, tokenizer, args.data))
+    texts = {"": corpus.windows(np.random.default_rng(0), args.windows, longest)}
+    sha256 = [corpus.facts["sha256"]]
+    if args.unseen:                                      # all of it serves: nothing was trained on it
+        unseen = world.in_turn(partial(Corpus, tokenizer, args.unseen, cell=longest))
+        texts[", unseen"] = unseen.rows("unseen", halo.Plan(1, longest - 1, args.windows, 0, 0))(0)
+        sha256.append(unseen.facts["sha256"])
+    return corpus, texts, sha256
+
+
+def keep_rows(table):
+    """Let the rows of an earlier call stay if it had the same teacher and texts, and the same model for the
+    name of the row. A long table can so be measured in several calls."""
+    old = read_table(table.path) if os.path.exists(table.path) else {}
+    rows = table.rows if old.get("sha256") == table.facts["sha256"] else []
+    known = old.get("students", {}) | table.facts["students"] if rows else table.facts["students"]
+    changed = [name for name in known if old.get("students", {}).get(name) != known[name]]
+    table.facts["students"] = known
+    table.rows = [row for row in rows if row["model"].removesuffix(" without s_t") not in changed]
+
+
+def mean_of_tasks(rows, model):
+    """One row per context: the mean of all tasks but S1 that any model was asked there. A task that was not
+    tried any more counts as 0."""
+    found = []
+    for n in sorted({row["context"] for row in rows}):
+        asked = {row["task"] for row in chosen(rows, context=n) if "by_depth" in row and row["task"] != "S1"}
+        its = [row for row in chosen(rows, context=n, model=model) if row["task"] in asked]
+        if its:
+            value = sum(row["value"] for row in its) / len(asked)
+            half = sum((row["high"] - row["low"]) ** 2 for row in its) ** 0.5 / 2 / len(asked)
+            found.append(dict(context=n, value=value, low=value - half, high=value + half))
+    return found
+
+
 def draw_niah(facts, rows, path):
-    """Up to three panels by context: pass keys found by all, the student's other tasks, and loss."""
+    """Up to three panels by context: pass keys found by all, other tasks, and loss. A single student has a
+    line per task, several models have a line each for the mean of all tasks."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     found = [(model, chosen(rows, model=model, task="S1")) for model in models]
-    others = [(task, chosen(rows, model="student", task=task)) for task in list(TASKS)[1:]]
+    if len(facts.get("students", [1])) > 1:
+        title = "Other tasks, mean"
+        others = [(model, mean_of_tasks(rows, model)) for model in models]
+    else:
+        title = "The student's other tasks"
+        asked = dict.fromkeys(row["task"] for row in rows if "by_depth" in row and row["task"] != "S1")
+        others = [(task, chosen(rows, model="student", task=task)) for task in asked]
     losses = [(model, chosen(rows, model=model, task="loss")) for model in models]
-    least = min(row["value"] for row in chosen(rows, task="loss"))
     shares = (-0.03, 1.05)
     panels = [(f"Pass key found (S1), trained at {facts['trained']:,}", found, shares)]
     if any(row["value"] for _, rows in others for row in rows):
-        panels.append(("The student's other tasks", others, shares))
-    panels.append(("Held-out loss, nats per token", losses, (0.9 * least, 2 * least)))
+        panels.append((title, others, shares))
+    if least := min((row["value"] for row in chosen(rows, task="loss")), default=None):
+        panels.append(("Held-out loss, nats per token", losses, (0.9 * least, 2 * least)))
     draw(path.removesuffix("json") + "png", panels)
 
 
@@ -969,12 +1082,17 @@ FLAGS = [                            # modes, flag, what is given, default, help
     ("train", "--stage", SOME | dict(choices=STAGES), STAGES, "stages of halo.py"),
     ("train", "--peak", LIMIT, None, "operations per second that the device can do at most"),
     ("train", "--seconds", LIMIT, 10.0, "cut a longer step to fewer sequences"),
-    ("niah", "--model", TEXT, "out/small-paper", "folder of a run of halo.py"),
+    ("niah", "--model", SOME | TEXT, ["out/small-paper"], "folders of runs of halo.py, with one teacher"),
+    ("niah", "--readers", SOME | dict(choices=READERS), READERS, "models and ways to read that are measured"),
     ("niah", "--teacher", TEXT, None, "folder of its teacher; default: the run's own"),
     ("niah", "--data", SOME | TEXT, None, "text, as for halo.py; default: the run's own"),
+    ("niah", "--unseen", SOME | TEXT, None, "text of another kind, to predict"),
     ("niah", "--times", COUNT, 256, "longest context, in trained lengths"),
-    ("niah", "--windows", COUNT, 32, "held-out texts to measure the loss on"),
+    ("niah", "--contexts", dict(type=number(int, 16), nargs="+", metavar="N"), None,
+     "contexts in tokens; default: 1, 2, 4, 16, ... trained lengths"),
+    ("niah", "--windows", COUNT, 32, "texts of each kind to predict"),
     ("niah ablate", "--trials", COUNT, 20, "questions of every task at every length"),
+    ("niah", "--trials-long", COUNT, None, "the same from 32,768 tokens on"),
     ("ablate", "--teacher", TEXT, None, "as for halo.py; default: mini, on a CPU tiny"),
     ("ablate", "--also", TEXT, "", "options of halo.py for every run, as one argument"),
     ("ablate", "--only", SOME | dict(choices=ABLATIONS, metavar="CHANGE"), None,

@@ -15,7 +15,8 @@ index of the right choice. The built-in tasks are made of held-out text, or for 
 
 Each task has two rows. The first row comes from log-probabilities in nats, summed over an answer's tokens.
 The row shows the mean for the target, or how often the right choice is the likeliest. The second row is the
-share of right answers that greedy generation writes. Errors are standard errors.
+share of right answers that greedy generation writes. Errors are standard errors. The difference is that of
+student and teacher question by question, so its error is smaller than theirs.
 """
 import json
 import os
@@ -47,12 +48,15 @@ def get_args(argv):
     add("--teacher", type=filled, help="model to compare with; default: the run's teacher; none: no model")
     add("--tasks", nargs="+", type=filled, metavar="FILE.jsonl", help="questions; default: built-in tasks")
     add("--write", type=filled, metavar="FOLDER", help="write the built-in tasks for lm-eval, and end")
-    add("--questions", type=number(int, 2), default=200, help="questions in a task; default: %(default)s")
+    add("--questions", type=number(int, 2), help="questions in a task; default: 1000 on a GPU, else 200")
     add("--length", type=number(int, 32), help="tokens of a context; default: 3/4 of the trained length")
     add("--data", nargs="+", type=filled, help="text of the built-in tasks, as for halo.py; default: stdlib")
     add("--seed", type=number(int, 0), default=0, help="seed of the built-in tasks; default: 0")
     add("--device", type=filled, help=f"cuda, mps or cpu; default: {default_device()} here")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.device = default_device(args.device)
+    args.questions = args.questions or (1000 if args.device.startswith("cuda") else 200)
+    return args
 
 
 def last_word(texts, size, rng):
@@ -175,34 +179,72 @@ def encoded(tokenizer, context, answer):
 
 
 @torch.no_grad()
-def log_probability(model, ids, n):
-    """The log-probability of the last n ids, given the ids before them."""
-    idx = torch.tensor([ids], device=model.wte.weight.device)
-    logp = model.head(model.hidden(idx[:, :-1])[0, -n:]).float().log_softmax(-1)
-    return logp.gather(-1, idx[0, -n:, None]).sum().item()
+def log_probabilities(model, rows):
+    """The log-probability of the last n ids of each row (ids, n), given the ids before them."""
+    found = []
+    for part in batches(rows):
+        idx = torch.zeros(len(part), max(len(ids) for ids, _ in part), dtype=torch.int64)
+        for b, (ids, _) in enumerate(part):
+            idx[b, :len(ids)] = torch.tensor(ids)            # no token sees the padding after it
+        idx = idx.to(model.wte.weight.device)
+        x = model.hidden(idx[:, :-1])
+        for b, (ids, n) in enumerate(part):
+            answer = slice(len(ids) - n, len(ids))
+            logp = model.head(x[b, answer.start - 1:answer.stop - 1]).float().log_softmax(-1)
+            found.append(logp.gather(-1, idx[b, answer, None]).sum().item())
+    return found
 
 
-def writes(model, tokenizer, ids, n):
-    """Whether greedy generation, given all ids but the last n, writes their text and then ends the word."""
-    steps = fast.stream(model, [ids[:-n]], n + 2, n_vocab=tokenizer.n_vocab, never=tokenizer.holes,
-                        graph=False)
-    text = tokenizer.decode([id.item() for id in steps])
-    wanted = re.escape(tokenizer.decode(ids[-n:]).strip())
-    return re.match(rf"\s*{wanted}(?!\w)", text) is not None
+def batches(rows, tokens=32768):
+    """Lists of rows (ids, n), in order, that have about so many ids together with their padding."""
+    part, longest = [], 0
+    for row in rows:
+        longest = max(longest, len(row[0]))
+        if part and longest * (len(part) + 1) > tokens:
+            yield part
+            part, longest = [], len(row[0])
+        part.append(row)
+    yield part
+
+
+def written(model, tokenizer, rows):
+    """Whether greedy generation, given all ids of a row (ids, n) but the last n, writes the text of these and
+    then ends the word. One value per row."""
+    found = []
+    for part in batches(rows):
+        steps = fast.stream(model, [ids[:-n] for ids, n in part], max(n for _, n in part) + 2,
+                            n_vocab=tokenizer.n_vocab, never=tokenizer.holes, graph=False)
+        for out, (ids, n) in zip(torch.stack(list(steps), 1).tolist(), part):
+            wanted = re.escape(tokenizer.decode(ids[-n:]).strip())
+            found.append(re.match(rf"\s*{wanted}(?!\w)", tokenizer.decode(out[:n + 2])) is not None)
+    return found
 
 
 def score(model, tokenizer, questions):
     """{measure: one value per question}."""
-    likeliest, logp, generated = [], [], []
+    rows, right = [], []                             # of all answers; the place of each right answer
+    first = []
     for q in questions:
         answers, gold = answers_of(q)
-        rows = [encoded(tokenizer, q["context"], answer) for answer in answers]
-        values = [log_probability(model, *row) for row in rows]
-        likeliest.append(int(np.argmax(values)) == gold)
-        logp.append(values[gold])
-        generated.append(writes(model, tokenizer, *rows[gold]))
-    first = {"likeliest choice": likeliest} if "choices" in questions[0] else {"log-probability": logp}
-    return first | {"generated": generated}
+        right.append(len(rows) + gold)
+        first.append(len(rows))
+        rows += [encoded(tokenizer, q["context"], answer) for answer in answers]
+    logp = np.array(log_probabilities(model, rows))
+    measures = {"log-probability": logp[right].tolist()}
+    if "choices" in questions[0]:
+        best = [start + int(part.argmax()) for start, part in zip(first, np.split(logp, first[1:]))]
+        measures = {"likeliest choice": np.equal(best, right).tolist()}
+    return measures | {"generated": written(model, tokenizer, [rows[i] for i in right])}
+
+
+def with_difference(scores):
+    """The scores of teacher and student, and the difference of each question."""
+    if len(scores) < 2:
+        return scores
+    teacher, student = scores.values()
+    return scores | dict(difference={
+        task: {measure: np.subtract(student[task][measure], values, dtype=float)
+               for measure, values in measures.items()} for task, measures in teacher.items()})
 
 
 def table(scores):
@@ -223,7 +265,7 @@ def cell(measure, values):
 def load_models(args):
     """Yields name, tokenizer and model: the teacher, if there is one, then the student."""
     def one(model, teacher=False):
-        given = Namespace(model=model, teacher=teacher, device=default_device(args.device), logit_base=None)
+        given = Namespace(model=model, teacher=teacher, device=args.device, logit_base=None)
         return load(given)[:2]
     is_run = args.model is None or os.path.exists(os.path.join(args.model, "report.json"))
     if args.teacher is None and is_run:
@@ -246,7 +288,7 @@ def run_main(argv):
         bar = tqdm(tasks.items(), desc=name)
         scores[name] = {task: score(model, tokenizer, questions) for task, questions in bar}
         del model                                    # before the next model is loaded
-    print("\n".join(table(scores)))
+    print("\n".join(table(with_difference(scores))))
 
 
 def main(argv=None):

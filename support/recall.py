@@ -4,15 +4,19 @@ A model that predicts plain text well need not recall a detail of it. Training t
 text and asks for them (training_rows, hide), and tests ask for things after any amount of text (recall).
 
     TASKS            what tests hide, in the spirit of RULER (arXiv 2404.06654)
+    written_tasks    tasks whose answer the model writes: multi-query, and a question to a chat model
     plant            hides what a task asks for in a text, and asks
     reworded, again  what training hides besides the pass key
     training_rows    rows of a corpus, a share of them with something to recall
     recall           the share of answers that a model finds, and their log-probability
+    written          the share of values that stand in what a model writes
 """
 import re
 import string
 import zlib
 from contextlib import suppress
+from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -33,12 +37,14 @@ SIGNS = string.digits + string.ascii_lowercase
 class Task(NamedTuple):
     """One kind of thing to find in a text."""
     needle: str                      # the sentence that tells a value
-    question: str                    # the words right before the answer
+    question: str                    # the words right before the answer; {names}: one question for all
     signs: str                       # the characters that a value is drawn from
     size: int = 5                    # characters of a value
     needles: int = 1                 # needles in a text, each with its own name; a test asks for the first
     names: tuple = KEY_NAMES         # the names to draw from
     prose: bool = True               # a test hides the needle in natural text, else in text as in training
+    lead: str = ""                   # the words before the text, such as the beginning of a chat
+    write: int = 0                   # tokens of an answer that the model writes; 0: it predicts the answer
 
 
 NUMBER = ("\nThe special magic number for {name} is {value}.\n",
@@ -53,6 +59,19 @@ TASKS = {                            # training hides the first one; the names a
 }
 
 
+def written_tasks(tokenizer):
+    """Tasks whose answer the model writes. multi-query asks for four values at once. chat is a user's message
+    in plain words, for a tokenizer with a chat template."""
+    needle, _ = NUMBER
+    question = "\nWhich numbers were mentioned above? The special magic numbers for {names} are"
+    tasks = {"multi-query": Task(needle, question, string.digits, needles=4, write=64)}
+    if tokenizer.config.get("chat_template"):
+        lead, _, end = tokenizer.chat([dict(role="user", content="{text}")]).partition("{text}")
+        question = "\n\nThe text above mentions a special magic number for {name}. What is this number?"
+        tasks["chat"] = Task(needle, question + end, string.digits, lead=lead, write=24)
+    return tasks
+
+
 # ---- hiding ------------------------------------------------------------------------------------------------
 
 
@@ -64,20 +83,26 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     left out. A depth from 0 to 1 is for testing: the first needle stands at this share of the text, and the
     other needles anywhere. One question for the first needle ends the text.
 
+    A prediction ends the text with its answer. An answer to be written has room for task.write ids there.
+
     task: a Task, or its name in TASKS. ValueError if the text has no room for needles and one question."""
     assert depth is None or ask == 1, "a test has one question, at its end"
-    task = TASKS[task] if isinstance(task, str) else task
+    task = TASKS.get(task, task)
+    encode = partial(tokenizer.encode_array, special=True) if task.lead else tokenizer.encode_array
     names = rng.permutation(task.names)[:task.needles] if "{name}" in task.needle else [""]
-    needles, questions, n_answer = [], [], []
-    for name in names:
-        value = "".join(task.signs[i] for i in rng.integers(0, len(task.signs), task.size))
-        answer = tokenizer.encode_array(f" {value}")
-        needles.append(tokenizer.encode_array(task.needle.format(name=name, value=value)))
-        questions.append(np.concatenate((tokenizer.encode_array(task.question.format(name=name)), answer)))
-        n_answer.append(len(answer))
+    values = ["".join(task.signs[i] for i in rng.integers(0, len(task.signs), task.size)) for _ in names]
+    needles = [encode(task.needle.format(name=name, value=value)) for name, value in zip(names, values)]
+    wanted = [", ".join(values)] if "{names}" in task.question else values
+    answers = [encode(f" {value}") for value in wanted]
+    questions = []
+    for name, answer in zip(names, answers):
+        question = encode(task.question.format(name=name, names=", ".join(names)))
+        room = np.zeros(max(0, task.write - len(answer)), int)
+        questions.append(np.concatenate((question, answer, room)))
+    lead = encode(task.lead)
 
-    asked = [i % len(names) for i in range(ask)]                    # the name of each question
-    left = len(text) - sum(map(len, needles)) - sum(len(questions[i]) for i in asked)
+    asked = [i % len(questions) for i in range(ask)]                # the name of each question
+    left = len(text) - len(lead) - sum(map(len, needles)) - sum(len(questions[i]) for i in asked)
     while left < 0 and len(asked) > 1:
         left += len(questions[asked.pop()])
     if left < 0:
@@ -92,14 +117,14 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
             cuts = (left * np.sin(np.pi / 2 * cuts / max(1, left)) ** 2).astype(int)
     else:
         cuts = [int(depth * left), *rng.integers(0, max(1, left), len(names) - 1), left]
-    parts = []
+    parts = [lead]
     at = 0
     told = set()
     for cut, i in sorted(zip(cuts, order), key=lambda pair: pair[0]):
         parts += [text[at:cut], questions[i] if i in told else needles[i]]
         told.add(i)
         at = cut
-    return np.concatenate([*parts, text[at:left]]), n_answer[0]
+    return np.concatenate([*parts, text[at:left]]).astype(text.dtype), len(answers[0])
 
 
 def reworded(tokenizer, ids, rng, most=4):
@@ -150,18 +175,22 @@ def again(row, rng, times):
         row[second:second + n] = row[first:first + n]
 
 
+def more_in(row):
+    """How many times more a long row hides: by the root of its length."""
+    return max(1, round((len(row) / 256) ** 0.5))
+
+
 def hide(tokenizer, row, rng, varied=0.0):
     """Give a row of ids (n,), in place, something to recall.
 
     Most rows get a pass key (S1) and 1 to 3 questions for it. With probability `varied` a row gets passages
-    that come again, or values after words of the text (reworded), each half of the time. A long row has more
-    of both, by the root of its length. A row too short for reworded values gets the pass key."""
+    that come again, or values after words of the text (reworded), each half of the time. A row too short
+    for reworded values gets the pass key."""
     times = int(rng.integers(1, 4))
-    more = max(1, round((len(row) / 256) ** 0.5))
     if varied and rng.random() < varied:
         if rng.random() < 0.5:
-            return again(row, rng, 2 * times * more)
-        task = reworded(tokenizer, row, rng, 4 * more)
+            return again(row, rng, 2 * times * more_in(row))
+        task = reworded(tokenizer, row, rng, 4 * more_in(row))
         with suppress(ValueError):                                  # no room
             row[:] = plant(tokenizer, row, rng, ask=2 * task.needles, task=task)[0]
             return
@@ -171,23 +200,26 @@ def hide(tokenizer, row, rng, varied=0.0):
 def training_rows(corpus, stage, plan):
     """The rows of a stage, a function of the step -> (batch, length + 1) int64.
 
-    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. In a share
-    plan.copies, other rows as far as there are some, passages come again. A share below one row per step
-    gives one row every few steps. A batch depends on seed, stage and step alone, so that a stopped run goes
-    on with the same rows."""
+    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. A further share
+    plan.copies has passages that come again, and no words of a test. A share below one row per step gives one
+    row every few steps. A batch depends on seed, stage and step alone, so that a stopped run goes on with the
+    same rows."""
     plain_rows = corpus.rows(stage, plan)
     if not plan.recall and not plan.copies:
         return plain_rows
 
+    def count(share, step):
+        share *= plan.batch
+        return int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)
+
     def rows_of(step):
         rows = plain_rows(step)
         rng = np.random.default_rng([corpus.seed, zlib.crc32(stage.encode()), step])
-        n_recall, n_copies = (int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)
-                              for share in (plan.recall * plan.batch, plan.copies * plan.batch))
-        for row in rows[:n_recall]:
+        n = count(plan.recall, step)
+        for row in rows[:n]:
             hide(corpus.tokenizer, row, rng, plan.varied)
-        for row in rows[len(rows) - n_copies:]:
-            again(row, rng, max(1, len(row) // 256))
+        for row in rows[n:n + count(plan.copies, step)]:
+            again(row, rng, 2 * int(rng.integers(1, 4)) * more_in(row))
         return rows
     return rows_of
 
@@ -213,7 +245,7 @@ def make_prompts(corpus, length, trials, seed, task, varied):
     place of the task, as far as there is room."""
     rng = np.random.default_rng([seed, length])
     prompts, n_answer = [], []
-    for i, text in enumerate(corpus.windows(rng, trials, length, TASKS[task].prose)):
+    for i, text in enumerate(corpus.windows(rng, trials, length, TASKS.get(task, task).prose)):
         depth = i % 5 / 4
         planted = None
         if varied and rng.random() < varied:
@@ -226,15 +258,26 @@ def make_prompts(corpus, length, trials, seed, task, varied):
     return np.stack(prompts), n_answer
 
 
+def shortened(prompts, keep):
+    """The first 4 and the last keep - 4 ids of longer prompts. keep None: all ids."""
+    if not keep or keep >= prompts.size(1):
+        return prompts
+    return torch.cat((prompts[:, :4], prompts[:, 4 - keep:]), 1)
+
+
+def read_end(model, idx, n, state):
+    """Read ids (B,T) into a state, in segments. Returns float32 logits (B,n,V) behind the last n ids."""
+    cut = idx.size(1) - n
+    for part in idx[:, :cut].split(8192 if idx.is_cuda else 1024, dim=1):
+        fast.read(model, part, state)
+    return model.head(fast.read(model, idx[:, cut:], state)).float()
+
+
 @torch.no_grad()
 def answers(model, prompts, n_answer):
     """Prompts (B,n) that end in answers of n_answer ids -> two tensors (B,n_answer): the log-probability of
     each answer id, and whether the model finds this id the likeliest after the ids before."""
-    cut = prompts.size(1) - n_answer - 1
-    state = model.init_state(len(prompts), prompts.size(1))
-    for part in prompts[:, :cut].split(8192 if prompts.is_cuda else 1024, dim=1):
-        fast.read(model, part, state)
-    logits = model.head(fast.read(model, prompts[:, cut:-1], state)).float()        # (B, n_answer, V)
+    logits = read_end(model, prompts[:, :-1], n_answer, model.init_state(*prompts.shape))
     target = prompts[:, -n_answer:]
     logp = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
     return logp, logits.argmax(-1) == target
@@ -248,8 +291,7 @@ def recall(model, corpus, length, trials, seed=0, task="S1", keep=None, varied=0
     varied: the share of prompts that ask for reworded values, as training does."""
     prompts, n_answer = make_prompts(corpus, length, trials, seed, task, varied)
     prompts = torch.from_numpy(prompts).to(model.wte.weight.device)
-    if keep and keep < length:
-        prompts = torch.cat((prompts[:, :4], prompts[:, 4 - keep:]), 1)
+    prompts = shortened(prompts, keep)
     most = max(n_answer)
     logp, right = [], []
     for part in world.parts(prompts, max(1, 65536 // length)):
@@ -261,3 +303,31 @@ def recall(model, corpus, length, trials, seed=0, task="S1", keep=None, varied=0
     mean_logp = [x[most - n:].mean() for x, n in zip(logp, n_answer)]
     whole = [x[most - n:].all().float() for x, n in zip(right, n_answer)]
     return torch.stack(world.gather(mean_logp)), torch.stack(world.gather(whole))
+
+
+@torch.no_grad()
+def continued(model, prompts, n, n_vocab):
+    """The n ids (B,n) that greedy decoding gives after prompts (B,T)."""
+    def pick(logits):
+        return logits[:, :n_vocab].argmax(-1)
+    state = model.init_state(len(prompts), prompts.size(1) + n)
+    decoder = fast.Decoder(model, state, read_end(model, prompts, 1, state)[:, 0], pick)
+    return torch.stack([decoder.idx.clone(), *(decoder().clone() for _ in range(n - 1))], 1)
+
+
+def written(model, corpus, length, trials, task, seed=0, keep=None):
+    """Ask as `recall` does, for a task of written_tasks. The model writes task.write ids, or fewer if it ends
+    its text. Returns the share of the values asked for that stand in this text, (trials,)."""
+    tokenizer = corpus.tokenizer
+    prompts, n_answer = make_prompts(corpus, length, trials, seed, task, 0.0)
+    prompts = shortened(torch.from_numpy(prompts), keep)
+    texts = []
+    for part in world.parts(prompts[:, :-task.write], max(1, 65536 // length)):
+        found = continued(model, part.to(model.wte.weight.device), task.write, tokenizer.n_vocab)
+        for ids in found.tolist():
+            texts.append(tokenizer.decode(takewhile(lambda id: id not in tokenizer.stops, ids)))
+    shares = []
+    for text, ids, n in zip(texts, world.split(prompts[:, -task.write:]), world.split(n_answer)):
+        values = tokenizer.decode(ids[:n].tolist()).split(",")
+        shares.append(float(np.mean([value.strip() in text for value in values])))
+    return torch.tensor(world.gather(shares))

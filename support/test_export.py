@@ -303,21 +303,24 @@ def test_context_and_answer_are_cut_as_lm_eval_cuts_them(tmp_path):
 
 
 def test_table_has_teacher_beside_student_with_standard_errors(tmp_path, capsys):
-    """The command prints mean and standard error of each model, teacher first, of the questions in files."""
+    """The command prints mean and standard error of each model, teacher first, of the questions in files, and
+    of the difference question by question."""
     model, tokenizer = HypeNet.from_pretrained(STUDENT), Tokenizer.bytes()
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", q)
              for name, q in zip(("own", "picked"), questions_of(model, tokenizer, 6))]
     evaluate.main([str(STUDENT), "--tasks", *paths, "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[-2:] == ["teacher", "student"] and len(lines) == 5
+    assert lines[0].split()[-3:] == ["teacher", "student", "difference"] and len(lines) == 5
     error = math.sqrt(2 / 3 * 1 / 3 / 5)
     for line, task in zip(lines[2:4], ("own", "picked")):
-        assert line.split()[:2] == [task, "6"] and line.endswith(f"66.7% ± {error:.1%}"), line
-    cells = []
+        assert line.split()[:2] == [task, "6"] and f"66.7% ± {error:.1%}  " in line, line
+    cells, scores = [], []
     for model in (HypeNet.from_pretrained(HERE / "assets" / "tiny-teacher"), model):
         logp = np.array(evaluate.score(model, tokenizer, json_lines(paths[0]))["log-probability"])
+        scores.append(logp)
+    for logp in (*scores, scores[1] - scores[0]):
         cells.append(f"{logp.mean():.3f} ± {logp.std(ddof=1) / 6 ** 0.5:.3f}")
-    assert re.split("  +", lines[1])[-2:] == cells
+    assert re.split("  +", lines[1])[-3:] == cells
     evaluate.main([str(STUDENT), "--teacher", "none", "--tasks", paths[1], "--questions", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[-1] == "student" and "teacher" not in lines[0] and lines[1].split()[1] == "4"

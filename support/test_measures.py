@@ -1,0 +1,179 @@
+"""Laws of the measures of a real teacher: bench.py niah, what models write, rows that only repeat."""
+import json
+import re
+import shutil
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bench
+import support.recall as recall
+from hypenet import HypeNet, HypeNetConfig
+from support.tokens import Tokenizer
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>"
+FIELDS = dict(layers="LA", n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_hidden=48, max_len=512,
+              norm="rms", mlp="swiglu", qk_norm=True, position="rope", vocab_size=256)
+
+
+def model_of(seed, **changes):
+    torch.manual_seed(seed)
+    return HypeNet(HypeNetConfig(**FIELDS | changes)).requires_grad_(False)
+
+
+def chat_tokenizer():
+    tokenizer = Tokenizer.bytes()
+    tokenizer.config = dict(chat_template=CHAT)
+    return tokenizer
+
+
+def corpus_of(tokenizer):
+    def windows(rng, n, length, prose=False):
+        return rng.integers(97, 123, (n, length))
+    return types.SimpleNamespace(tokenizer=tokenizer, windows=windows)
+
+
+@pytest.mark.parametrize("name, needles", [("multi-query", 4), ("chat", 1)])
+def test_a_written_task_asks_for_every_value_before_room_for_its_answer(name, needles):
+    tokenizer = chat_tokenizer()
+    task = recall.written_tasks(tokenizer)[name]
+    ids, n = recall.plant(tokenizer, np.full(700, 120), np.random.default_rng(0), 0.5, task=task)
+    prompt, answer = tokenizer.decode(ids[:-task.write]), tokenizer.decode(ids[-task.write:][:n])
+    told = dict(re.findall(r"The special magic number for (\w+) is (\d{5})\.", prompt))
+    asked = [told[word] for word in re.findall(r"\w+", prompt.splitlines()[-1]) if word in told]
+    assert len(ids) == 700 and n < task.write and len(told) == len(asked) == needles
+    assert answer.strip().split(", ") == asked
+    assert prompt.startswith("<user>") == (name == "chat") == prompt.endswith("?</><bot>")
+
+
+def test_only_a_chat_template_gives_a_chat():
+    assert set(recall.written_tasks(Tokenizer.bytes())) == {"multi-query"}
+
+
+def test_a_batch_goes_on_as_each_row_alone():
+    """Prompts read and continued together give the ids that HypeNet.generate gives for each."""
+    model = model_of(0)
+    prompts = torch.randint(97, 123, (3, 40))
+    alone = [model.generate([row.tolist()], 6)[0] for row in prompts]
+    assert recall.continued(model, prompts, 6, 256).tolist() == [ids[-6:] for ids in alone]
+
+
+@pytest.mark.parametrize("text, share", [
+    ("{0}, {1}", 0.5), ("none", 0.0), ("{3} {2}; {1} and {0}", 1.0), ("\0{0}", 0.0)])
+def test_the_share_of_values_that_stand_in_what_is_written(text, share, monkeypatch):
+    """Values count in any order, but not after the id that ends a text."""
+    tokenizer, corpus = Tokenizer.bytes(), corpus_of(Tokenizer.bytes())
+    task = recall.written_tasks(tokenizer)["multi-query"]
+
+    def continued(model, prompts, n, n_vocab):
+        found = []
+        for prompt in prompts.tolist():
+            told = re.findall(r"is (\d{5})\.", tokenizer.decode(prompt))
+            found.append(tokenizer.encode(text.format(*told).ljust(n)))
+        return torch.tensor(found)
+    monkeypatch.setattr(recall, "continued", continued)
+    assert recall.written(model_of(0), corpus, 600, 5, task).tolist() == [share] * 5
+
+
+@pytest.mark.parametrize("given, repeated, with_key", [
+    (dict(copies=1.0), 8, 0), (dict(copies=0.5), 4, 0), (dict(recall=0.25, copies=0.5), 4, 2)])
+def test_rows_that_only_repeat_have_no_words_of_a_test(given, repeated, with_key):
+    """A share `copies` of the rows has passages that come again, and nothing of the pass key."""
+    plan = types.SimpleNamespace(**dict(recall=0.0, varied=0.0, batch=8) | given)
+    plain = np.random.default_rng(0).integers(0, 256, (8, 512))
+    corpus = types.SimpleNamespace(seed=0, tokenizer=Tokenizer.bytes())
+    corpus.rows = lambda *_: lambda step: plain.copy()
+    rows = recall.training_rows(corpus, "distil", plan)(0)
+    keys = [b"pass key" in bytes(row.astype(np.uint8)) for row in rows]
+    assert sum(keys) == with_key
+    assert sum(comes_again(row) for row, key in zip(rows, keys) if not key) == repeated
+
+
+def comes_again(row):
+    passages = [bytes(row[i:i + 12].astype(np.uint8)) for i in range(len(row) - 11)]
+    return len(set(passages)) < len(passages)
+
+
+@pytest.mark.parametrize("count", [10, 38])
+def test_ends_of_texts_are_scored_as_in_one_pass(count):
+    """Losses, KL(teacher, student) and agreement of the last tokens are those of whole logits."""
+    student, teacher = model_of(0), model_of(1, layers="AA")
+    texts = np.random.default_rng(0).integers(0, 256, (3, 40))
+    found = bench.at_ends([student, teacher], texts, count)
+    idx = torch.from_numpy(texts)
+    s, t = (model(idx)[0][:, -1 - count:-1].log_softmax(-1) for model in (student, teacher))
+    refs = [F.cross_entropy(log.mT, idx[:, -count:], reduction="none") for log in (s, t)]
+    refs += [(t.exp() * (t - s)).sum(-1), (s.argmax(-1) == t.argmax(-1)).float()]
+    for column, ref in zip(found.T, refs):
+        assert column == pytest.approx(ref.mean(1).tolist(), rel=1e-3, abs=1e-4)
+    assert bench.at_ends([student], texts, count)[:, 0] == pytest.approx(found[:, 0])
+
+
+@pytest.fixture
+def niah(tmp_path, monkeypatch):
+    """A function that runs niah with two students of a tiny teacher, and returns its table."""
+    monkeypatch.setattr(bench, "RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(bench, "draw", lambda *_: None)
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 6)) for _ in range(300)]
+    for name in ("text", "other"):
+        lines = [json.dumps(dict(text=" ".join(rng.choice(words, 300)))) for _ in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    for i, name in enumerate(("one", "two", "teacher")):
+        model_of(i, layers="AA" if name == "teacher" else "LA").save_pretrained(tmp_path / name)
+        Tokenizer.bytes().save(tmp_path / name)
+        (tmp_path / name / "report.json").write_text("{}")
+
+    def run(*flags, models=("one", "two")):
+        bench.main(["niah", "--device", "cpu", "--name", "x", "--trials", "2", "--windows", "3",
+                    "--model", *(str(tmp_path / name) for name in models), "--teacher",
+                    str(tmp_path / "teacher"), "--data", str(tmp_path / "text.jsonl"), *flags])
+        return json.loads((tmp_path / "results" / "x.json").read_text())
+    run.folder = tmp_path
+    return run
+
+
+def test_a_table_of_several_students_in_several_calls(niah):
+    """Rows of an earlier call stay, but those of a student whose weights have changed go."""
+    unseen = ["--unseen", str(niah.folder / "other.jsonl")]
+    rows = niah("--contexts", "512", "640", "--readers", "students", *unseen)["rows"]
+    assert {row["model"] for row in rows} == {"one", "two"} and {row["context"] for row in rows} == {512, 640}
+    kl = {row["context"] for row in rows if row["task"] == "KL, unseen"}
+    assert kl == {512}                                       # the teacher knows no longer text
+    assert {row["context"] for row in rows if row["task"] == "loss, unseen"} == {512, 640}
+    shutil.copy(niah.folder / "two" / "model.safetensors", niah.folder / "one" / "model.safetensors")
+    content = niah("--contexts", "640", "--readers", "yarn", *unseen)
+    rows = content["rows"]
+    assert {row["model"] for row in rows} == {"two", "teacher, YaRN"}
+    assert set(content["students"]) == {"one", "two"}
+    assert {row["model"] for row in niah("--contexts", "512", "--readers", "window")["rows"]} == {
+        "teacher, sink + window"}                            # other texts: all begins anew
+
+
+def test_trials_of_long_contexts_have_their_own_number(niah, monkeypatch):
+    seen = {}
+
+    def asked(model, corpus, n, trials, *_, **__):
+        seen[n] = trials
+        return torch.ones(trials)
+    monkeypatch.setattr(bench, "written", asked)
+    monkeypatch.setattr(bench, "recall", lambda *given, **_: (None, asked(*given)))
+    monkeypatch.setattr(bench, "predict", lambda *_: None)
+    monkeypatch.setattr(bench, "niah_texts", lambda *_: (corpus_of(Tokenizer.bytes()), {}, []))
+    niah("--contexts", "512", "32768", "--readers", "students", "--trials", "7", "--trials-long", "3")
+    assert seen == {512: 7, 32768: 3}
+
+
+def test_two_folders_of_one_name_are_refused(niah, capsys):
+    with pytest.raises(SystemExit) as stop:
+        niah(models=("one", "two/../one"))
+    assert stop.value.code == 2 and "same name" in capsys.readouterr().err
+
+
+def test_tasks_that_were_not_tried_count_as_zero_in_the_mean():
+    rows = [dict(model=model, context=n, task=task, value=1.0, low=0.9, high=1.0, by_depth=[])
+            for model, n, task in (("a", 8, "S2"), ("a", 8, "chat"), ("b", 8, "S2"), ("a", 8, "S1"))]
+    assert [row["value"] for model in "abc" for row in bench.mean_of_tasks(rows, model)] == [1.0, 0.5]
