@@ -493,13 +493,15 @@ def bench_prefill(args):
     Estimated: three segments were read, the first, the middle and the last; others lie between."""
     device = args.device
     cuda = device.type == "cuda"
+    if args.profile:
+        return profile(args)
     if cuda:
         fast.fuse()
     linear = matmul_rate(device)
     rates = {size: attention_rate(config, device) for size, config in heads_of(args).items()}
     shown = ", ".join(f"{rate:.3g} ({size})" for size, rate in rates.items())
     table = Table(args, "size kind context",
-                  "size kind context by seconds floor_s ratio tok_s extra_gb peak_gb",
+                  "size kind by context seconds floor_s ratio tok_s extra_gb peak_gb",
                   f"operations per second: {linear:.3g}, attention {shown}",
                   matmul_rate=linear, attention_rate=rates)
     for size, kind, config, model in models(args):
@@ -545,6 +547,77 @@ def estimate(model, device, context):
             times.append(once(lambda: fast.read(model, idx, state), device)[0])
         return float(np.interp(starts, read, times).sum()), None, peak_gb(device.type)
     return model and attempt(work)
+
+
+KERNELS = {                          # kinds of kernels by their names; the first that fits counts
+    "attention": "sdpa|flash|fmha|attend_kernel|merge_kernel|cache_kernel",
+    "scan": "scan_kernel|scan_token_kernel|prepare_kernel",
+    "QK-norm and RoPE": "heads_kernel",
+    "products": "nvjet|gemm|gemv|cutlass|linear_kernel",
+    "copies": "Memcpy|Memset",
+    "norms, gates, sums": ""}
+
+
+def profile(args):
+    """Print which kernels take the time of a prompt that is read, then of one more token."""
+    if args.device.type != "cuda":
+        raise ValueError("--profile shows the kernels of a GPU: give --device cuda")
+    fast.fuse()
+    for size, kind, config, model in models(args):
+        for context in args.ctx or [4096]:
+            prompt = torch.randint(config.vocab_size, (context,), device=args.device)
+            name = f"{size} {kind}, {context:,} tokens"
+            print_kernels(f"{name} read", model, args.device,
+                          partial(prefill_again, model, prompt, model.init_state(1, context)))
+            print_kernels(f"{name}, then one decoded", model, args.device,
+                          fast.Decoder(model, filled_state(model, 1, context, 100)))
+        del model
+
+
+def print_kernels(title, model, device, f):
+    """Print the time of f() by kinds of kernels. Host: how long the CPU takes to launch the kernels."""
+    for _ in range(4):                                   # compiles and records what there is to
+        f()
+    began = clock(device)
+    f()
+    host = 1000 * (time.perf_counter() - began)
+    ms = 1000 * min(once(f, device)[0] for _ in range(10))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        once(f, device)
+    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    found = shares([(e.name, e.time_range.elapsed_us() / 1000) for e in events], products_of(model))
+    rest = ms - sum(each for each, _ in found.values())
+    print(f"\n{title}: {ms:.3f} ms, host {host:.3f} ms")
+    for part, (each, n) in [*found.items(), ("between kernels", (rest, 0))]:
+        print(f"{part:20s}{each:9.3f} ms{n:6d} launches{100 * each / ms:6.1f}%", flush=True)
+
+
+def prefill_again(model, prompt, state):
+    state.pos.zero_()
+    fast.prefill(model, prompt, state)
+
+
+def products_of(model):
+    """What each matrix product of a forward pass computes, in order."""
+    parts = []
+    for block in model.blocks:
+        gate = ["forget gate"] * (getattr(block.mixer, "forget", None) is not None)
+        parts += ["q, k, v, gate", *gate, "output", "MLP up", "MLP down"]
+    return [*parts, "head"]
+
+
+def shares(kernels, products):
+    """{kind: [ms, launches]} of kernels (name, ms) in the order of their launches. Products are told apart if
+    there are as many as `products` names."""
+    kinds = [next(kind for kind, names in KERNELS.items() if re.search(names, name)) for name, _ in kernels]
+    parts = iter(products if kinds.count("products") == len(products) else ())
+    found = {}
+    for kind, (_, ms) in zip(kinds, kernels):
+        row = found.setdefault(next(parts, kind) if kind == "products" else kind, [0.0, 0])
+        row[0] += ms
+        row[1] += 1
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
 # ---- train -------------------------------------------------------------------------------------------------
@@ -1031,6 +1104,8 @@ FLAGS = [                            # modes, flag, what is given, default, help
     ("prefill", "--kind", SOME | dict(choices=ALL), None, "models of a size; default: hybrid teacher"),
     ("decode prefill", "--ctx", SOME | COUNT, None, "tokens of context; default: by size, with --model "
      f"{' '.join(map(str, RUN_CONTEXTS))}"),
+    ("prefill", "--profile", dict(action="store_true"), False, "print which kernels take the time of a "
+     "prompt, 4096 tokens without --ctx, and of one more token"),
     ("decode", "--batch", COUNT, 1, "rows decoded at once"),
     ("train", "--stage", SOME | dict(choices=STAGES), STAGES, "stages of halo.py"),
     ("train", "--peak", LIMIT, None, "operations per second that the device can do at most"),
