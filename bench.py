@@ -1104,7 +1104,7 @@ FLAGS = [                            # modes, flag, what is given, default, help
     ("prefill", "--kind", SOME | dict(choices=ALL), None, "models of a size; default: hybrid teacher"),
     ("decode prefill", "--ctx", SOME | COUNT, None, "tokens of context; default: by size, with --model "
      f"{' '.join(map(str, RUN_CONTEXTS))}"),
-    ("prefill", "--profile", dict(action="store_true"), False, "print which kernels take the time of a "
+    ("prefill", "--profile", dict(action="store_true"), None, "print which kernels take the time of a "
      "prompt, 4096 tokens without --ctx, and of one more token"),
     ("decode", "--batch", COUNT, 1, "rows decoded at once"),
     ("train", "--stage", SOME | dict(choices=STAGES), STAGES, "stages of halo.py"),

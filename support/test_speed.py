@@ -2,7 +2,7 @@
 import pytest
 
 import bench
-from support.test_support import bench_prints, bench_rows, ends_in_one_line, results, tiny  # noqa: F401
+from test_support import bench_prints, bench_rows, ends_in_one_line, results, tiny  # noqa: F401
 
 RUN = "assets/tiny-student"
 
