@@ -247,7 +247,7 @@ def copy_rate(device):
 
 def matmul_rate(device):
     """Operations per second of a large matrix product, in the dtype of the models."""
-    n = 8192 if device.type == "cuda" else 512
+    n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype_on(device))
     return 2 * n ** 3 / (milliseconds(lambda: a @ b, device) / 1000)
 
@@ -255,7 +255,7 @@ def matmul_rate(device):
 def attention_rate(config, device):
     """Operations per second of a large call of causal attention, with a model's heads."""
     H, D = config.n_head, config.head_dim
-    T = 16384 if device.type == "cuda" else 512
+    T = 16384 if device.type == "cuda" else 4096
     q, k, v = torch.randn(3, 1, H, T, D, device=device, dtype=dtype_on(device))
     ms = milliseconds(lambda: fast.attend_lse(q, k, v, causal=True), device)
     return 4 * H * D * (T * (T + 1) / 2) / (ms / 1000)
