@@ -554,7 +554,6 @@ KERNELS = {                          # kinds of kernels by their names; the firs
     "scan": "scan_kernel|scan_token_kernel|prepare_kernel",
     "QK-norm and RoPE": "heads_kernel",
     "products": "nvjet|gemm|gemv|cutlass|linear_kernel",
-    "copies": "Memcpy|Memset",
     "norms, gates, sums": ""}
 
 
@@ -566,15 +565,17 @@ def profile(args):
     for size, kind, config, model in models(args):
         for context in args.ctx or [4096]:
             prompt = torch.randint(config.vocab_size, (context,), device=args.device)
-            name = f"{size} {kind}, {context:,} tokens"
-            print_kernels(f"{name} read", model, args.device,
-                          partial(prefill_again, model, prompt, model.init_state(1, context)))
-            print_kernels(f"{name}, then one decoded", model, args.device,
-                          fast.Decoder(model, filled_state(model, 1, context, 100)))
-        del model
+            state = filled_state(model, 1, context, 100)
+            decode = fast.Decoder(model, filled_state(model, 1, context, 100))
+
+            def read():
+                state.pos.zero_()
+                fast.prefill(model, prompt, state)
+            print_kernels(f"{size} {kind}, {context:,} tokens read", model, read, args.device)
+            print_kernels(f"{size} {kind}, one token after {context:,}", model, decode, args.device)
 
 
-def print_kernels(title, model, device, f):
+def print_kernels(title, model, f, device):
     """Print the time of f() by kinds of kernels. Host: how long the CPU takes to launch the kernels."""
     for _ in range(4):                                   # compiles and records what there is to
         f()
@@ -588,14 +589,9 @@ def print_kernels(title, model, device, f):
     events.sort(key=lambda e: e.time_range.start)
     found = shares([(e.name, e.time_range.elapsed_us() / 1000) for e in events], products_of(model))
     rest = ms - sum(each for each, _ in found.values())
-    print(f"\n{title}: {ms:.3f} ms, host {host:.3f} ms")
-    for part, (each, n) in [*found.items(), ("between kernels", (rest, 0))]:
+    print(f"\n{title}: {ms:.3f} ms, between kernels {rest:.3f}, host {host:.3f}")
+    for part, (each, n) in found.items():
         print(f"{part:20s}{each:9.3f} ms{n:6d} launches{100 * each / ms:6.1f}%", flush=True)
-
-
-def prefill_again(model, prompt, state):
-    state.pos.zero_()
-    fast.prefill(model, prompt, state)
 
 
 def products_of(model):
@@ -617,7 +613,7 @@ def shares(kernels, products):
         row = found.setdefault(next(parts, kind) if kind == "products" else kind, [0.0, 0])
         row[0] += ms
         row[1] += 1
-    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+    return found
 
 
 # ---- train -------------------------------------------------------------------------------------------------
