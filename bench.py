@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import halo
 import kernel
-from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, write_file
+from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, read_config, write_file
 from support import fast, options, pretrained, shard, world
 from support.common import (
     Parser, command_line, default_device, file_name, filled, number, read_json, write_json)
@@ -126,12 +126,38 @@ def build(config, device):
 
 
 def models(args):
-    """Yield (size, kind, config, model) for all of --size and --kind. A model that does not fit is None."""
+    """Yield (size, kind, config, model) for all of --size and --kind, or for the student of --model and its
+    teacher. A model that does not fit is None."""
+    for kind, path in run_of(args.model).items():
+        release()
+        model = pretrained.load(path, dtype_on(args.device), args.device)
+        yield run_name(args.model), kind, model.config, model
+        del model                                        # before the next one needs its memory
     for size in args.size:
         for kind in args.kind or SIZES[size].kinds:
             config = config_of(size, kind)
             release()
             yield size, kind, config, attempt(partial(build, config, args.device))
+
+
+def heads_of(args):
+    """{size: a config with the heads of its models}. A student has those of its teacher."""
+    if args.model:
+        given = read_json(args.model, "config.json", "model")
+        return {run_name(args.model): read_config(given, args.model)}
+    return {size: SIZES[size].teacher for size in args.size}
+
+
+def run_name(folder):
+    return os.path.basename(os.path.abspath(folder))
+
+
+def run_of(folder):
+    """{kind: path} of the student and the teacher of a run of halo.py. Without a folder there are none."""
+    if folder is None:
+        return {}
+    report = read_json(folder, "report.json", "report of halo.py")
+    return dict(student=folder, teacher=halo.teacher_path(report.get("teacher", "tiny")))
 
 
 def weigh(config, batch, context, dtype):
@@ -183,6 +209,15 @@ def once(f, device):
     return seconds, (torch.cuda.max_memory_allocated(device) - before) / 1e9 if cuda else None
 
 
+def reset_peak(device):
+    """Let peak_gb begin anew. Only Linux can do so for the memory of a process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as f:
+            f.write("5")
+
+
 def milliseconds(f, device, warm=2, repeat=20, flush=True):
     """Median time of f() in ms. On a GPU `flush` overwrites the cache before each call. The calls are queued,
     so that the host's time hides behind the card's, as it does in training."""
@@ -204,15 +239,16 @@ def milliseconds(f, device, warm=2, repeat=20, flush=True):
 
 
 def copy_rate(device):
-    """Bytes per second, read and written, of a large copy."""
-    a = torch.empty(2 ** (32 if device.type == "cuda" else 26), dtype=torch.int8, device=device)
+    """Bytes per second, read and written, of a large copy. The memory is written first: pages that nobody
+    has written are one page of zeros, which stays in the cache."""
+    a = torch.ones(2 ** (32 if device.type == "cuda" else 29), dtype=torch.int8, device=device)
     b = torch.empty_like(a)
     return 2 * a.numel() / (milliseconds(lambda: b.copy_(a), device) / 1000)
 
 
 def matmul_rate(device):
     """Operations per second of a large matrix product, in the dtype of the models."""
-    n = 8192 if device.type == "cuda" else 512
+    n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype_on(device))
     return 2 * n ** 3 / (milliseconds(lambda: a @ b, device) / 1000)
 
@@ -220,7 +256,7 @@ def matmul_rate(device):
 def attention_rate(config, device):
     """Operations per second of a large call of causal attention, with a model's heads."""
     H, D = config.n_head, config.head_dim
-    T = 16384 if device.type == "cuda" else 512
+    T = 16384 if device.type == "cuda" else 4096
     q, k, v = torch.randn(3, 1, H, T, D, device=device, dtype=dtype_on(device))
     ms = milliseconds(lambda: fast.attend_lse(q, k, v, causal=True), device)
     return 4 * H * D * (T * (T + 1) / 2) / (ms / 1000)
@@ -256,7 +292,7 @@ def machine(device):
 
 
 WIDTHS = dict(                       # of columns, others 9; below 0: the text stands at the left
-    size=-8, kind=-9, stage=-9, shape=-22, decay=-10, by=-6, model=-32, task=-26, change=-35, seed=5, of=6,
+    size=-8, kind=-9, stage=-9, shape=-22, decay=-10, by=-10, model=-32, task=-26, change=-35, seed=5, of=6,
     value=11, low=11, high=11,
     batch=6, plan_batch=5, length=7, at_once=8, used=9, context=11, checkpoint=7, gpus=5, hours=8,
     seconds=9, tok_s=10, pass_keys=16,
@@ -302,7 +338,7 @@ class Table:
             if isinstance(value, (int, float)):
                 value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
             width = WIDTHS.get(name, 9)
-            line += value.ljust(-width) if width < 0 else value.rjust(width)
+            line += value[:-width - 1].ljust(-width) if width < 0 else value.rjust(width)
         print(line, flush=True)
 
 
@@ -361,21 +397,28 @@ def bench_figure(args):
 
 # ---- decode ------------------------------------------------------------------------------------------------
 
+RUN_CONTEXTS = (8192, 32768, 131072)                     # of --model
+
+
+def contexts_of(args, size):
+    return args.ctx or (RUN_CONTEXTS if args.model else SIZES[size].contexts)
+
+
 WARM = 5                                                 # untimed calls; the second one records the graph
 
 
 def bench_decode(args):
     """Every row of the batch has this context and gets one more token.
     Floor: the bytes of weights, S (read and written) and K/V, divided by the rate of copies.
-    Needs: weights and state. Peak: everything."""
+    Needs: weights and state. Peak: everything that is allocated; on a CPU the whole process."""
     device = args.device
     rate = copy_rate(device)
     table = Table(args, "size kind batch context",
                   "size kind batch context ms floor_ms ratio tok_s need_gb peak_gb",
                   f"copies {rate / 1e12:.3g} TB/s", copy_rate=rate)
     for size, kind, config, model in models(args):
-        todo = [(args.batch, n) for n in args.ctx or SIZES[size].contexts]
-        if not args.ctx and kind != "article":
+        todo = [(args.batch, n) for n in contexts_of(args, size)]
+        if not args.ctx and not args.model and kind != "article":
             todo += SIZES[size].batches
         measure = partial(decode_row, model, config, rate, device)
         for batch, context in todo:
@@ -392,21 +435,25 @@ def bench_decode(args):
 def decode_row(model, config, rate, device, context, batch):
     """ms per token and peak memory of a decoder whose state is filled with random numbers."""
     def work():
-        state = model.init_state(batch, context + WARM + 20)
-        for layer in state.layers:
-            for tensor in layer.values():
-                tensor.normal_()
-        state.pos.fill_(context)
+        state = filled_state(model, batch, context, WARM + 20)
         return milliseconds(fast.Decoder(model, state), device, warm=WARM, flush=False)
     moved, held = weigh(config, batch, context, dtype_on(device))
     floor = 1000 * moved / rate
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
     ms = model and attempt(work)
     return dict(batch=batch, context=context, ms=ms, floor_ms=floor, ratio=ms and ms / floor,
                 tok_s=ms and 1000 * batch / ms, need_gb=held / 1e9,
-                peak_gb=torch.cuda.max_memory_allocated(device) / 1e9 if cuda and ms else None)
+                peak_gb=peak_gb(device.type) if ms else None)
+
+
+def filled_state(model, batch, context, more):
+    """A state of random numbers, as if it had read `context` tokens, with room for so many more."""
+    state = model.init_state(batch, context + more)
+    for layer in state.layers:
+        for tensor in layer.values():
+            tensor.normal_()
+    state.pos.fill_(context)
+    return state
 
 
 def largest_batch(config, context, device):
@@ -425,8 +472,9 @@ def draw_decode(facts, rows, path):
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     panels = []
     for size in sizes:
-        lines = [(kind, chosen(rows, size=size, kind=kind)) for kind in ALL]
-        panels.append((f"{SIZES[size].title}: ms per token", lines, None))
+        lines = [(kind, chosen(rows, size=size, kind=kind)) for kind in (*ALL, "student")]
+        title = SIZES[size].title if size in SIZES else size
+        panels.append((f"{title}: ms per token", lines, None))
     if sizes:
         name = "decode.png" if "2b" in sizes else f"decode-{sizes[0]}.png"
         draw(os.path.join(RESULTS, name), panels)
@@ -435,44 +483,139 @@ def draw_decode(facts, rows, path):
 # ---- prefill -----------------------------------------------------------------------------------------------
 
 
+WHOLE = 60                           # seconds: a CPU's reading with a larger floor is estimated
+SEGMENT = 1024                       # tokens that fast.prefill reads at a time on a CPU
+
+
 def bench_prefill(args):
     """Every row reads a context from its first token to its last.
     Floor: the operations of Linears and of attention, each divided by its rate above.
     These are the rates of a large product and of a large call of the model's attention.
-    Extra: peak memory beyond weights and state."""
+    Extra: peak memory beyond weights and state. Peak: everything; on a CPU the whole process.
+    Estimated: three segments were read, the first, the middle and the last; others lie between."""
     device = args.device
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if args.profile:
+        return profile(args)
+    if cuda:
         fast.fuse()
     linear = matmul_rate(device)
-    rates = {size: attention_rate(SIZES[size].teacher, device) for size in args.size}
+    rates = {size: attention_rate(config, device) for size, config in heads_of(args).items()}
     shown = ", ".join(f"{rate:.3g} ({size})" for size, rate in rates.items())
     table = Table(args, "size kind context",
-                  "size kind context seconds floor_s ratio tok_s extra_gb",
+                  "size kind by context seconds floor_s ratio tok_s extra_gb peak_gb",
                   f"operations per second: {linear:.3g}, attention {shown}",
                   matmul_rate=linear, attention_rate=rates)
     for size, kind, config, model in models(args):
-        contexts = args.ctx or [n for n in SIZES[size].contexts if kind != "teacher" or n <= 131072]
-        read = partial(prefill, model, device)
-        read(min(32768, max(contexts)))                  # compiles what there is to compile
+        contexts = [n for n in contexts_of(args, size) if args.ctx or kind != "teacher" or n <= 131072]
+        prefill(model, device, min(32768 if cuda else SEGMENT, max(contexts)))     # compiles what there is to
         for context in contexts:
             release()
-            found = [read(context) for _ in range(2 if context <= 131072 else 1)]
-            seconds, extra = min(filter(None, found), default=(None, None), key=lambda pair: pair[0])
             of_linears, of_attention = operations(config, context)
             floor = of_linears / linear + of_attention / rates[size]
-            table.add(size=size, kind=kind, context=context, seconds=seconds, floor_s=floor, extra_gb=extra,
-                      ratio=seconds and seconds / floor, tok_s=seconds and context / seconds)
+            whole = cuda or floor < WHOLE
+            read = partial(prefill if whole else estimate, model, device, context)
+            found = [read() for _ in range(2 if cuda and context <= 131072 else 1)]
+            seconds, extra, peak = min(filter(None, found), default=(None,) * 3, key=lambda row: row[0])
+            table.add(size=size, kind=kind, context=context, by="whole" if whole else "estimated",
+                      seconds=seconds, floor_s=floor, ratio=seconds and seconds / floor,
+                      tok_s=seconds and context / seconds, extra_gb=extra, peak_gb=peak)
         del model, read
     return table
 
 
 def prefill(model, device, context):
-    """Seconds to read random ids, and GB beyond weights and state (CPU: None); None if they do not fit."""
+    """Seconds to read random ids, GB beyond weights and state (CPU: None), and GB at the peak. None if the
+    model does not fit."""
     def work():
         prompt = torch.randint(model.config.vocab_size, (context,), device=device)
         state = model.init_state(1, context)
-        return once(lambda: fast.prefill(model, prompt, state), device)
+        reset_peak(device)
+        return *once(lambda: fast.prefill(model, prompt, state), device), peak_gb(device.type)
     return model and attempt(work)
+
+
+def estimate(model, device, context):
+    """What prefill returns, from three segments of the context. A segment's time grows evenly with the tokens
+    before it. Earlier keys and values are random numbers."""
+    def work():
+        starts = np.arange(0, context, SEGMENT)
+        read = starts[[0, len(starts) // 2, -1]]
+        idx = torch.randint(model.config.vocab_size, (1, SEGMENT), device=device)
+        reset_peak(device)
+        state, times = filled_state(model, 1, context, SEGMENT), []
+        for start in read.tolist():
+            state.pos.fill_(start)
+            times.append(once(lambda: fast.read(model, idx, state), device)[0])
+        return float(np.interp(starts, read, times).sum()), None, peak_gb(device.type)
+    return model and attempt(work)
+
+
+KERNELS = {                          # kinds of kernels by their names; the first that fits counts
+    "attention": "sdpa|flash|fmha|attend_kernel|merge_kernel|cache_kernel",
+    "scan": "scan_kernel|scan_token_kernel|prepare_kernel",
+    "QK-norm and RoPE": "heads_kernel",
+    "products": "nvjet|gemm|gemv|cutlass|linear_kernel",
+    "norms, gates, sums": ""}
+
+
+def profile(args):
+    """Print which kernels take the time of a prompt that is read, then of one more token."""
+    if args.device.type != "cuda":
+        raise ValueError("--profile shows the kernels of a GPU: give --device cuda")
+    fast.fuse()
+    for size, kind, config, model in models(args):
+        for context in args.ctx or [4096]:
+            prompt = torch.randint(config.vocab_size, (context,), device=args.device)
+            state = filled_state(model, 1, context, 100)
+            decode = fast.Decoder(model, filled_state(model, 1, context, 100))
+
+            def read():
+                state.pos.zero_()
+                fast.prefill(model, prompt, state)
+            print_kernels(f"{size} {kind}, {context:,} tokens read", model, read, args.device)
+            print_kernels(f"{size} {kind}, one token after {context:,}", model, decode, args.device)
+
+
+def print_kernels(title, model, f, device):
+    """Print the time of f() by kinds of kernels. Host: how long the CPU takes to launch the kernels."""
+    for _ in range(4):                                   # compiles and records what there is to
+        f()
+    began = clock(device)
+    f()
+    host = 1000 * (time.perf_counter() - began)
+    ms = 1000 * min(once(f, device)[0] for _ in range(10))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        once(f, device)
+    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    found = shares([(e.name, e.time_range.elapsed_us() / 1000) for e in events], products_of(model))
+    rest = ms - sum(each for each, _ in found.values())
+    print(f"\n{title}: {ms:.3f} ms, between kernels {rest:.3f}, host {host:.3f}")
+    for part, (each, n) in found.items():
+        print(f"{part:20s}{each:9.3f} ms{n:6d} launches{100 * each / ms:6.1f}%", flush=True)
+
+
+def products_of(model):
+    """What each matrix product of a forward pass computes, in order."""
+    parts = []
+    for block in model.blocks:
+        gate = ["forget gate"] * (getattr(block.mixer, "forget", None) is not None)
+        parts += ["q, k, v, gate", *gate, "output", "MLP up", "MLP down"]
+    return [*parts, "head"]
+
+
+def shares(kernels, products):
+    """{kind: [ms, launches]} of kernels (name, ms) in the order of their launches. Products are told apart if
+    there are as many as `products` names."""
+    kinds = [next(kind for kind, names in KERNELS.items() if re.search(names, name)) for name, _ in kernels]
+    parts = iter(products if kinds.count("products") == len(products) else ())
+    found = {}
+    for kind, (_, ms) in zip(kinds, kernels):
+        row = found.setdefault(next(parts, kind) if kind == "products" else kind, [0.0, 0])
+        row[0] += ms
+        row[1] += 1
+    return found
 
 
 # ---- train -------------------------------------------------------------------------------------------------
@@ -1075,9 +1218,14 @@ FLAGS = [                            # modes, flag, what is given, default, help
     ("decode prefill train kernel niah ablate", "--device", TEXT, None, "cuda (where there is one) or cpu"),
     ("decode prefill train", "--size", SOME | dict(choices=SIZES), None, "; ".join(
         f"default of {mode}: {' '.join(sizes)}" for mode, sizes in ON_GPU.items()) + "; on a CPU: tiny"),
-    ("decode", "--kind", SOME | dict(choices=ALL), None, "models; default: all of a size"),
-    ("prefill", "--kind", SOME | dict(choices=ALL), ["hybrid", "teacher"], "models"),
-    ("decode prefill", "--ctx", SOME | COUNT, None, "tokens of context; default: by size"),
+    ("decode prefill", "--model", TEXT, None, "folder of a run of halo.py: its student and its teacher are "
+     "measured, in place of a size"),
+    ("decode", "--kind", SOME | dict(choices=ALL), None, "models of a size; default: all"),
+    ("prefill", "--kind", SOME | dict(choices=ALL), None, "models of a size; default: hybrid teacher"),
+    ("decode prefill", "--ctx", SOME | COUNT, None, "tokens of context; default: by size, with --model "
+     f"{' '.join(map(str, RUN_CONTEXTS))}"),
+    ("prefill", "--profile", dict(action="store_true"), None, "print which kernels take the time of a "
+     "prompt, 4096 tokens without --ctx, and of one more token"),
     ("decode", "--batch", COUNT, 1, "rows decoded at once"),
     ("train", "--stage", SOME | dict(choices=STAGES), STAGES, "stages of halo.py"),
     ("train", "--peak", LIMIT, None, "operations per second that the device can do at most"),
@@ -1122,7 +1270,12 @@ def get_args(argv):
         raise ValueError(f"--device {args.device}: its times cannot be trusted; give cuda or cpu")
     cuda = args.device.type == "cuda"
     if args.mode in ON_GPU:
-        args.size = args.size or (ON_GPU[args.mode] if cuda else ["tiny"])
+        of_run = args.mode != "train" and args.model
+        if of_run and (args.size or args.kind):
+            raise ValueError("--model measures a run's own student and teacher: leave --size and --kind out")
+        args.size = [] if of_run else args.size or (ON_GPU[args.mode] if cuda else ["tiny"])
+        if args.mode == "prefill":
+            args.kind = args.kind or ["hybrid", "teacher"]
     if args.mode == "ablate":
         args.devices = [args.device]
         if cuda and args.device.index is None:

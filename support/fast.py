@@ -175,19 +175,23 @@ def read(model, idx, state):
     start = int(state.pos.max())
     if idx.size(1) > 1 and (state.pos != start).any():
         raise ValueError("rows hold different numbers of tokens; read each through state.row(b)")
-    x = model.embed(idx, where)
+    x, y = model.embed(idx, where), None                     # the input of a block is x + y
     for block, cache in zip(model.blocks, state.layers):
-        if is_known(block) and isinstance(block.mixer, Attention):
-            m, n = block.mixer, block.norm2
-            q, k, v, z = m.project(block.norm1(x), where)
+        if not is_known(block):
+            x, y = block(x if y is None else x + y, where, cache), None
+            continue
+        m = block.mixer
+        x, h = summed(x, y, block.norm1)
+        if isinstance(m, Attention):
+            q, k, v, z = m.project(h, where)
             o = attend_past(m, q, k, v, where.pos, cache, start)
             y = m.out(hypenet.gated(o.flatten(2), None, z))
-            x, h = add_normed(x, y, n.weight, n.bias, n.eps)
-            x = x + block.mlp(h)
         else:
-            x = block(x, where, cache)
+            y = m(h, where, cache)
+        x, h = summed(x, y, block.norm2)
+        y = block.mlp(h)
     state.pos += idx.size(1)
-    return model.norm(x)
+    return summed(x, y, model.norm)[1]
 
 
 def attend_past(mixer, q, k, v, pos, cache, start):
@@ -351,15 +355,17 @@ def add_normed(x, y, weight, bias, eps):
     return x, cast_normed(x, weight, bias, eps)
 
 
+def summed(x, y, norm):
+    """x + y, and the norm of the sum. y may be None."""
+    return (x, norm(x)) if y is None else add_normed(x, y, norm.weight, norm.bias, norm.eps)
+
+
 def fused_block(self, x, where, cache=None):
     """Block.forward, with each sum and the norm after the sum as one kernel. x may be a pair, whose sum is
     the input (the second None: no sum yet). Then the output is such a pair."""
     is_pair = isinstance(x, tuple)
-    x, y = x if is_pair else (x, None)
-    n = self.norm1
-    x, h = (x, n(x)) if y is None else add_normed(x, y, n.weight, n.bias, n.eps)
-    n = self.norm2
-    x, h = add_normed(x, self.mixer(h, where, cache), n.weight, n.bias, n.eps)
+    x, h = summed(*(x if is_pair else (x, None)), self.norm1)
+    x, h = summed(x, self.mixer(h, where, cache), self.norm2)
     y = self.mlp(h)
     return (x, y) if is_pair else x + y
 
@@ -373,8 +379,7 @@ def fused_hidden(self, idx, state=None, offset=None):
     x = self.embed(idx, where), None
     for block in self.blocks:
         x = block(x, where)
-    n = self.norm
-    return add_normed(*x, n.weight, n.bias, n.eps)[1]
+    return summed(*x, self.norm)[1]
 
 
 PLAIN = {}                           # the functions as written, by module and name

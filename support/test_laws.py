@@ -159,8 +159,8 @@ def test_twins_learn_from_the_teachers_own_pass(family):
 
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_a_twin_starts_as_its_options_say(decay, monkeypatch):
-    """A new forget gate keeps the share --retention, or what lookback says. The twin has its teacher's weights
-    and gains of QK-norm, or random ones with --transfer off."""
+    """A new forget gate keeps the share --retention, or what lookback says. The twin has its teacher's
+    weights and gains of QK-norm, or random ones with --transfer off."""
     old, rows = tiny(dtype=torch.float32, layers="AA"), some_ids(4, 25)
     for transfer in "on", "off":
         args = options(decay=decay, retention=0.9, transfer=transfer)
