@@ -58,8 +58,8 @@ def test_same_packages_same_files(debian, tmp_path, capsys):
 
 
 def test_no_text_is_in_two_files(debian, tmp_path, monkeypatch):
-    """Books have at least their least length and keep the order of the pages, page2 before page10. Their pages
-    are in no other file. Sizes hold."""
+    """Books are long enough and keep the order of their pages, page2 before page10. No other file has their
+    pages. Sizes hold."""
     monkeypatch.setattr(corpus, "BOOK", (10_000, 20_000))
     texts = made(tmp_path / "out", "--long", "0.09", "--prose", "0.02")
     manuals = [book for book in texts["long"] if "cache" in book]
@@ -116,7 +116,7 @@ def test_wording_of_every_test_is_known(task):
 
 @pytest.mark.parametrize("error, line", [
     (FileNotFoundError(), "there is no apt-get here; run this program on Debian"),
-    (subprocess.CalledProcessError(100, "", stderr="W: a\nE: no host\n"), "(E: no host); run apt-get update")])
+    (subprocess.CalledProcessError(100, "", stderr="W: a\nE: no host\n"), "(E: no host); run apt-get up")])
 def test_without_apt_or_network(tmp_path, monkeypatch, capsys, error, line):
     """One clear line, exit status 2, and no file."""
     def run(*args, **options):
