@@ -46,11 +46,13 @@ MODULE = re.compile(r"\.py$")
 SKIPPED = re.compile(                # indexes, tests, the questions of lm_eval, other languages
     r"/(_modules|_sources|genindex|search|\w*-?modindex|contents|tests?|lm_eval|_vendor|changelog|copyright"
     r"|translations|(?!en)[a-z]{2}[-_][A-Z]{2})\b|\.(?!en)[a-z]{2}\.html")
-HIDDEN = re.compile(r"(?is)<(script|style|head|nav|footer|svg|math)\b.*?</\1\s*>|<!--.*?-->")
+HIDDEN = re.compile(r"(?is)<(script|style|head|nav|footer|svg|math)\b.*?</\1\s*>|<!--.*?-->"
+                    r"|<div class=.sphinxsidebar.*")
 BLOCK = re.compile(r"(?i)</?(p|h\d|ul|ol|dl|table|pre|section|blockquote)\b[^>]*>")
 LINE = re.compile(r"(?i)</?(br|div|tr|dt|dd|li)\b[^>]*>")
 NAVIGATION = re.compile(r"(?m)^\W*((Prev|Next|Up|Previous)\b.*(Up|Home|Next|Index\]|Prev)|‹.*›|Copyright\b.*"
                         r"|.*(Boost Software License|\bHome Next).*|.* Home .*(?=\s*\Z))\s*$")
+LICENCE = re.compile(r"\A(#.*\n)*#.*licen[cs]e.*\n(#.*\n|\n)*", re.I)
 COMMON = set("the of to and is in that for".split())
 WORDING = re.compile(r"special\s+magic\s+number|pass\s+key\s+is", re.I)   # of the tests in support/recall.py
 
@@ -125,8 +127,9 @@ def pages(folder):
 
 
 def modules(folder):
-    """Pairs of folder and text for the modules of a Python package. Tables of data are left out."""
+    """Pairs of folder and text for the modules of a Python package, without tables of data and licences."""
     for home, text in files_of(folder, MODULE):
+        text = LICENCE.sub("", text)
         letters = sum(map(str.isalpha, text))
         code = text.isascii() and letters > 0.4 * len(text) and not re.search(r"\S{200,}", text)
         if code and 400 < len(text) < 400_000 and not WORDING.search(text):

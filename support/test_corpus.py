@@ -104,8 +104,8 @@ def test_navigation_is_left_out(tmp_path):
     ("def f():\n    return 1\n" * 40, True), ("x = 1\n" * 40, False), ("t = (1, 2, 3, 4, 5)\n" * 40, False),
     ("def f():\n    return 1\n" * 40 + f"# {SECRET}", False), ("word = 'é'\n" * 60, False)])
 def test_modules(tmp_path, text, kept):
-    """Python without tables, other alphabets and words of the tests is kept as it is."""
-    write(tmp_path / "lib/module.py", text)
+    """Python without tables, other alphabets and words of the tests is kept, all but its licence."""
+    write(tmp_path / "lib/module.py", f"# By A. Author\n# License: BSD\n#\n# Some terms\n\n{text}")
     assert [text for _, text in corpus.modules(tmp_path / "lib")] == [text] * kept
 
 
