@@ -292,8 +292,8 @@ def machine(device):
 
 
 WIDTHS = dict(                       # of columns, others 9; below 0: the text stands at the left
-    size=-8, kind=-9, stage=-9, shape=-22, decay=-10, by=-10, model=-32, task=-26, change=-35, seed=5, of=6,
-    value=11, low=11, high=11,
+    size=-8, kind=-9, stage=-9, shape=-22, decay=-10, by=-10, model=-27, task=-25, change=-35, seed=5, of=6,
+    value=10, low=10, high=10,
     batch=6, plan_batch=5, length=7, at_once=8, used=9, context=11, checkpoint=7, gpus=5, hours=8,
     seconds=9, tok_s=10, pass_keys=16,
     one_of_four=16)

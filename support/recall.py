@@ -67,8 +67,8 @@ def written_tasks(tokenizer):
     tasks = {"multi-query": Task(needle, question, string.digits, needles=4, write=64)}
     if tokenizer.config.get("chat_template"):
         lead, _, end = tokenizer.chat([dict(role="user", content="{text}")]).partition("{text}")
-        question = "\n\nThe text above mentions a special magic number for {name}. What is this number?"
-        tasks["chat"] = Task(needle, question + end, string.digits, lead=lead, write=24)
+        question = "\n\nWhat is the special magic number for {name}?" + end
+        tasks["chat"] = Task(needle, question, string.digits, lead=lead, write=32)
     return tasks
 
 
