@@ -1019,15 +1019,16 @@ def keep_rows(table):
 
 
 def mean_of_tasks(rows, model):
-    """One row per context: the mean of all tasks but S1 that any model was asked there. A task that was not
-    tried any more counts as 0."""
+    """One row per context: the mean of all tasks but S1. A task that was not tried any more counts as 0.
+    Contexts at which no model was asked for all tasks are left out."""
+    asked = [row for row in rows if "by_depth" in row and row["task"] != "S1"]
+    tasks = {row["task"] for row in asked}
     found = []
-    for n in sorted({row["context"] for row in rows}):
-        asked = {row["task"] for row in chosen(rows, context=n) if "by_depth" in row and row["task"] != "S1"}
-        its = [row for row in chosen(rows, context=n, model=model) if row["task"] in asked]
-        if its:
-            value = sum(row["value"] for row in its) / len(asked)
-            half = sum((row["high"] - row["low"]) ** 2 for row in its) ** 0.5 / 2 / len(asked)
+    for n in sorted({row["context"] for row in asked}):
+        its = chosen(asked, context=n, model=model)
+        if its and {row["task"] for row in chosen(asked, context=n)} == tasks:
+            value = sum(row["value"] for row in its) / len(tasks)
+            half = sum((row["high"] - row["low"]) ** 2 for row in its) ** 0.5 / 2 / len(tasks)
             found.append(dict(context=n, value=value, low=value - half, high=value + half))
     return found
 

@@ -42,8 +42,8 @@ def get_args(halo, argv):
              "once, on a GPU. smollm2 (from pip), gpt2, gpt2-xl, Qwen/Qwen3-1.7B, another repository of the "
              "hub, or a .gguf file: with the paper's plan, on a GPU. Or a folder of a GPT-2, Llama or Qwen, "
              "or of --pretrain: the plan then depends on the size of the weights")
-    add("--recipe", default="paper", choices=halo.RECIPES,
-        help="the recipe that sets the rows below; default: paper")
+    add("--recipe", choices=halo.RECIPES,
+        help="the recipe that sets the rows below; default: paper, for real teachers real")
     add("--out", type=filled, help="folder of the run; default: out/TEACHER-RECIPE, then -2, -3, ...")
     add("--resume", type=filled, metavar="RUN",
         help="go on with the run in this folder, with the options of the run. Only --device and --plain can "
@@ -68,9 +68,10 @@ def get_args(halo, argv):
     add("--pretrain", action="store_true",
         help=f"train a teacher ({', '.join(halo.TEACHERS)}) from random weights; with --layers a hybrid")
     add = p.add_argument_group("rows of the recipe").add_argument
-    for name, paper, article, allowed, text in halo.ROWS:
+    for name, values, allowed, text in halo.ROWS:
         check = dict(choices=allowed) if isinstance(allowed, tuple) else dict(type=allowed, metavar="X")
-        add("--" + name.replace("_", "-"), **check, help=f"{text} (paper: {paper}; article: {article})")
+        defaults = "; ".join(f"{recipe}: {value}" for recipe, value in zip(halo.RECIPES, values))
+        add("--" + name.replace("_", "-"), **check, help=f"{text} ({defaults})")
     add = p.add_argument_group("finer choices").add_argument
     add("--keep", type=number(int, 1), metavar="N",
         help="how many layers stay attention, with --layers swap, guarded, score, even; default: a quarter")
@@ -124,14 +125,16 @@ def settle(halo, args):
     args.hybrid = args.layers is not None         # whether --pretrain trains a hybrid
     free = args.device or args.dry_run or args.resume              # no limit of hours on a CPU
     args.device = world.join(default_device(args.device))
+    args.path = halo.teacher_path(args.teacher)
+    size, weight = plan_of(halo, args)
+    args.recipe = args.recipe or ("real" if size == "real" else "paper")
     for name, value in halo.RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.path = halo.teacher_path(args.teacher)
-    size, weight = plan_of(halo, args)
     local = args.teacher == "smollm2" or args.teacher.endswith(".gguf")       # need no hub
     if size == "real" and not args.data:
         args.data = ["teacher" if local else "fineweb"]
+    args.scaled = size == "real"
     args.fused = size != "tiny" and args.device.startswith("cuda") and not args.plain
     args.changes = read_set(args.set)
     check_options(halo, args)
@@ -171,6 +174,18 @@ def whole(text):
     if value != int(value):
         raise ValueError
     return int(value)
+
+
+def scale(plans, n_params, given):
+    """Fit the paper's plan to a teacher of n_params parameters, in place; `given`: the items of --plan. The
+    paper's largest student has 1.7B and more. A smaller one reads fewer tokens, by the root of its size, at a
+    higher learning rate. The power of the rate is that of SmolLM2-135M, which did well at 5e-4."""
+    share = min(1.0, n_params / 1.7e9)
+    given = {item.partition("=")[0] for item in given}
+    for stage, plan in plans.items():
+        fitted = dict(tokens=plan.tokens * share ** 0.5, lr=min(1e-3, plan.lr * share ** -0.64))
+        fitted = {field: x for field, x in fitted.items() if f"{stage}.{field}" not in given}
+        plans[stage] = replace(plan, **fitted)
 
 
 PLAN_FIELDS = {                                   # the fields of halo.Plan that --plan can change
@@ -317,6 +332,8 @@ def load_teacher(halo, plans, args):
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     teacher = pretrained.load(args.path, dtype, args.device).requires_grad_(False)
     check_tokenizer(args.tokenizer, teacher.config)
+    if args.scaled:
+        scale(plans, teacher.n_params(), args.plan)
     config = teacher.config
     n_layer = len(config.layers)
     check_layers(halo, args.layers, n_layer, args.keep)

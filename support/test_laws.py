@@ -281,6 +281,41 @@ def test_the_error_of_swap_is_that_of_differences(monkeypatch):
     assert score["swap_se"] == pytest.approx(step.std().item() / 40 ** 0.5, abs=1e-6)
 
 
+def test_the_recipe_of_real_teachers_is_the_papers_but_for_two_rows():
+    changed = {row for row, value in halo.RECIPES["real"].items() if value != halo.RECIPES["paper"][row]}
+    assert changed == {"decay", "target"}
+
+
+@pytest.mark.parametrize("n_params, tokens, lr", [
+    (1.7e9, (320e6, 1e9), (1e-3, 1e-4)), (8e9, (320e6, 1e9), (1e-3, 1e-4)),
+    (0.017e9, (32e6, 1e8), (1e-3, 1e-3)), (0.17e9, (32e6 * 10 ** 0.5, 1e8 * 10 ** 0.5), (1e-3, 4.365e-4))])
+def test_a_plan_fits_its_teachers_size(n_params, tokens, lr):
+    """Tokens go with the root of the size, learning rates with its power -0.64, up to 1e-3. Nothing that is
+    asked for changes."""
+    plans = {stage: halo.PLANS["real"][stage] for stage in ("align", "distil", "finetune")}
+    cli.scale(plans, n_params, ["finetune.tokens=7", "finetune.lr=8"])
+    assert tuple(plans[stage].tokens for stage in ("align", "distil")) == pytest.approx(tokens)
+    assert tuple(plans[stage].lr for stage in ("align", "distil")) == pytest.approx(lr, rel=1e-3)
+    assert plans["finetune"] == halo.PLANS["real"]["finetune"]
+
+
+def test_the_control_is_the_teacher_after_stage_3(monkeypatch):
+    """--control converts nothing: the model has the teacher's config and logits before stage 3 trains it, and
+    stage 3 is all that trains. Its loss is the student's."""
+    seen = {}
+    monkeypatch.setattr(halo, "train", lambda run, stage, plan, *rest: seen.update({stage: rest}))
+    old, idx = tiny(dtype=torch.float32, layers="AAA", max_len=8), some_ids(2, 13)
+    plans = dict(finetune=a_plan(1000, 12, 2))
+    args = options("real", control=True, logit_base="none")
+    model = halo.convert(types.SimpleNamespace(), old, None, plans, args)
+    assert list(seen) == ["finetune"] and model is not old and model.config == old.config
+    assert rmse(model(idx)[0], old(idx)[0]) < 1e-6
+    loss_fn = seen["finetune"][3]
+    logits, targets = old(idx[:, :-1])[0], idx[:, 1:]
+    far = F.cross_entropy(logits[:, 8:].flatten(0, 1), targets[:, 8:].flatten(), reduction="sum")
+    assert sum(loss_fn(idx[:, :-1], targets)).item() == pytest.approx(far.item() / targets.numel(), rel=1e-4)
+
+
 @pytest.mark.parametrize("known", [1, 9, 16, 40])
 @pytest.mark.parametrize("kl, alpha", [("forward", 0), ("reverse", 0.5)])
 def test_past_the_teachers_length_the_text_is_the_target(known, kl, alpha):
@@ -538,7 +573,7 @@ def loaded_teacher(folder, length, vocab_size=256):
     """What halo.py does with a teacher of 96 tokens: the teacher, and the options."""
     tiny(dtype=torch.float32, layers="AAAA", vocab_size=vocab_size, max_len=96).save_pretrained(folder)
     Tokenizer.bytes().save(folder)
-    args = options(path=str(folder), teacher=str(folder))
+    args = options(path=str(folder), teacher=str(folder), length=length, scaled=False)
     plans = dict(align=a_plan(1e4, length, 2), distil=a_plan(1e4, length, 2), finetune=a_plan(1e4, 400, 2))
     return cli.load_teacher(halo, plans, args), args
 

@@ -48,8 +48,8 @@ from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
 
 
 from test_hypenet import (  # noqa: E402,F401
-    BIASES, DEVICE, GPT2, HERE, INF, SHAPES, T, VARIANTS, a_plan, convert, every_variant, home, inputs,
-    log_of, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, streamed,
+    BIASES, DEVICE, GPT2, HERE, INF, PUBLISHED, SHAPES, T, VARIANTS, a_plan, convert, every_variant, home,
+    inputs, log_of, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, streamed,
     take_gradients, tiny, write_documents)
 
 # ---- support/fast.py ---------------------------------------------------------------------------------------
@@ -975,7 +975,7 @@ def test_sample_continues_as_transformers_does(name, tmp_path, capsys):
 
 
 @needs_transformers
-@pytest.mark.parametrize("recipe", halo.RECIPES)
+@pytest.mark.parametrize("recipe", PUBLISHED)
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "llama"])
 def test_real_families_go_through(name, recipe, home, tmp_path, capsys):
     """A random model of transformers with a BPE tokenizer is planned, converted two rows at a time, and its

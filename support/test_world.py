@@ -13,7 +13,7 @@ import torch
 
 import halo
 from hypenet import HypeNet
-from test_hypenet import data_of, home, log_of, rmse  # noqa: F401
+from test_hypenet import PUBLISHED, data_of, home, log_of, rmse  # noqa: F401
 
 # What each process does: the runs of a file, one after the other. A process may get a signal after a step,
 # and the second may lack memory for more than one row.
@@ -85,7 +85,7 @@ def outs(home, tmp_path_factory):                                           # no
     begun by two, stopped by a signal to one of them, goes on, is stopped by the death of one of them, and is
     ended by one."""
     folder = tmp_path_factory.mktemp("world")
-    for recipe in halo.RECIPES:
+    for recipe in PUBLISHED:
         halo.main(argv(home, folder / recipe, recipe))
     one_two, two_one = folder / "one, two", folder / "two, one"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
