@@ -1067,9 +1067,7 @@ ABLATIONS = {                        # change of a recipe: options of halo.py, {
     "layers by eq. 8": "--layers score",
     "random linear layers": "--transfer off",
     "1 attention layer": "--keep 1",
-    "2 attention layers": "--keep 2",
     "4 attention layers": "--keep 4",
-    "10 attention layers": "--keep 10",
     "0 attention layers": "--layers LLLLLLLL",
     "no QK-norm in linear layers": "--set linear_qk_norm=false",
     "no output gates": "--set attn_gate=false linear_gate=false",
@@ -1091,12 +1089,6 @@ ABLATIONS = {                        # change of a recipe: options of halo.py, {
     "article, retention 0.62": "--recipe article --retention 0.62",
     "article, retention 0.95": "--recipe article --retention 0.95",
     **{f"layers at random, draw {i + 1}": f"--layers {{draws[{i}]}}" for i in range(5)},
-    "gates, 0.70 at first": "--decay head --retention 0.7",
-    "constant decay": "--decay constant",
-    "stage 3 by the teacher": "--target teacher",
-    "stage 3 by the text": "--target text",
-    "passages that come again": "--plan {copies}",
-    "stage 2 in rows 4 times": "--plan distil.length={rows[0]} distil.batch={rows[1]}",
     "peak learning rates 3 times": "--plan align.lr={lr[0]:.3g} distil.lr={lr[1]:.3g} "
                                    "finetune.lr={lr[2]:.3g}",
     "peak learning rates a third": "--plan align.lr={lr[3]:.3g} distil.lr={lr[4]:.3g} "
@@ -1105,7 +1097,19 @@ ABLATIONS = {                        # change of a recipe: options of halo.py, {
     "stage 2 in batches a quarter": "--plan distil.batch={batch[1]}",
     "layers by eq. 8, guarded": "--layers guarded",
 }
-SEEDED = [*halo.RECIPES, "layers by eq. 8", "layers by eq. 8, guarded"]    # run with --seeds seeds
+FURTHER = {                          # changes that only --only runs
+    "real": "--recipe real",
+    "2 attention layers": "--keep 2",
+    "10 attention layers": "--keep 10",
+    "gates, 0.70 at first": "--decay head --retention 0.7",
+    "constant decay": "--decay constant",
+    "stage 3 by the teacher": "--target teacher",
+    "stage 3 by the text": "--target text",
+    "no passages that come again": "--plan {no_copies}",
+    "passages that come again": "--plan {copies}",
+    "stage 2 in rows 4 times": "--plan distil.length={rows[0]} distil.batch={rows[1]}",
+}
+SEEDED = ["paper", "article", "layers by eq. 8", "layers by eq. 8, guarded"]    # run with --seeds seeds
 DRAWS = ("LLLALALL", "ALLLLALL", "LALLLALL", "LALLLLAL", "LLLLLLAA")       # drawn at random, once
 MULTIPLES = (1, 16, 64)              # of the trained length: where recall is shown
 
@@ -1119,6 +1123,7 @@ def fill_in(config, plans, budget):
         tokens=plans.get("pretrain", plans["distil"]).total + budget * sum(plan.total for plan in trained),
         draws=DRAWS,
         copies=" ".join(f"{stage}.copies=0.25" for stage in STAGES),
+        no_copies=" ".join(f"{stage}.copies=0" for stage in STAGES),
         rows=(4 * plans["distil"].length, plans["distil"].batch // 4),
         lr=[factor * plan.lr for factor in (3, 1 / 3) for plan in trained],
         batch=(4 * plans["distil"].batch, plans["distil"].batch // 4))
@@ -1174,12 +1179,13 @@ def bench_ablate(args):
         raise ValueError(f"--teacher {args.teacher} is not there yet: python halo.py --pretrain --teacher "
                          f"{args.teacher} --out {path}")
     config = pretrained.load(path).config
-    args.path, args.also = path, args.also.split()
+    args.path, args.also = path, (args.also or "").split()
     plans = halo.PLANS[options.plan_of(halo, args)[0]]
     table = Table(args, "teacher budget change seed",
-                  "change seed layers kl gap pass_keys one_of_four minutes",
+                  "change seed layers kl gap pass_keys one_of_four",
                   f"teacher {args.teacher}, {config.max_len:,} tokens, {args.jobs} runs at once")
     known = fill_in(config, plans, args.budget)
+    changes = ABLATIONS | FURTHER
     same = dict(teacher=args.teacher, budget=args.budget, trials=args.trials)
     same |= dict(also=" ".join(args.also)) if args.also else {}
     comparable = chosen(table.rows, **same)
@@ -1192,7 +1198,7 @@ def bench_ablate(args):
         stop.callback(pool.shutdown, wait=False, cancel_futures=True)              # Ctrl-C starts no other
         runs = {}
         for (change, seed), device in zip(todo, itertools.cycle(args.devices)):
-            flags = [*args.also, *ABLATIONS[change].format(**known).split()]
+            flags = [*args.also, *changes[change].format(**known).split()]
             runs[pool.submit(run_halo, args, flags, seed, device)] = change, seed
         for run in as_completed(runs):
             change, seed = runs[run]
@@ -1202,7 +1208,7 @@ def bench_ablate(args):
                 continue
             row = ablate_row(report, next(filter(None, losses), None))
             losses.append(row["teacher_loss"])
-            table.add(**same, change=change, seed=seed, **row, flags=ABLATIONS[change],
+            table.add(**same, change=change, seed=seed, **row, flags=changes[change],
                       shown=dict(pass_keys=percents(row, "at"), one_of_four=percents(row, "four")))
     return table
 
@@ -1247,9 +1253,9 @@ FLAGS = [                            # modes, flag, what is given, default, help
     ("niah ablate", "--trials", COUNT, 20, "questions of every task at every length"),
     ("niah", "--trials-long", COUNT, None, "the same from 32,768 tokens on"),
     ("ablate", "--teacher", TEXT, None, "as for halo.py; default: mini, on a CPU tiny"),
-    ("ablate", "--also", TEXT, "", "options of halo.py for every run, as one argument"),
-    ("ablate", "--only", SOME | dict(choices=ABLATIONS, metavar="CHANGE"), None,
-     f"of {', '.join(map(repr, ABLATIONS))}"),
+    ("ablate", "--also", TEXT, None, "options of halo.py for every run, as one argument"),
+    ("ablate", "--only", SOME | dict(choices=ABLATIONS | FURTHER, metavar="CHANGE"), None,
+     f"of {', '.join(map(repr, ABLATIONS | FURTHER))}"),
     ("ablate", "--seeds", COUNT, 3, f"seeds of {', '.join(SEEDED)}; others have one"),
     ("ablate", "--jobs", COUNT, None, "runs at once; default: 5 per GPU, on a CPU 1"),
     ("ablate", "--budget", LIMIT, 1.0, "as for halo.py"),

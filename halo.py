@@ -507,34 +507,30 @@ def convert_staged(run, teacher, corpus, plans, args):
     train(run, "distil", plans["distil"], corpus, student, [list(student.parameters())],
           objective(student, teacher, args.kl, args.alpha))
 
-    # Stage 3 has long sequences, because attention must learn to find one key among thousands: stage 2 never
-    # shows it so many. In the paper stage 3 has no teacher: the text itself is the target (--target text).
-    # But text unlike what a large teacher was trained on carries its student away from what it knows. So
-    # --target teacher keeps the teacher's predictions wherever the teacher can read.
-    #
-    # A student reads further than its teacher for three reasons. Attention without positions ignores
-    # distance. Decay bounds the numbers in a linear state. Stage 3 trains on texts longer than the
-    # teacher's.
+    return finetune(run, student, teacher, corpus, plans, args)
+
+
+def finetune(run, student, teacher, corpus, plans, args):
+    """Stage 3. Returns the student.
+
+    Its sequences are long, because attention must learn to find one key among thousands: stage 2 never shows
+    it so many. In the paper stage 3 has no teacher: the text itself is the target (--target text). But text
+    unlike what a large teacher was trained on carries its student away from what the teacher knows. So
+    --target teacher keeps the teacher's predictions wherever the teacher can read.
+
+    A student reads further than its teacher for three reasons. Attention without positions ignores distance.
+    Decay bounds the numbers in a linear state. Stage 3 trains on texts longer than the teacher's."""
+    guide, alpha = (teacher, args.alpha) if args.target == "teacher" else (None, 1.0)
     train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())],
-          stage_3(student, teacher, args))
+          objective(student, guide, args.kl, alpha))
     return student
-
-
-def stage_3(student, teacher, args):
-    """The loss function of stage 3."""
-    if args.target == "teacher":
-        return objective(student, teacher, args.kl, args.alpha)
-    return objective(student, None, args.kl, alpha=1.0)
 
 
 def convert_control(run, teacher, corpus, plans, args):
-    """The control of stage 3: the teacher itself, all attention, reads the same long text. What this model
-    can do as well, the hybrid owes to the text."""
+    """The control: the teacher itself, all attention, goes through stage 3. What this model can do as well,
+    the hybrid owes to the text."""
     mixers = [attention_twin(block.mixer, teacher.config) for block in teacher.blocks]
-    student = assemble(teacher, teacher.config, mixers)
-    train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())],
-          stage_3(student, teacher, args))
-    return student
+    return finetune(run, assemble(teacher, teacher.config, mixers), teacher, corpus, plans, args)
 
 
 def align(run, teacher, config, corpus, plan, args):

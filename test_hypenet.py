@@ -1116,13 +1116,15 @@ ROWS = {  # a flag that changes a row: what it makes of the student's config
     "--state full": dict(key_dim=8), "--state half": dict(key_dim=4, linear_qk_norm=False),
     "--layers LLAA": dict(layers="LLAA"), "--layers even": dict(layers="LLLA"), "--layers score": {},
     "--training staged": {}, "--training progressive --pe rope": {}, "--groups 1": {},
-    "--target teacher": {}, "--target text": {}, "--kl forward --alpha 0.25": {}, "--kl reverse --alpha 0.75": {}, "--alpha 1": {},
+    "--target teacher": {}, "--target text": {}, "--kl forward --alpha 0.25": {},
+    "--kl reverse --alpha 0.75": {}, "--alpha 1": {},
     "--max-ctx 400": dict(n_chunks=17),
     "--window 50": dict(window=50), "--window 0": dict(window=None), "--logit-base fit": {},
     "--logit-base 300": dict(logit_base=300.0), "--teacher gpt2": {}, "--teacher llama": {},
     "--set linear_rope=true linear_kv_head=2": dict(linear_rope=True, linear_kv_head=2),
 }
-ONLY = {"--layers score": "paper", "--target teacher": "paper", "--groups 1": "article", "--max-ctx 400": "article"}
+ONLY = {"--layers score": "paper", "--target teacher": "paper", "--groups 1": "article",
+        "--max-ctx 400": "article"}
 CASES = [(recipe, row) for recipe in PUBLISHED for row in ROWS if ONLY.get(row, recipe) == recipe
          and str(halo.RECIPES[recipe].get(row.split()[0][2:])) != row.split()[1]]
 CASES += [("real", "--target text"), ("real", "--layers LLAA")]

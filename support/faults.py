@@ -19,7 +19,7 @@ FAULTS = [
     # --keep is ignored.
     ("halo.py", "k = keep or max(1, n_layer // 4)", "k = max(1, n_layer // 4)"),
     # The standard error of a mean is that of one sequence: `guarded` sees noise everywhere.
-    ("halo.py", 'loss.std().item() / len(loss) ** 0.5}', "loss.std().item()}"),
+    ("halo.py", "return x.std().item() / len(x) ** 0.5", "return x.std().item()"),
     # --seed does not change the random weights of a conversion.
     ("halo.py", "torch.manual_seed(args.seed)                 # chunk", "torch.manual_seed(0)  # chunk"),
     # A teacher trained at another length says that it was trained at the usual one.

@@ -409,12 +409,17 @@ def probe(halo, teacher, corpus, plans, args):
 def disk_bytes(halo, teacher, plans, args):
     """The bytes that a run writes. Adam's state and the weights are 12 bytes per trained parameter, twice,
     because an old checkpoint stays until the new one is written. A stage that has ended keeps 4. The student,
-    and in a progressive run the model of each group, take 4 per parameter."""
+    and in a progressive run the model of each group, take 4 per parameter. Parameters are counted as if all
+    layers were linear, with their gates."""
+    config = teacher.config if args.control else halo.student_config(
+        teacher.config, "L" * len(teacher.config.layers), args)
+    with torch.device("meta"):
+        n_params = halo.HypeNet(config).n_params()
     n_groups = 0
     if "group" in plans:
         layers = halo.choose_layers(args.layers, len(teacher.config.layers), keep=args.keep)
         n_groups = len(halo.groups_of(layers, args.groups))
-    return (28 / max(1, n_groups) + 4 * (1 + n_groups)) * teacher.n_params()
+    return (28 / max(1, n_groups) + 4 * (1 + n_groups)) * n_params
 
 
 def check_disk(folder, n_bytes):

@@ -49,8 +49,8 @@ from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
 
 from test_hypenet import (  # noqa: E402,F401
     BIASES, DEVICE, GPT2, HERE, INF, PUBLISHED, SHAPES, T, VARIANTS, a_plan, convert, every_variant, home,
-    inputs, log_of, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids, streamed,
-    take_gradients, tiny, write_documents)
+    inputs, log_of, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids,
+    streamed, take_gradients, tiny, write_documents)
 
 # ---- support/fast.py ---------------------------------------------------------------------------------------
 
@@ -3010,7 +3010,7 @@ def test_readme_numbers_are_those_of_results(name):
 
 def test_readme_commands_exist():
     """Every command that the READMEs show parses; every flag and file that they name exists."""
-    text = "\n".join(map(page, PAGES))
+    text = "\n".join(map(page, PAGES)).replace("\\\n", " ")
     commands = re.findall(r"^python (halo|sample|bench)\.py([^\n&#]*)", text, re.M)
     assert len(commands) >= 20
     get_args = dict(halo=functools.partial(cli.get_args, halo), sample=sample.get_args, bench=bench.get_args)
