@@ -15,7 +15,7 @@ paper calls them stage 1, 2 and 3, and all three share the loop `train`.
     align     each linear twin, alone  what its attention layer reads   what that layer writes (eq. 7)
     select    nothing                  held-out text                    which layers stay attention (eq. 8, 9)
     distil    the whole hybrid         text                             the teacher's predictions (eq. 10)
-    finetune  the whole hybrid         longer text                      the next token, without a teacher
+    finetune  the whole hybrid         longer text                      the next token (or see --target)
     fit       nothing                  held-out text, longer still      the base a of s_t (eq. 11)
 
 The article's recipe is progressive. It turns attention layers into linear layers, group by group. Only the
@@ -71,7 +71,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SCORED = ("swap", "guarded", "score")               # ways to choose layers that first measure each layer
 
 # A recipe is a column of this table, and every row is a flag: an ablation is one flag. `real` is the paper's
-# recipe but for two rows, in which real teachers did better: see results/README.md.
+# recipe but for two rows: each head learns its own gate, and stage 3 keeps the teacher's predictions.
 ROWS = (  # flag, its value in each of RECIPES, allowed values, help
     ("layers", ("swap", "ends", "swap"), str,
      "the layers that stay attention. swap: those that lose most as linear layers, compared with attention "
@@ -80,6 +80,9 @@ ROWS = (  # flag, its value in each of RECIPES, allowed values, help
     ("decay", ("constant", "channel", "head"), tuple(DECAYS),
      "what linear layers forget. constant: eq. 19. none: nothing. head, channel: a learned gate for each "
      "head or key channel"),
+    ("retention", (None, 0.7, None), number(float, 0.001, 0.999),
+     "share of the state that a new forget gate keeps at each token. None: for each head as much as its "
+     "attention head looks back"),
     ("state", ("full", "half", "full"), ("full", "half"),
      "width of a key in linear layers: the teacher's, or half"),
     ("pe", ("hype", "chunk", "hype"), ("hype", "chunk", "rope"),
@@ -208,8 +211,9 @@ def student_config(teacher, layers, args):
 def linear_twin(attn, config, x, where, retention=None, transfer=True):
     """A linear layer out of an attention layer: the same weights, with KV heads cloned (paper eq. 13), or
     narrow q and k (low_rank_keys). A new gate starts constant over tokens: at the share `retention`, or as
-    far as the head looks back (lookback). transfer False: a random layer. The twin reads one batch x (B,T,C)
-    of the layer's inputs. Least squares then scales each input channel of its W_o to match attention."""
+    far as the head looks back (lookback). transfer False: random weights, but for that start of the gate. The
+    twin reads one batch x (B,T,C) of the layer's inputs. Least squares then scales each input channel of its
+    W_o to match attention."""
     old = attn.config
     twin = LinearAttention(config).to(x.device)
     if twin.forget is not None:
@@ -239,14 +243,16 @@ def linear_twin(attn, config, x, where, retention=None, transfer=True):
     return twin
 
 
-def lookback(attn, x, where, rows=4):
-    """The share gamma (H,) of its state that each head should keep at a token, so that it remembers as far
-    back as the attention head looks. A state that fades by gamma reads a token d back with weight gamma^d,
-    so d is gamma / (1 - gamma) on average. For d stands the geometric mean of 1 + d, less 1, over the
-    weights of attention on the first rows of x (B,T,C). A plain mean would follow the weight that many heads
-    leave on the first token when they find nothing."""
-    T = x.size(1)
+def lookback(attn, x, where, most=2 ** 11):
+    """The share gamma (H,) of its state that each head keeps per token, so that the head remembers as far
+    back as its attention head looks. A token d back is read with weight gamma^d, so the mean d is
+    gamma / (1 - gamma). d is measured on the first `most` tokens of x (B,T,C), whole rows if they fit, as the
+    geometric mean of 1 + d, less 1. A plain mean would be ruled by the first token, on which many heads rest
+    when they find nothing."""
+    rows = max(1, most // x.size(1))
     q, k, *_ = attn.project(x[:rows], where)                       # (B,T,H,D), (B,T,H_kv,D)
+    q, k = q[:, :most], k[:, :most]
+    T = q.size(1)
     k = k.repeat_interleave(q.size(2) // k.size(2), 2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k).float() / q.size(-1) ** 0.5
     i = torch.arange(T, device=x.device)
@@ -371,16 +377,19 @@ def assemble(source, config, mixers):
 
 def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
     """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
-    "reverse": KL(student, teacher), the article's. Tokens past the length that the teacher was trained at
-    have CE alone, for its predictions are worth nothing there. The logits of all tokens would not fit memory,
+    "reverse": KL(student, teacher), the article's. Past the length that the teacher was trained at, the loss
+    is CE alone: the teacher's predictions are worthless there. The logits of all tokens would not fit memory,
     so the head runs on slices of tokens, of about slice_elements logits."""
     known = min(idx.size(1), teacher.config.max_len) if alpha < 1 else 0          # positions with a teacher
 
     @torch.no_grad()
     def teacher_hidden():
         return teacher.hidden(idx[:, :known])                                     # (B,known,C)
-    xs = partial(student.hidden, idx, offset=offset)                              # -> (B,T,C)
-    xs, *xt = beside(idx, xs, teacher_hidden) if known else [xs()]                # both at once on a GPU
+    student_hidden = partial(student.hidden, idx, offset=offset)                  # -> (B,T,C)
+    if known:
+        xs, *xt = beside(idx, student_hidden, teacher_hidden)                     # at the same time on a GPU
+    else:
+        xs, xt = student_hidden(), []                                             # no teacher
 
     def of_slice(logits_s, y, *xt):                                               # (n,V), (n,), (n,C)
         logits_t = teacher.head(*xt) if xt else None
@@ -514,9 +523,9 @@ def finetune(run, student, teacher, corpus, plans, args):
     """Stage 3. Returns the student.
 
     Its sequences are long, because attention must learn to find one key among thousands: stage 2 never shows
-    it so many. In the paper stage 3 has no teacher: the text itself is the target (--target text). But text
-    unlike what a large teacher was trained on carries its student away from what the teacher knows. So
-    --target teacher keeps the teacher's predictions wherever the teacher can read.
+    it so many. In the paper stage 3 has no teacher: the text itself is the target (--target text). But our
+    text is not what a large teacher was trained on. Its next tokens pull the student away from what the
+    teacher knows. --target teacher keeps the teacher's predictions wherever the teacher can read.
 
     A student reads further than its teacher for three reasons. Attention without positions ignores distance.
     Decay bounds the numbers in a linear state. Stage 3 trains on texts longer than the teacher's."""
@@ -527,8 +536,8 @@ def finetune(run, student, teacher, corpus, plans, args):
 
 
 def convert_control(run, teacher, corpus, plans, args):
-    """The control: the teacher itself, all attention, goes through stage 3. What this model can do as well,
-    the hybrid owes to the text."""
+    """The control of stage 3: the teacher, still all attention, trains on the same long text. What it learns
+    too is due to the text, not to the hybrid."""
     mixers = [attention_twin(block.mixer, teacher.config) for block in teacher.blocks]
     return finetune(run, assemble(teacher, teacher.config, mixers), teacher, corpus, plans, args)
 
@@ -556,8 +565,7 @@ def select(run, teacher, twins, config, corpus, args):
     n_layer = len(twins)
     if args.layers not in SCORED:
         return choose_layers(args.layers, n_layer, keep=args.keep)
-    measured = run.once("scores", lambda: layer_scores(teacher, twins, config, corpus, args))
-    scores, teacher_loss = measured[0], -measured[1]
+    scores, teacher_loss = run.once("scores", lambda: layer_scores(teacher, twins, config, corpus, args))
     layers = choose_layers(args.layers, n_layer, scores, teacher_loss, keep=args.keep)
     print_scores(scores, rank(args.layers, scores, teacher_loss), layers, teacher_loss)
     return layers
@@ -610,9 +618,9 @@ def layer_scores(teacher, twins, config, corpus, args):
     """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
     C_kept (for "swap") are measured with layer i as attention: without positions (--pe hype), else the
-    teacher's. That attention has no output gate. All other layers are the teacher's. swap_se is the error of
-    the score of "swap": smaller than the others, because both futures of a layer read the same text. Returns
-    a list of dicts, one per layer, and minus the held-out loss of the teacher itself."""
+    teacher's. That attention has no output gate. All other layers are the teacher's. swap_se is the standard
+    error of the score of "swap". Both futures of a layer read the same text, so the error is that of
+    differences. Returns a list of dicts, one per layer, and the held-out loss of the teacher itself."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 
@@ -624,18 +632,18 @@ def layer_scores(teacher, twins, config, corpus, args):
     def error(x):
         return x.std().item() / len(x) ** 0.5
 
-    def summary(values, kind=""):
-        return {f"{name}{kind}{of}": f(x) for name, x in zip("RC", values)
-                for of, f in (("", lambda x: x.mean().item()), ("_se", error))}
+    def summary(R, C, kind=""):
+        return {f"R{kind}": R.mean().item(), f"R{kind}_se": error(R),
+                f"C{kind}": C.mean().item(), f"C{kind}_se": error(C)}
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
         linear = values(with_linear(teacher, config, i, twin))
-        scores.append(summary(linear))
+        scores.append(summary(*linear))
         if args.layers == "swap":
             if i == 0 or args.pe == "hype":                        # else the teacher's: the same for all i
                 kept = values(with_kept(teacher, i) if args.pe == "hype" else teacher)
-            scores[i] |= summary(kept, "_kept")
+            scores[i] |= summary(*kept, "_kept")
             scores[i]["swap_se"] = math.hypot(*(error(a - b) for a, b in zip(kept, linear)))
-    return scores, -losses(teacher, batches).mean().item()
+    return scores, losses(teacher, batches).mean().item()
 
 
 def with_linear(teacher, config, i, twin):

@@ -79,9 +79,6 @@ def get_args(halo, argv):
         help="groups of linear layers in a progressive run; default: one per 6 linear layers, at least 2")
     add("--transfer", choices=("on", "off"), default="on",
         help="linear layers start from the weights of attention layers (on) or random (off)")
-    add("--retention", type=number(float, 0.001, 0.999), metavar="X",
-        help="share of the state that a new forget gate keeps at each token; default: for each head as far "
-             "as its attention head looks back")
     add("--control", action="store_true",
         help="convert nothing: the teacher itself trains as a student does in stage 3, for comparison")
     add("--max-ctx", type=number(int, 1), default=65536 + 1024, metavar="N",
@@ -147,7 +144,7 @@ def settle(halo, args):
     change_plans(plans, args.plan)
     if args.device == "cpu" and not free and ("pretrain" in plans or size in ("small", "real")):
         check_hours(halo, args, size, weight, sum(plan.total for plan in plans.values()))
-    # What is measured follows the texts of distillation; --control has none, --pretrain only its own.
+    # Measurements follow the texts of distil. --control has no such stage, --pretrain only its own.
     first = plans.get("distil") or plans[stages[0]]
     args.varied = first.varied
     args.asked = 1 if first.recall and not first.varied else 2     # trained on pass keys: asked for those
@@ -178,8 +175,8 @@ def whole(text):
 
 def scale(plans, n_params, given):
     """Fit the paper's plan to a teacher of n_params parameters, in place; `given`: the items of --plan. The
-    paper's largest student has 1.7B and more. A smaller one reads fewer tokens, by the root of its size, at a
-    higher learning rate. The power of the rate is that of SmolLM2-135M, which did well at 5e-4."""
+    paper's smallest teacher has 1.7B. A smaller teacher reads fewer tokens, by the square root of its size,
+    at higher learning rates. The exponent 0.64 gives SmolLM2-135M 5e-4 in stage 2, which did well."""
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
     for stage, plan in plans.items():
@@ -243,8 +240,12 @@ def check_options(halo, args):
             ("--retention", DECAYS[args.decay].width(1) > 0, "a --decay by gates, such as head or channel"),
             ("--max-ctx", args.pe == "chunk", "--pe chunk"),
             ("--kl", args.alpha < 1, "--alpha below 1"),
+            ("--target", staged or args.control, "--training staged"),
             ("--keep", scored or layers == "even", f"--layers {', '.join(halo.SCORED)} or even")):
         rows.append((flag in args.given and not possible, f"{flag} goes with {wants}"))
+    rows += [(args.control and flag in args.given, f"{flag} changes a student; --control has none")
+             for flag in ("--layers --decay --retention --state --pe --extras --training --keep --groups "
+                          "--transfer --window --set").split()]
     if args.pretrain:
         rows += [(args.teacher not in halo.TEACHERS,
                   f"--pretrain --teacher {args.teacher}: known sizes are {', '.join(halo.TEACHERS)}"),
@@ -254,7 +255,7 @@ def check_options(halo, args):
                   "--pretrain --set and --keep go with --layers: a hybrid"),
                  (args.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")]
         rows += [(flag in args.given, f"{flag} goes with a teacher, not with --pretrain")
-                 for flag in ("--alpha", "--kl", "--groups")]
+                 for flag in ("--alpha", "--kl", "--groups", "--target", "--control")]
     else:
         rows += [(not staged and scored,
                   f"--training progressive with --layers {layers}: no stage 1 for scores; use ends or even"),
@@ -337,7 +338,7 @@ def load_teacher(halo, plans, args):
     config = teacher.config
     n_layer = len(config.layers)
     check_layers(halo, args.layers, n_layer, args.keep)
-    student = halo.student_config(config, "L" * n_layer, args)
+    student = config if args.control else halo.student_config(config, "L" * n_layer, args)
     choose = partial(halo.choose_layers, args.layers, n_layer, keep=args.keep)
     refuse([("L" in config.layers, f"--teacher {args.teacher} is a hybrid, {config.layers}: not a teacher"),
             (args.layers not in halo.SCORED and "L" not in choose() and not args.control,
@@ -373,7 +374,8 @@ def longest_text(halo, config, plans, args):
     longest = 64 * args.length
     if args.logit_base == "fit":
         longest = max(longest, halo.fit_length(plans, args.length) + 1)
-    students = halo.student_config(config, "L" * len(config.layers), args).limit()
+    student = config if args.control else halo.student_config(config, "L" * len(config.layers), args)
+    students = student.limit()
     return max(min(longest, students + 1), min(16 * args.length, config.limit()))     # the teacher reads less
 
 

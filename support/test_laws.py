@@ -256,9 +256,9 @@ def test_a_score_has_the_standard_error_of_its_mean(monkeypatch):
     monkeypatch.setattr(halo, "losses", lambda *_: loss)
     corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
     config = halo.student_config(old.config, "LL", args)
-    scores, minus_loss = halo.layer_scores(old, twins, config, corpus, args)
+    scores, teacher_loss = halo.layer_scores(old, twins, config, corpus, args)
     wanted = dict(R=logp.mean(), R_se=logp.std() / 40 ** 0.5, C=-loss.mean(), C_se=loss.std() / 5 ** 0.5)
-    assert len(scores) == 2 and minus_loss == -loss.mean().item()
+    assert len(scores) == 2 and teacher_loss == loss.mean().item()
     for score in scores:
         assert score == pytest.approx({name: x.item() for name, x in wanted.items()})
 
@@ -350,7 +350,7 @@ def test_selection_weighs_a_layer_against_the_teachers_loss(monkeypatch):
     """guarded keeps the layer whose linear form costs over 1 nat more than the teacher's loss."""
     scores = [dict(R=-1.0 - i, R_se=0.1, C=-2.0 - 0.1 * i, C_se=0.1) for i in range(4)]
     scores[0]["C"] = -3.5
-    monkeypatch.setattr(halo, "layer_scores", lambda *_: (scores, -2.4))
+    monkeypatch.setattr(halo, "layer_scores", lambda *_: (scores, 2.4))
     a_run = types.SimpleNamespace(once=lambda _, work: work())
     assert halo.select(a_run, None, [None] * 4, None, None, options(layers="guarded")) == "ALLL"
 
