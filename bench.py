@@ -48,14 +48,14 @@ from tqdm import tqdm
 
 import halo
 import kernel
-from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, read_config, write_file
+from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, read_config, refuse, write_file
 from support import fast, options, pretrained, shard, world
 from support.common import (
     Parser, command_line, default_device, file_name, filled, number, read_json, write_json)
 from support.options import get_args as halo_args
 from support.recall import TASKS, has_room, read_end, recall, written, written_tasks
 from support.run import Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb
-from support.text import Corpus
+from support.text import Corpus, data_sources
 from support.tokens import Tokenizer
 
 RESULTS = os.path.join(halo.HERE, "results")
@@ -127,7 +127,7 @@ def build(config, device):
 
 def models(args):
     """Yield (size, kind, config, model) for all of --size and --kind, or for the student of --model and its
-    teacher. A model that does not fit is None."""
+    teacher. A model of --size that does not fit is None."""
     for kind, path in run_of(args.model).items():
         release()
         model = pretrained.load(path, dtype_on(args.device), args.device)
@@ -400,11 +400,18 @@ def bench_figure(args):
 RUN_CONTEXTS = (8192, 32768, 131072)                     # of --model
 
 
-def contexts_of(args, size):
-    return args.ctx or (RUN_CONTEXTS if args.model else SIZES[size].contexts)
-
-
 WARM = 5                                                 # untimed calls; the second one records the graph
+
+
+def contexts_of(args, size, kind, config):
+    """The contexts of --ctx or the default. Of a run only as many as its positions allow."""
+    if not args.model:
+        return args.ctx or SIZES[size].contexts
+    contexts = args.ctx or RUN_CONTEXTS
+    known = [n for n in contexts if n + WARM + 20 <= config.limit()]
+    if len(known) < len(contexts):
+        print(f"{kind}: contexts near or above its limit, {config.limit():,} tokens, are left out")
+    return known
 
 
 def bench_decode(args):
@@ -417,7 +424,7 @@ def bench_decode(args):
                   "size kind batch context ms floor_ms ratio tok_s need_gb peak_gb",
                   f"copies {rate / 1e12:.3g} TB/s", copy_rate=rate)
     for size, kind, config, model in models(args):
-        todo = [(args.batch, n) for n in contexts_of(args, size)]
+        todo = [(args.batch, n) for n in contexts_of(args, size, kind, config)]
         if not args.ctx and not args.model and kind != "article":
             todo += SIZES[size].batches
         measure = partial(decode_row, model, config, rate, device)
@@ -447,7 +454,7 @@ def decode_row(model, config, rate, device, context, batch):
 
 
 def filled_state(model, batch, context, more):
-    """A state of random numbers, as if it had read `context` tokens, with room for so many more."""
+    """A state of random numbers, as if it had read `context` tokens, with room for `more` tokens."""
     state = model.init_state(batch, context + more)
     for layer in state.layers:
         for tensor in layer.values():
@@ -489,10 +496,9 @@ SEGMENT = 1024                       # tokens that fast.prefill reads at a time 
 
 def bench_prefill(args):
     """Every row reads a context from its first token to its last.
-    Floor: the operations of Linears and of attention, each divided by its rate above.
-    These are the rates of a large product and of a large call of the model's attention.
+    Floor: operations of the Linears and of attention, each divided by its measured rate (printed above).
     Extra: peak memory beyond weights and state. Peak: everything; on a CPU the whole process.
-    Estimated: three segments were read, the first, the middle and the last; others lie between."""
+    Estimated: only the first, middle and last segment were read; the times of the others are interpolated."""
     device = args.device
     cuda = device.type == "cuda"
     if args.profile:
@@ -507,20 +513,22 @@ def bench_prefill(args):
                   f"operations per second: {linear:.3g}, attention {shown}",
                   matmul_rate=linear, attention_rate=rates)
     for size, kind, config, model in models(args):
-        contexts = [n for n in contexts_of(args, size) if args.ctx or kind != "teacher" or n <= 131072]
-        prefill(model, device, min(32768 if cuda else SEGMENT, max(contexts)))     # compiles what there is to
+        contexts = [n for n in contexts_of(args, size, kind, config)
+                    if args.ctx or kind != "teacher" or n <= 131072]
+        if contexts:
+            prefill(model, device, min(32768 if cuda else SEGMENT, max(contexts)))      # compiles
         for context in contexts:
             release()
             of_linears, of_attention = operations(config, context)
             floor = of_linears / linear + of_attention / rates[size]
             whole = cuda or floor < WHOLE
-            read = partial(prefill if whole else estimate, model, device, context)
-            found = [read() for _ in range(2 if cuda and context <= 131072 else 1)]
+            read = prefill if whole else estimate
+            found = [read(model, device, context) for _ in range(2 if cuda and context <= 131072 else 1)]
             seconds, extra, peak = min(filter(None, found), default=(None,) * 3, key=lambda row: row[0])
             table.add(size=size, kind=kind, context=context, by="whole" if whole else "estimated",
                       seconds=seconds, floor_s=floor, ratio=seconds and seconds / floor,
                       tok_s=seconds and context / seconds, extra_gb=extra, peak_gb=peak)
-        del model, read
+        del model
     return table
 
 
@@ -536,8 +544,9 @@ def prefill(model, device, context):
 
 
 def estimate(model, device, context):
-    """What prefill returns, from three segments of the context. A segment's time grows evenly with the tokens
-    before it. Earlier keys and values are random numbers."""
+    """Like prefill, but only three segments are read and the rest is interpolated. The GB beyond weights and
+    state is None. A segment's time grows evenly with the tokens before it. Earlier keys and values are random
+    numbers."""
     def work():
         starts = np.arange(0, context, SEGMENT)
         read = starts[[0, len(starts) // 2, -1]]
@@ -565,6 +574,9 @@ def profile(args):
         raise ValueError("--profile shows the kernels of a GPU: give --device cuda")
     fast.fuse()
     for size, kind, config, model in models(args):
+        if model is None:
+            print(f"{size} {kind}: memory")
+            continue
         for context in args.ctx or [4096]:
             prompt = torch.randint(config.vocab_size, (context,), device=args.device)
             state = filled_state(model, 1, context, 100)
@@ -851,7 +863,7 @@ def reading(reader, n):
 
 
 def wilson(hits, n, z=1.96):
-    """The 95% interval of a share of which hits of n were seen. Wilson's stays within 0 and 1."""
+    """The 95% interval (Wilson's) of a share, after hits of n. It stays within 0 and 1."""
     p = hits / n
     d = 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
@@ -881,9 +893,9 @@ def at_ends(models, texts, count):
 
 
 def readers(students, teacher, tasks, kinds=READERS):
-    """The readers of these kinds. students {name: model}: as they are, and a single one without s_t as well.
-    The teacher: as it is, with YaRN, and with a window. A teacher whose RoPE is scaled already is not
-    stretched again."""
+    """The readers of these kinds. students: {name: model}. Each student as it is. A single student also
+    without s_t. The teacher: as it is, with YaRN, and with a window. A teacher whose RoPE is scaled already
+    is not stretched again."""
     found = []
     for name, student in students.items() if "students" in kinds else ():
         found.append(Reader(name, student, tasks, student.config.logit_base))
@@ -931,13 +943,14 @@ def predict(table, reader, n, texts, count, teacher, first):
     for kind, rows in texts.items():
         if n > rows.shape[1]:
             continue
-        columns = at_ends([reader.model, teacher][:1 + compared], rows[:, -n:], count).T
-        loss = columns[0]
+        models = [reader.model, teacher] if compared else [reader.model]
+        loss, *others = at_ends(models, rows[:, -n:], count).T
         start = first.setdefault((reader.name, kind), loss)
         measured = {"loss": (loss, loss - start)}
         if compared:
-            gap = loss - columns[1]
-            measured |= {"loss - teacher's": (gap, gap), "KL": columns[[2, 2]], "same token": columns[[3, 3]]}
+            teachers, kl, same = others
+            gap = loss - teachers
+            measured |= {"loss - teacher's": (gap, gap), "KL": (kl, kl), "same token": (same, same)}
         for name, (values, spread) in measured.items():
             mean = values.mean().item()
             error = 2 * np.std(spread).item() / max(1, len(values) - 1) ** 0.5
@@ -947,32 +960,41 @@ def predict(table, reader, n, texts, count, teacher, first):
 
 
 def bench_niah(args):
-    """S1 to multi-query, chat: the share of answers found, of so many questions, and its 95% interval.
-    S1 is a pass key. S2 and S3 are a number and 32 digits in prose. multi-key is one of four numbers.
-    multi-query asks for all four. chat asks in plain words. In both, the model writes its answer.
-    After two lengths with no answer, longer ones are not tried.
-    The other rows are of the ends of texts, after so much of each text; low and high are 2 errors away.
-    loss: nats per token. Its interval is that of the difference to the first length.
-    loss - teacher's, KL(teacher, student), same token: beside the teacher, text by text.
-    "unseen": text of --unseen, a kind that no model here was trained on."""
-    names = [os.path.basename(os.path.normpath(folder)) for folder in args.model]
-    names = names if len(names) > 1 else ["student"]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--model {' '.join(args.model)}: two folders have the same name; rename one")
-    load = partial(pretrained.load, dtype=dtype_on(args.device), device=args.device)
-    students = {name: load(folder) for name, folder in zip(names, args.model)}
+    """value: the share of answers found, with its 95% interval. of: the number of questions.
+    S1: a pass key. S2: a number in prose. S3: 32 hexadecimal digits in prose.
+    multi-key: one of four numbers. multi-query: all four numbers. chat: a number, asked for in plain words.
+    In multi-query and chat the model writes its answer.
+    After two lengths without an answer, longer ones are not tried.
+    All other rows measure the last tokens of texts of this length, up to 64 trained lengths.
+    low and high are 2 standard errors from the mean.
+    loss: nats per token. Its interval is that of the difference to the first length of the same call,
+    so the first has none.
+    loss - teacher's, KL(teacher, student), same token: student and teacher on the same texts.
+    unseen: text of --unseen, a kind that no model here was trained on."""
+    names = student_names(args.model)
+    text_of_run(args)
     report = read_json(args.model[0], "report.json", "report of halo.py")
     teacher_at = args.teacher or halo.teacher_path(report.get("teacher", "tiny"))
+    tokenizer = Tokenizer.load(teacher_at)
+    for folder in args.model:
+        refuse(Tokenizer.load(folder).digest() != tokenizer.digest(),
+               f"--model {folder}: its tokenizer is not that of the teacher, {teacher_at}")
+    load = partial(pretrained.load, dtype=dtype_on(args.device), device=args.device)
+    students = {name: load(folder) for name, folder in zip(names, args.model)}
     teacher = world.in_turn(partial(load, teacher_at))
     T = teacher.config.max_len
-    lengths = sorted(args.contexts or [T * n for n in (1, 2, 4, 16, 64, 256) if n <= args.times])
-    corpus, texts, sha256 = niah_texts(args, teacher_at, min(lengths[-1], 64 * T))
-    facts = {name: dict(folder=folder, layers=model.config.layers, logit_base=model.config.logit_base,
-                        sha256=pretrained.digest(folder))
+    corpus = world.in_turn(partial(Corpus, tokenizer, args.data))
+    lengths = args.contexts or [T * n for n in (1, 2, 4, 16, 64, 256) if n <= args.times]
+    lengths = lengths_within(corpus, lengths)
+    texts, sha256 = niah_texts(args, corpus, min(lengths[-1], 64 * T))
+    count = min(256, lengths[0] // 2)                    # tokens to predict
+    facts = {name: dict(folder=os.path.normpath(folder), layers=model.config.layers,
+                        logit_base=model.config.logit_base, sha256=pretrained.digest(folder))
              for (name, model), folder in zip(students.items(), args.model)}
     table = Table(args, "model task context", "model task context of value low high",
                   f"{', '.join(args.model)}, teacher {teacher_at}, trained at {T:,} tokens",
-                  trained=T, sha256=[pretrained.digest(teacher_at), *sha256], students=facts)
+                  trained=T, sha256=[pretrained.digest(teacher_at), *sha256],
+                  predicted=[args.windows, count], students=facts)
     keep_rows(table)
     tasks = TASKS | written_tasks(corpus.tokenizer)
     cells = [(reader, n, (args.trials_long or args.trials) if n >= 32768 else args.trials)
@@ -985,33 +1007,62 @@ def bench_niah(args):
             with reading(reader, n):
                 ask(table, reader, n, corpus, trials, bar)
                 if reader.keep is None:
-                    predict(table, reader, n, texts, min(256, lengths[0] // 2), teacher, first)
+                    predict(table, reader, n, texts, count, teacher, first)
     if world.RANK == 0:
         draw_niah(table.facts, table.rows, table.path)
     return table
 
 
-def niah_texts(args, teacher_at, longest):
-    """The Corpus that hides things, texts {kind: (texts, longest)} to predict, and a hash of each text."""
+def student_names(folders):
+    """The names of students in a table: of several, the names of their folders."""
+    if len(folders) == 1:
+        return ["student"]
+    names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
+    refuse(len({*names, "teacher"}) <= len(names), f"--model {' '.join(folders)}: two folders have the same "
+           "name, or one has the name teacher; rename one")
+    return names
+
+
+def text_of_run(args):
+    """Without --data, set it to the run's own text."""
     run = args.model[0]
-    if not args.data and os.path.exists(os.path.join(run, "run.json")):
-        args.data = read_json(run, "run.json", "run of halo.py")["options"]["data"]
-    tokenizer = Tokenizer.load(teacher_at)
-    corpus = world.in_turn(partial(Corpus, tokenizer, args.data))
+    if args.data or not os.path.exists(os.path.join(run, "run.json")):
+        return
+    args.data = read_json(run, "run.json", "run of halo.py")["options"]["data"]
+    refuse(any("teacher" in paths for paths, _ in data_sources(args.data or [])),
+           f"{run} was trained on text that its teacher wrote: give other text with --data")
+
+
+def lengths_within(corpus, lengths):
+    """The lengths that held-out text has, in order. ValueError if there are none."""
+    most = len(corpus.held_out)
+    known = sorted(n for n in lengths if n <= most)
+    refuse(not known, f"the held-out text has only {most:,} tokens; give shorter --contexts, or more --data")
+    if len(known) < len(lengths):
+        print(f"the held-out text has {most:,} tokens: longer contexts are left out")
+    return known
+
+
+def niah_texts(args, corpus, longest):
+    """Texts {kind: (texts, longest)} to predict, and a hash of each text."""
     texts = {"": corpus.windows(np.random.default_rng(0), args.windows, longest)}
     sha256 = [corpus.facts["sha256"]]
-    if args.unseen:                                      # all of it serves: nothing was trained on it
-        unseen = world.in_turn(partial(Corpus, tokenizer, args.unseen, cell=longest))
+    if args.unseen:                                      # its training split: no model was trained on it
+        try:
+            unseen = world.in_turn(partial(Corpus, corpus.tokenizer, args.unseen, cell=longest))
+        except ValueError as error:
+            raise ValueError(str(error).replace("--data", "--unseen")) from None
         texts[", unseen"] = unseen.rows("unseen", halo.Plan(1, longest - 1, args.windows, 0, 0))(0)
         sha256.append(unseen.facts["sha256"])
-    return corpus, texts, sha256
+    return texts, sha256
 
 
 def keep_rows(table):
-    """Let the rows of an earlier call stay if it had the same teacher and texts, and the same model for the
-    name of the row. A long table can so be measured in several calls."""
+    """Keep the rows of an earlier call if teacher and texts are the same. A row also needs the same model
+    under its name. A long table can therefore be measured in several calls."""
     old = read_table(table.path) if os.path.exists(table.path) else {}
-    rows = table.rows if old.get("sha256") == table.facts["sha256"] else []
+    same = all(old.get(key) == table.facts[key] for key in ("sha256", "predicted"))
+    rows = table.rows if same else []
     known = old.get("students", {}) | table.facts["students"] if rows else table.facts["students"]
     changed = [name for name in known if old.get("students", {}).get(name) != known[name]]
     table.facts["students"] = known
@@ -1019,8 +1070,8 @@ def keep_rows(table):
 
 
 def mean_of_tasks(rows, model):
-    """One row per context: the mean of all tasks but S1. A task that was not tried any more counts as 0.
-    Contexts at which no model was asked for all tasks are left out."""
+    """One row per context: the mean of all tasks but S1. A task counts as 0 where this model was not asked,
+    but others were. A context is left out if some task was asked of no model there."""
     asked = [row for row in rows if "by_depth" in row and row["task"] != "S1"]
     tasks = {row["task"] for row in asked}
     found = []
@@ -1244,7 +1295,8 @@ FLAGS = [                            # modes, flag, what is given, default, help
     ("niah", "--model", SOME | TEXT, ["out/small-paper"], "folders of runs of halo.py, with one teacher"),
     ("niah", "--readers", SOME | dict(choices=READERS), READERS, "models and ways to read that are measured"),
     ("niah", "--teacher", TEXT, None, "folder of its teacher; default: the run's own"),
-    ("niah", "--data", SOME | TEXT, None, "text, as for halo.py; default: the run's own"),
+    ("niah", "--data", SOME | TEXT, None, "text, as for halo.py; default: the run's own (needed "
+     "where the teacher wrote it)"),
     ("niah", "--unseen", SOME | TEXT, None, "text of another kind, to predict"),
     ("niah", "--times", COUNT, 256, "longest context, in trained lengths"),
     ("niah", "--contexts", dict(type=number(int, 16), nargs="+", metavar="N"), None,

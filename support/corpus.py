@@ -6,10 +6,12 @@
     code.jsonl      modules of the Python packages that are installed here
     long.jsonl      books for stage 3: pages or modules in a row. None of them is in the two files above
     unseen.jsonl    essays on politics, to measure with: the other files have no text of this kind
-    sources.json    the packages, their versions and hashes
+    sources.json    the files and their hashes, the Debian packages with versions and hashes, the Python
+                    packages with versions
 
 The same packages give the same files. This needs apt-get (after apt-get update) and dpkg, but no root.
-PACKAGES has the names of Debian 12. On another release, mend the names that have a number.
+Four names in PACKAGES are of Debian 12: libboost1.81-doc, linux-doc-6.1, postgresql-doc-15 and
+python3.11-doc. On another release, mend these names.
 """
 import gzip
 import json
@@ -38,20 +40,23 @@ linux-doc-6.1 maxima-doc neutron-doc nova-doc octave-doc perl-doc postfix-doc po
 python-django-doc python-sqlalchemy-doc python3.11-doc r-doc-html racket-doc sqlite3-doc swi-prolog-doc
 vim-doc""".split()
 UNSEEN = "anarchism"
-BOOK = 100_000, 500_000              # characters of a book: at least, and about at most
+UNSEEN_SIZE = 10                     # MB of unseen.jsonl, at most
+BOOK = 100_000, 500_000              # characters of a book: at least the first; a book longer than the second
+                                     # takes no more
 
 HTML = re.compile(r"\.html?(\.en)?(\.gz)?$")
 SOURCE = re.compile(r"\.(txt|rst|pod|md)(\.gz)?$")
 MODULE = re.compile(r"\.py$")
-SKIPPED = re.compile(                # indexes, tests, the questions of lm_eval, other languages
+SKIPPED = re.compile(                # indexes, tests, the questions of lm_eval, other languages;
+                                     # also modules named search.py, contents.py or test.py
     r"/(_modules|_sources|genindex|search|\w*-?modindex|contents|tests?|lm_eval|_vendor|changelog|copyright"
     r"|translations|(?!en)[a-z]{2}[-_][A-Z]{2})\b|\.(?!en)[a-z]{2}\.html")
 HIDDEN = re.compile(r"(?is)<(script|style|head|nav|footer|svg|math)\b.*?</\1\s*>|<!--.*?-->"
                     r"|<div class=.sphinxsidebar.*")
 BLOCK = re.compile(r"(?i)</?(p|h\d|ul|ol|dl|table|pre|section|blockquote)\b[^>]*>")
 LINE = re.compile(r"(?i)</?(br|div|tr|dt|dd|li)\b[^>]*>")
-NAVIGATION = re.compile(r"(?m)^\W*((Prev|Next|Up|Previous)\b.*(Up|Home|Next|Index\]|Prev)|‹.*›|Copyright\b.*"
-                        r"|.*(Boost Software License|\bHome Next).*|.* Home .*(?=\s*\Z))\s*$")
+NAVIGATION = re.compile(r"(?m)^[^\w\n]*((Prev|Next|Up|Previous)\b.*(Up|Home|Next|Index\]|Prev)|‹.*›"
+                        r"|Copyright\b.*|.*(Boost Software License|\bHome Next).*|.* Home .*(?=\s*\Z))\s*$")
 LICENCE = re.compile(r"\A(#.*\n)*#.*licen[cs]e.*\n(#.*\n|\n)*", re.I)
 COMMON = set("the of to and is in that for".split())
 WORDING = re.compile(r"special\s+magic\s+number|pass\s+key\s+is", re.I)   # of the tests in support/recall.py
@@ -75,8 +80,8 @@ def call(*command, cwd):
         raise ValueError(f"there is no {command[0]} here; run this program on Debian") from None
     except subprocess.CalledProcessError as error:
         wrong = one_line(error.stderr.strip().rpartition("\n")[2])
-        raise ValueError(f"{' '.join(command)} failed ({wrong}); run apt-get update, check the network and "
-                         "the names in support/corpus.py") from None
+        raise ValueError(f"{command[0]} failed ({wrong}); run apt-get update, check the network and the "
+                         "names in support/corpus.py (these names are of Debian 12)") from None
 
 
 def unpack(name, folder):
@@ -109,8 +114,9 @@ def files_of(folder, kind):
 
 
 def pages(folder):
-    """Pairs of folder and text for the English pages of a package: HTML, or plain text if there is no HTML.
-    Three lines or more in a row that many pages share are navigation or a licence, and are left out."""
+    """Pairs of folder and text: HTML pages of a package, or its plain text if it has no HTML, in English, of
+    400 to 800,000 characters. Three or more lines in a row that many pages share are removed: navigation or a
+    licence."""
     found = [(home, plain(text)) for home, text in files_of(folder, HTML)] or files_of(folder, SOURCE)
     count = Counter(chain.from_iterable(set(text.split("\n")) for _, text in found))
     often = {line for line, n in count.items() if n > 5 + 0.1 * len(found)} | {"", " "}
@@ -137,8 +143,8 @@ def modules(folder):
 
 
 def books(pairs):
-    """Lists of texts in a row, one list per book. A book ends with a folder if the book is long enough, or
-    inside a folder at the greatest length. The last list may be shorter."""
+    """Lists of texts in a row, one list per book. A book ends at the end of a folder once it is long
+    enough, or inside a folder once it exceeds BOOK[1]. The last list may be shorter."""
     found = [[]]
     for _, group in groupby(pairs, lambda pair: pair[0]):
         for _, text in group:
@@ -161,7 +167,10 @@ def split(packages, megabytes, of_long):
     list of pairs (folder, text) per package."""
     rng, seen, shelf = random.Random(1), set(), []
     for pairs in packages:
-        new = {text: home for home, text in pairs if text not in seen}
+        new = {}
+        for home, text in pairs:
+            if text not in seen:
+                new.setdefault(text, home)
         seen.update(new)
         shelf += books([(home, text) for text, home in new.items()])
     rng.shuffle(shelf)
@@ -186,16 +195,21 @@ def run_main(argv):
     os.makedirs(args.folder, exist_ok=True)
     debs, manuals = [], []
     with tempfile.TemporaryDirectory() as folder:
+        call("apt-get", "-q", "download", "--print-uris", *PACKAGES, UNSEEN, cwd=folder)     # are all there?
         for name in tqdm([*PACKAGES, UNSEEN], desc="manuals  ", dynamic_ncols=True):
             debs.append(unpack(name, folder))
             manuals.append(list(pages(f"{folder}/{name}")))
     homes = sorted(p for p in site.iterdir() if p.is_dir())
-    unseen = first(list(dict.fromkeys(text for _, text in manuals.pop())), megabytes=10)
+    *manuals, essays = manuals
+    unseen = first(list(dict.fromkeys(text for _, text in essays)), UNSEEN_SIZE)
     prose, long = split(manuals, args.prose, 0.75 * args.long)
     code, long_code = split(map(modules, tqdm(homes, desc="code     ", dynamic_ncols=True)),
                             args.code, 0.25 * args.long)
     texts = {"prose.jsonl": prose, "code.jsonl": code, "long.jsonl": long + long_code, "unseen.jsonl": unseen}
     files = {name: save(os.path.join(args.folder, name), of) for name, of in texts.items()}
+    size = files["code.jsonl"]["megabytes"]
+    if size < 0.8 * args.code:
+        print(f"code.jsonl: only {size} MB of {args.code:g} MB: install more packages, or ask for less")
     python = sorted({f"{d.name} {d.version}" for d in distributions(path=[str(site)])})
     write_json(os.path.join(args.folder, "sources.json"), {"files": files, "debian": debs, "python": python})
     print("from", ", ".join(f"{deb['name']} {deb['version']}" for deb in debs), "and", ", ".join(python))

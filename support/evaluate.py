@@ -13,10 +13,10 @@ index of the right choice. The built-in tasks are made of held-out text, or for 
     copy        words in random order, a second time
     recall      one of two numbers that stand in a text
 
-Each task has two rows. The first row comes from log-probabilities in nats, summed over an answer's tokens.
-The row shows the mean for the target, or how often the right choice is the likeliest. The second row is the
-share of right answers that greedy generation writes. Errors are standard errors. The difference is that of
-student and teacher question by question, so its error is smaller than theirs.
+Each task has two rows. The first row uses the log-probability of each answer: in nats, summed over its
+tokens. It shows the mean for the target, or how often the right choice is likeliest. The second row is the
+share of right answers that greedy generation writes. ± is one standard error. "difference" is student minus
+teacher, per question, so its error is smaller.
 """
 import json
 import os
@@ -44,13 +44,16 @@ VERBS = ((" is", " are"), (" was", " were"), (" has", " have"))
 def get_args(argv):
     p = Parser(prog="python -m support.evaluate", description=__doc__.split("\n\n")[0])
     add = p.add_argument
-    add("model", nargs="?", type=filled, help="as for sample.py; default: the newest run in out/")
+    add("model", nargs="?", type=filled, help="as for sample.py; default: the newest run in "
+        "out/, else the shipped student")
     add("--teacher", type=filled, help="model to compare with; default: the run's teacher; none: no model")
     add("--tasks", nargs="+", type=filled, metavar="FILE.jsonl", help="questions; default: built-in tasks")
     add("--write", type=filled, metavar="FOLDER", help="write the built-in tasks for lm-eval, and end")
     add("--questions", type=number(int, 2), help="questions in a task; default: 1000 on a GPU, else 200")
-    add("--length", type=number(int, 32), help="tokens of a context; default: 3/4 of the trained length")
-    add("--data", nargs="+", type=filled, help="text of the built-in tasks, as for halo.py; default: stdlib")
+    add("--length", type=number(int, 32), help="tokens of a context; default: 3/4 of the trained "
+        "length, at most 768")
+    add("--data", nargs="+", type=filled, help="text of the built-in tasks, as for halo.py; "
+        "default: Python's standard library, whatever the run was trained on")
     add("--seed", type=number(int, 0), default=0, help="seed of the built-in tasks; default: 0")
     add("--device", type=filled, help=f"cuda, mps or cpu; default: {default_device()} here")
     args = p.parse_args(argv)
@@ -111,7 +114,8 @@ def built_in(corpus, args, length):
     """{name of a task: list of questions}. Both models get the same questions."""
     ids, tokenizer = corpus.prose[:2 ** 21], corpus.tokenizer
     parts = np.split(ids, np.flatnonzero(ids == tokenizer.end))
-    texts = [tokenizer.decode(part[part != tokenizer.end].tolist()) for part in parts]
+    ends = [i for i in (tokenizer.end, tokenizer.bos) if i is not None]
+    texts = [tokenizer.decode(part[~np.isin(part, ends)].tolist()) for part in parts]
     size = int(length * sum(map(len, texts)) / len(ids))             # characters in `length` tokens
     tasks = {}
     for make in (last_word, agreement, copy, recall):
@@ -129,7 +133,8 @@ def read_tasks(paths, most):
         lines = [line for line in read_text(path).split("\n") if line.strip()][:most]
         questions = [checked(line, f"{path}, question {i}") for i, line in enumerate(lines, 1)]
         refuse(len(questions) < 2 or len({"choices" in q for q in questions}) > 1,
-               f"{path} has {len(questions)} questions; give at least 2, all with choices or none")
+               f"{path} has {len(questions)} questions; give at least 2; either all have choices or "
+               "none has")
         name = os.path.splitext(os.path.basename(path))[0]
         refuse(name in tasks, f"--tasks names {name} twice; rename one of the files")
         tasks[name] = questions
@@ -152,7 +157,7 @@ def checked(line, where):
 
 def answers_of(q):
     """The possible answers to a question, and the index of the right one."""
-    return q.get("choices", [q.get("target")]), q.get("gold", 0)
+    return (q["choices"], q["gold"]) if "choices" in q else ([q["target"]], 0)
 
 
 def write_tasks(tasks, folder):
@@ -173,9 +178,14 @@ def encoded(tokenizer, context, answer):
     """Ids of context and answer, and the number of ids in the answer. As in lm-eval, spaces at the end of the
     context belong to the answer. A text begins with bos. Without a bos, an empty context is the end id."""
     context, whole = context.rstrip(), context + answer
-    start = [tokenizer.end] * (not context) if tokenizer.bos is None else [tokenizer.bos]
     ids = tokenizer.encode(whole)
-    return start + ids, max(1, len(ids) - len(tokenizer.encode(context)))
+    n = max(1, len(ids) - len(tokenizer.encode(context)))
+    if tokenizer.bos is not None:
+        ids = [tokenizer.bos, *ids]
+    elif not context:
+        ids = [tokenizer.end, *ids]
+    refuse(n == len(ids), f"{whole!r}: context and answer are one token; give a longer context")
+    return ids, n
 
 
 @torch.no_grad()
@@ -208,8 +218,8 @@ def batches(rows, tokens=32768):
 
 
 def written(model, tokenizer, rows):
-    """Whether greedy generation, given all ids of a row (ids, n) but the last n, writes the text of these and
-    then ends the word. One value per row."""
+    """Whether greedy generation, given all ids of a row (ids, n) but the last n, writes the text of the last
+    n ids and then ends the word. One value per row."""
     found = []
     for part in batches(rows):
         steps = fast.stream(model, [ids[:-n] for ids, n in part], max(n for _, n in part) + 2,
@@ -292,7 +302,7 @@ def run_main(argv):
 
 
 def main(argv=None):
-    command_line("support.evaluate", run_main, argv)
+    command_line("python -m support.evaluate", run_main, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is hidden in text and asked for, and how answers are measured.
+"""Hidden things in text: how they are hidden, asked for and measured.
 
 A model that predicts plain text well need not recall a detail of it. Training therefore hides things in the
 text and asks for them (training_rows, hide), and tests ask for things after any amount of text (recall).
@@ -6,7 +6,7 @@ text and asks for them (training_rows, hide), and tests ask for things after any
     TASKS            what tests hide, in the spirit of RULER (arXiv 2404.06654)
     written_tasks    tasks whose answer the model writes: multi-query, and a question to a chat model
     plant            hides what a task asks for in a text, and asks
-    reworded, again  what training hides besides the pass key
+    reworded, again  hidden things for training: values after words of the text, and repeated passages
     training_rows    rows of a corpus, a share of them with something to recall
     recall           the share of answers that a model finds, and their log-probability
     written          the share of values that stand in what a model writes
@@ -65,9 +65,11 @@ def written_tasks(tokenizer):
     needle, _ = NUMBER
     question = "\nWhich numbers were mentioned above? The special magic numbers for {names} are"
     tasks = {"multi-query": Task(needle, question, string.digits, needles=4, write=64)}
-    if tokenizer.config.get("chat_template"):
+    template = tokenizer.config.get("chat_template")
+    if isinstance(template, str) or any(t["name"] == "default" for t in template or ()):
         lead, _, end = tokenizer.chat([dict(role="user", content="{text}")]).partition("{text}")
-        question = "\n\nWhat is the special magic number for {name}?" + end
+        question = "\n\nWhat is the special magic number for {name}?"
+        question += end.replace("{", "{{").replace("}", "}}")       # plant calls str.format
         tasks["chat"] = Task(needle, question, string.digits, lead=lead, write=32)
     return tasks
 
@@ -78,12 +80,14 @@ def written_tasks(tokenizer):
 def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     """Hide the values of a task in text (n,) and ask for them: ids (n,), and the length of an answer in ids.
 
-    depth None is for training: needles and `ask` questions stand at random places. Several needles stand more
-    often near both ends of the text, where a long text would have few by chance. Questions without room are
-    left out. A depth from 0 to 1 is for testing: the first needle stands at this share of the text, and the
-    other needles anywhere. One question for the first needle ends the text.
+    depth None (training): needles and `ask` questions stand at random places. Several needles stand mostly
+    near the ends of the text, because chance seldom puts one there in a long text. Questions without room are
+    left out.
+    depth 0 to 1 (tests): the first needle stands at this share of the text, the other needles anywhere. One
+    question for the first needle ends the text.
 
-    A prediction ends the text with its answer. An answer to be written has room for task.write ids there.
+    A task that predicts ends with its answer. A task that writes ends with room for task.write ids, and these
+    begin with the right answer.
 
     task: a Task, or its name in TASKS. ValueError if the text has no room for needles and one question."""
     assert depth is None or ask == 1, "a test has one question, at its end"
@@ -93,12 +97,12 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     values = ["".join(task.signs[i] for i in rng.integers(0, len(task.signs), task.size)) for _ in names]
     needles = [encode(task.needle.format(name=name, value=value)) for name, value in zip(names, values)]
     wanted = [", ".join(values)] if "{names}" in task.question else values
-    answers = [encode(f" {value}") for value in wanted]
+    targets = [encode(f" {value}") for value in wanted]
     questions = []
-    for name, answer in zip(names, answers):
+    for name, target in zip(names, targets):
         question = encode(task.question.format(name=name, names=", ".join(names)))
-        room = np.zeros(max(0, task.write - len(answer)), int)
-        questions.append(np.concatenate((question, answer, room)))
+        room = np.zeros(max(0, task.write - len(target)), int)
+        questions.append(np.concatenate((question, target, room)))
     lead = encode(task.lead)
 
     asked = [i % len(questions) for i in range(ask)]                # the name of each question
@@ -106,8 +110,8 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     while left < 0 and len(asked) > 1:
         left += len(questions[asked.pop()])
     if left < 0:
-        raise ValueError(f"{len(text)} tokens have no room for a pass key and its question, "
-                         f"{len(text) - left} tokens; use a longer length")
+        raise ValueError(f"a text of {len(text)} tokens has no room: the task needs {len(text) - left} "
+                         "tokens; use a longer length")
 
     order = [*range(len(names)), *asked]                            # of names: first told, then asked for
     if depth is None:
@@ -124,7 +128,7 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
         parts += [text[at:cut], questions[i] if i in told else needles[i]]
         told.add(i)
         at = cut
-    return np.concatenate([*parts, text[at:left]]).astype(text.dtype), len(answers[0])
+    return np.concatenate([*parts, text[at:left]]).astype(text.dtype), len(targets[0])
 
 
 def reworded(tokenizer, ids, rng, most=4):
@@ -134,28 +138,28 @@ def reworded(tokenizer, ids, rng, most=4):
     same words earlier. All names begin with the same words (up to 5), so that a name must be read to its
     end. Half of the tasks draw few words at random, so that names resemble each other. The other half takes
     words in a row as the text has them, so that the usual next word is the wrong answer. A value is 3 to 24
-    characters long, all digits or drawn from a few digits and letters."""
+    characters long, all digits or drawn from 6 to 36 of the digits and letters."""
     ends = [i for i in (tokenizer.end, tokenizer.bos) if i is not None]
     text = tokenizer.decode(ids[~np.isin(ids, ends)].tolist())
     words = re.findall(r"[^\W\d_]{2,12}", text) or ["number"]
     n = int(rng.integers(1, most + 1))
-    few = rng.integers(0, len(words), n + rng.integers(3, 12))
+    pool = rng.integers(0, len(words), n + rng.integers(3, 12))
     in_a_row = rng.random() < 0.5
 
     def some_words(low, high):
         size = rng.integers(low, high)
         first = rng.integers(len(words))
-        return " ".join(words[first:first + size] if in_a_row else [words[i] for i in rng.choice(few, size)])
+        return " ".join(words[first:first + size] if in_a_row else [words[i] for i in rng.choice(pool, size)])
     head = some_words(0, 6)
-    lead = some_words(0, 5)                                         # words before the question
+    opening = some_words(0, 5)                                      # words before the question
     joint = JOINTS[rng.integers(len(JOINTS))]
     stop = STOPS[rng.integers(len(STOPS))]
     names = tuple(dict.fromkeys(f"{head} {some_words(1, 4)}".strip() for _ in range(n)))
     signs = "".join(rng.permutation(list(SIGNS))[:rng.integers(6, len(SIGNS) + 1)])
     signs = rng.choice((string.digits, signs))
     size = int(rng.integers(3, 25))
-    lead = f"{lead}{stop} " if lead else ""
-    return Task("\n{name}" + joint + " {value}.\n", "\n" + lead + "{name}" + joint, signs, size,
+    opening = f"{opening}{stop} " if opening else ""
+    return Task("\n{name}" + joint + " {value}.\n", "\n" + opening + "{name}" + joint, signs, size,
                 len(names), names, prose=False)
 
 
@@ -176,7 +180,7 @@ def again(row, rng, times):
 
 
 def more_in(row):
-    """How many times more a long row hides: by the root of its length."""
+    """The factor by which a long row hides more: the root of its length over 256."""
     return max(1, round((len(row) / 256) ** 0.5))
 
 
@@ -294,7 +298,7 @@ def recall(model, corpus, length, trials, seed=0, task="S1", keep=None, varied=0
     prompts = shortened(prompts, keep)
     most = max(n_answer)
     logp, right = [], []
-    for part in world.parts(prompts, max(1, 65536 // length)):
+    for part in world.parts(prompts, max(1, 65536 // prompts.size(1))):
         with bf16():
             found = answers(model, part, most)
         logp += found[0].cpu()
@@ -322,7 +326,7 @@ def written(model, corpus, length, trials, task, seed=0, keep=None):
     prompts, n_answer = make_prompts(corpus, length, trials, seed, task, 0.0)
     prompts = shortened(torch.from_numpy(prompts), keep)
     texts = []
-    for part in world.parts(prompts[:, :-task.write], max(1, 65536 // length)):
+    for part in world.parts(prompts[:, :-task.write], max(1, 65536 // prompts.size(1))):
         found = continued(model, part.to(model.wte.weight.device), task.write, tokenizer.n_vocab)
         for ids in found.tolist():
             texts.append(tokenizer.decode(takewhile(lambda id: id not in tokenizer.stops, ids)))

@@ -72,6 +72,14 @@ def test_no_text_is_in_two_files(debian, tmp_path, monkeypatch):
     assert 15_000 < sum(map(len, texts["prose"])) <= 20_000
 
 
+def test_a_text_that_comes_again_does_not_divide_a_folder(monkeypatch):
+    """An equal text in a later folder changes no book."""
+    monkeypatch.setattr(corpus, "BOOK", (15, 100))
+    a, b, c = ("a" * 10, "b" * 10, "c" * 10)
+    pairs = [("one", a), ("one", b), ("one", c), ("two", b)]
+    assert corpus.split([pairs], 1, 1) == ([], ["\n\n\n".join((a, b, c))])
+
+
 @pytest.mark.parametrize("name, text, kept", [
     ("a.html", f"<head>Title</head><p>menu<h1>Title</h1><p>{9 * SENTENCE}<pre>a\n  b</pre>", True),
     ("a.html", f"<h1>Title</h1>{9 * SENTENCE}{SECRET}", False),                  # the tests' wording

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 import bench
 import support.recall as recall
+from support import evaluate
 from hypenet import HypeNet, HypeNetConfig
 from support.tokens import Tokenizer
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>"
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{}>{% endfor %}<bot>"
 FIELDS = dict(layers="LA", n_embd=32, n_head=2, n_kv_head=2, head_dim=16, n_hidden=48, max_len=512,
               norm="rms", mlp="swiglu", qk_norm=True, position="rope", vocab_size=256)
 
@@ -33,7 +34,8 @@ def chat_tokenizer():
 def corpus_of(tokenizer):
     def windows(rng, n, length, prose=False):
         return rng.integers(97, 123, (n, length))
-    return types.SimpleNamespace(tokenizer=tokenizer, windows=windows)
+    return types.SimpleNamespace(tokenizer=tokenizer, windows=windows, held_out=range(2 ** 16),
+                                 facts=dict(sha256=""))
 
 
 @pytest.mark.parametrize("name, needles", [("multi-query", 4), ("chat", 1)])
@@ -46,7 +48,7 @@ def test_a_written_task_asks_for_every_value_before_room_for_its_answer(name, ne
     asked = [told[word] for word in re.findall(r"\w+", prompt.splitlines()[-1]) if word in told]
     assert len(ids) == 700 and n < task.write and len(told) == len(asked) == needles
     assert answer.strip().split(", ") == asked
-    assert prompt.startswith("<user>") == (name == "chat") == prompt.endswith("?</><bot>")
+    assert prompt.startswith("<user>") == (name == "chat") == prompt.endswith("?</{}><bot>")
 
 
 def test_only_a_chat_template_gives_a_chat():
@@ -162,15 +164,40 @@ def test_trials_of_long_contexts_have_their_own_number(niah, monkeypatch):
     monkeypatch.setattr(bench, "written", asked)
     monkeypatch.setattr(bench, "recall", lambda *given, **_: (None, asked(*given)))
     monkeypatch.setattr(bench, "predict", lambda *_: None)
-    monkeypatch.setattr(bench, "niah_texts", lambda *_: (corpus_of(Tokenizer.bytes()), {}, []))
-    niah("--contexts", "512", "32768", "--readers", "students", "--trials", "7", "--trials-long", "3")
+    monkeypatch.setattr(bench, "Corpus", lambda tokenizer, _: corpus_of(tokenizer))
+    niah("--contexts", "512", "32768", "99999", "--readers", "students", "--trials", "7",
+         "--trials-long", "3")
     assert seen == {512: 7, 32768: 3}
 
 
-def test_two_folders_of_one_name_are_refused(niah, capsys):
+@pytest.mark.parametrize("models, flags, line", [
+    (("one", "two/../one"), [], "same name"), (("one", "teacher"), [], "same name"),
+    (("one", "other"), [], "its tokenizer"), (("one",), ["--contexts", "99999"], "has only"),
+    (("one",), ["--unseen", "none"], "--unseen none: not found")])
+def test_models_and_texts_that_cannot_be_compared_are_refused(niah, models, flags, line, capsys):
+    shutil.copytree(niah.folder / "one", niah.folder / "other")
+    Tokenizer(Tokenizer.bytes().spec + "\n").save(niah.folder / "other")
     with pytest.raises(SystemExit) as stop:
-        niah(models=("one", "two/../one"))
-    assert stop.value.code == 2 and "same name" in capsys.readouterr().err
+        niah(*flags, models=models)
+    assert stop.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_text_that_a_teacher_wrote_is_not_measured(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"options": {"data": ["web:0.5", "teacher:0.5"]}}')
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["niah", "--device", "cpu", "--model", str(tmp_path)])
+    assert stop.value.code == 2 and "give other text with --data" in capsys.readouterr().err
+
+
+def test_choices_need_gold():
+    with pytest.raises(ValueError, match="the place is no question"):
+        evaluate.checked('{"context": "a", "choices": ["b", "c"]}', "the place")
+
+
+def test_an_answer_that_leaves_no_context_is_refused():
+    tokenizer = types.SimpleNamespace(bos=None, end=0, encode=lambda text: [len(text)])
+    with pytest.raises(ValueError, match="'ab': context and answer are one token"):
+        evaluate.encoded(tokenizer, "a", "b")
 
 
 def test_tasks_that_were_not_tried_count_as_zero_in_the_mean():

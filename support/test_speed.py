@@ -18,6 +18,18 @@ def test_a_run_is_measured_with_its_teacher(mode, results, monkeypatch, capsys):
     assert all(r["peak_gb"] > 0 for r in rows)
 
 
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_contexts_beyond_the_positions_of_a_run_are_left_out(mode, results, monkeypatch, capsys):  # noqa: F811
+    """A model with learned positions gets the rows of the contexts that these reach."""
+    config = bench.HypeNetConfig("A", max_len=128, n_embd=32, **bench.FAMILIES["gpt2"])
+    bench.HypeNet(config).save_pretrained(results / "model")
+    monkeypatch.setattr(bench, "run_of", lambda folder: dict(student=folder))
+    monkeypatch.setattr(bench, "copy_rate", lambda device: 1e10)
+    bench.main(f"{mode} --device cpu --model {results}/model --ctx 64 4096 --name x".split())
+    assert [row["context"] for row in bench_rows(results, "x")] == [64]
+    bench.main(f"{mode} --device cpu --model {results}/model --name none".split())
+
+
 def test_an_estimate_is_the_sum_of_its_segments(monkeypatch):
     """A segment that takes 1 s, and 1 s more per 1,000 tokens before it: the estimate sums all segments."""
     clock, model = iter([0.0] * 9), bench.HypeNet(bench.SIZES["tiny"].teacher)
