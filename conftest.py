@@ -2,3 +2,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")            # before torch starts
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                 # before triton is first imported

@@ -55,8 +55,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from hypenet import (
-    DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention, locate)
+from hypenet import DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention, locate
 from support import options, shard, world
 from support.common import number
 from support.loss import loss_and_gradient
@@ -209,11 +208,10 @@ def student_config(teacher, layers, args):
 
 @torch.no_grad()
 def linear_twin(attn, config, x, where, retention=None, transfer=True):
-    """A linear layer out of an attention layer: the same weights, with KV heads cloned (paper eq. 13), or
-    narrow q and k (low_rank_keys). A new gate starts constant over tokens: at the share `retention`, or as
-    far as the head looks back (lookback). transfer False: random weights, but for that start of the gate. The
-    twin reads one batch x (B,T,C) of the layer's inputs. Least squares then scales each input channel of its
-    W_o to match attention."""
+    """A linear layer out of an attention layer. The weights are the same; KV heads are cloned (paper eq. 13),
+    or q and k made narrow (low_rank_keys). A new forget gate starts constant over tokens, at `retention`, or
+    if None as far as the head looks back (lookback). Least squares on one batch x (B,T,C) of the layer's
+    inputs then scales each input channel of W_o. transfer False: random weights; only the gate is set."""
     old = attn.config
     twin = LinearAttention(config).to(x.device)
     if twin.forget is not None:
@@ -248,7 +246,7 @@ def lookback(attn, x, where, most=2 ** 11):
     back as its attention head looks. A token d back is read with weight gamma^d, so the mean d is
     gamma / (1 - gamma). d is measured on the first `most` tokens of x (B,T,C), whole rows if they fit, as the
     geometric mean of 1 + d, less 1. A plain mean would be ruled by the first token, on which many heads rest
-    when they find nothing."""
+    when they find nothing. gamma is kept between 0.3 and 0.999."""
     rows = max(1, most // x.size(1))
     q, k, *_ = attn.project(x[:rows], where)                       # (B,T,H,D), (B,T,H_kv,D)
     q, k = q[:, :most], k[:, :most]
@@ -527,17 +525,20 @@ def finetune(run, student, teacher, corpus, plans, args):
     text is not what a large teacher was trained on. Its next tokens pull the student away from what the
     teacher knows. --target teacher keeps the teacher's predictions wherever the teacher can read.
 
-    A student reads further than its teacher for three reasons. Attention without positions ignores distance.
-    Decay bounds the numbers in a linear state. Stage 3 trains on texts longer than the teacher's."""
-    guide, alpha = (teacher, args.alpha) if args.target == "teacher" else (None, 1.0)
+    A student reads further than its teacher for four reasons. Attention without positions ignores distance.
+    Decay bounds the numbers in a linear state. Stage 3 trains on texts longer than the teacher's. At
+    generation s_t keeps attention sharp."""
+    guide, alpha = teacher, args.alpha
+    if args.target == "text":
+        guide, alpha = None, 1.0
     train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())],
           objective(student, guide, args.kl, alpha))
     return student
 
 
 def convert_control(run, teacher, corpus, plans, args):
-    """The control of stage 3: the teacher, still all attention, trains on the same long text. What it learns
-    too is due to the text, not to the hybrid."""
+    """The control of stage 3: the teacher, still all attention, with the same text and loss. What it gains
+    too is not due to the hybrid."""
     mixers = [attention_twin(block.mixer, teacher.config) for block in teacher.blocks]
     return finetune(run, assemble(teacher, teacher.config, mixers), teacher, corpus, plans, args)
 

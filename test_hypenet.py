@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -24,22 +23,20 @@ from pathlib import Path
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"    # read when triton is first imported
+import halo
+import hypenet
+import kernel
+import support.fast as fast
+import support.options as cli  # noqa: F401
+import support.recall as recall  # noqa: F401
+import support.report as reports  # noqa: F401
+import support.run as run  # noqa: F401
+import support.text as text  # noqa: F401
+from hypenet import FAMILIES, HypeNet, HypeNetConfig
+from support.run import seal
+from support.tokens import Tokenizer
 
-import halo  # noqa: E402
-import hypenet  # noqa: E402
-import kernel  # noqa: E402
-import support.fast as fast  # noqa: E402
-import support.options as cli  # noqa: E402,F401
-import support.recall as recall  # noqa: E402,F401
-import support.report as reports  # noqa: E402,F401
-import support.run as run  # noqa: E402,F401
-import support.text as text  # noqa: E402,F401
-from hypenet import FAMILIES, HypeNet, HypeNetConfig  # noqa: E402
-from support.run import seal  # noqa: E402
-from support.tokens import Tokenizer  # noqa: E402
+GPU = torch.cuda.is_available()
 
 torch.set_num_threads(1)                    # the tensors are tiny
 DEVICE = "cuda" if GPU else "cpu"

@@ -1,4 +1,4 @@
-"""Make text for the student of a real teacher, where no hub can be reached but Debian's packages can.
+"""Make training text for a real teacher from Debian and Python packages, without the Hugging Face hub.
 
     python -m support.corpus FOLDER            files of JSON lines, field text, for halo.py --data
 
@@ -41,8 +41,7 @@ python-django-doc python-sqlalchemy-doc python3.11-doc r-doc-html racket-doc sql
 vim-doc""".split()
 UNSEEN = "anarchism"
 UNSEEN_SIZE = 10                     # MB of unseen.jsonl, at most
-BOOK = 100_000, 500_000              # characters of a book: at least the first; a book longer than the second
-                                     # takes no more
+BOOK = 100_000, 500_000              # characters of a book: the least; above the second no text is added
 
 HTML = re.compile(r"\.html?(\.en)?(\.gz)?$")
 SOURCE = re.compile(r"\.(txt|rst|pod|md)(\.gz)?$")
@@ -55,8 +54,9 @@ HIDDEN = re.compile(r"(?is)<(script|style|head|nav|footer|svg|math)\b.*?</\1\s*>
                     r"|<div class=.sphinxsidebar.*")
 BLOCK = re.compile(r"(?i)</?(p|h\d|ul|ol|dl|table|pre|section|blockquote)\b[^>]*>")
 LINE = re.compile(r"(?i)</?(br|div|tr|dt|dd|li)\b[^>]*>")
-NAVIGATION = re.compile(r"(?m)^[^\w\n]*((Prev|Next|Up|Previous)\b.*(Up|Home|Next|Index\]|Prev)|‹.*›"
-                        r"|Copyright\b.*|.*(Boost Software License|\bHome Next).*|.* Home .*(?=\s*\Z))\s*$")
+NAVIGATION = re.compile(
+    r"(?m)^[^\w\n]*((Prev|Next|Up|Previous)\b.*\b(Up|Home|Next|Index\]|Prev)|‹.*›"
+    r"|Copyright\b.*(©|\(c\)|\d{4}).*|.*(Boost Software License|\bHome Next).*|.* Home .*(?=\s*\Z))\s*$")
 LICENCE = re.compile(r"\A(#.*\n)*#.*licen[cs]e.*\n(#.*\n|\n)*", re.I)
 COMMON = set("the of to and is in that for".split())
 WORDING = re.compile(r"special\s+magic\s+number|pass\s+key\s+is", re.I)   # of the tests in support/recall.py
@@ -96,8 +96,9 @@ def plain(page):
     """The text of a page of HTML, from its first heading on. Only preformatted text keeps its spaces."""
     page = HIDDEN.sub(" ", page)
     parts = re.split(r"(?is)(<pre\b.*?</pre>)", page[max(0, page.find("<h1")):])
-    parts[::2] = [LINE.sub("\n", re.sub(r"\s+", " ", part)) for part in parts[::2]]
-    text = unescape(re.sub(r"<[^>]*>", "", BLOCK.sub("\n\n", "".join(parts))))
+    parts[::2] = [re.sub(r"\s+", " ", part) for part in parts[::2]]
+    text = BLOCK.sub("\n\n", LINE.sub("\n", "".join(parts)))
+    text = unescape(re.sub(r"<[^>]*>", "", text))
     return NAVIGATION.sub("", text.replace("\xa0", " ").replace("¶", ""))
 
 
@@ -124,7 +125,7 @@ def pages(folder):
         lines = []
         for shared, run in groupby(text.split("\n"), often.__contains__):
             run = list(run)
-            lines += [""] if shared and sum(map(bool, map(str.strip, run))) > 2 else run
+            lines += [""] if shared and sum(line.strip() != "" for line in run) > 2 else run
         text = re.sub(r"\S{200,}", "", "\n".join(map(str.rstrip, lines))).strip()
         words = re.findall(r"[^\W\d_]+", text.lower())
         sentences = sum(word in COMMON for word in words) > 0.1 * len(words)      # no index, table, French
@@ -207,9 +208,11 @@ def run_main(argv):
                             args.code, 0.25 * args.long)
     texts = {"prose.jsonl": prose, "code.jsonl": code, "long.jsonl": long + long_code, "unseen.jsonl": unseen}
     files = {name: save(os.path.join(args.folder, name), of) for name, of in texts.items()}
-    size = files["code.jsonl"]["megabytes"]
-    if size < 0.8 * args.code:
-        print(f"code.jsonl: only {size} MB of {args.code:g} MB: install more packages, or ask for less")
+    for name in ("prose", "code", "long"):
+        asked, size = getattr(args, name), files[f"{name}.jsonl"]["megabytes"]
+        if size < 0.8 * asked:
+            print(f"{name}.jsonl: only {size} MB of {asked:g} MB: install more packages, or ask for "
+                  + ("more" if asked < 5 else "less"))
     python = sorted({f"{d.name} {d.version}" for d in distributions(path=[str(site)])})
     write_json(os.path.join(args.folder, "sources.json"), {"files": files, "debian": debs, "python": python})
     print("from", ", ".join(f"{deb['name']} {deb['version']}" for deb in debs), "and", ", ".join(python))

@@ -58,7 +58,7 @@ FAULTS = [
     # Every step hides the same pass keys.
     ("support/recall.py", "zlib.crc32(stage.encode()), step])", "zlib.crc32(stage.encode())])"),
     # --budget is ignored.
-    ("support/options.py", "tokens=plan.tokens * args.budget", "tokens=plan.tokens"),
+    ("support/options.py", "tokens=plans[stage].tokens * args.budget", "tokens=plans[stage].tokens"),
     # A teacher that is trained first has seed 0, whatever --seed says.
     ("support/options.py", '"--seed", str(args.seed)]', '"--seed", "0"]'),
     # A long prompt is read at once, and its activations fill the memory.

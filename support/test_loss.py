@@ -1,18 +1,13 @@
 """Laws of the kernels of a training step: each equals the plain function that it stands for."""
-import os
 
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"    # read when triton is first imported
-
-import halo  # noqa: E402
-import hypenet  # noqa: E402
-import support.heads as heads  # noqa: E402
-import support.loss as loss  # noqa: E402
-from test_hypenet import DEVICE, needs_triton, rmse, some_ids, tiny  # noqa: E402
+import halo
+import hypenet
+import support.heads as heads
+import support.loss as loss
+from test_hypenet import DEVICE, GPU, needs_triton, rmse, some_ids, tiny
 
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]    # the interpreter has no bf16
 pytestmark = needs_triton

@@ -26,30 +26,26 @@ import numpy as np
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"    # read when triton is first imported
-
-import bench  # noqa: E402
-import halo  # noqa: E402
-import hypenet  # noqa: E402
-import kernel  # noqa: E402
-import sample  # noqa: E402
-import support.common as common  # noqa: E402
-import support.fast as fast  # noqa: E402
-import support.options as cli  # noqa: E402,F401
-import support.pretrained as pretrained  # noqa: E402
-import support.recall as recall  # noqa: E402
-import support.run as run  # noqa: E402,F401
-import support.text as text  # noqa: E402
-import support.writer as writer  # noqa: E402
-from hypenet import FAMILIES, HypeNet, HypeNetConfig  # noqa: E402
-from support.tokens import Tokenizer, check_tokenizer  # noqa: E402
+import bench
+import halo
+import hypenet
+import kernel
+import sample
+import support.common as common
+import support.fast as fast
+import support.options as cli  # noqa: F401
+import support.pretrained as pretrained
+import support.recall as recall
+import support.run as run  # noqa: F401
+import support.text as text
+import support.writer as writer
+from hypenet import FAMILIES, HypeNet, HypeNetConfig
+from support.tokens import Tokenizer, check_tokenizer
 
 
-from test_hypenet import (  # noqa: E402,F401
-    BIASES, DEVICE, GPT2, HERE, INF, PUBLISHED, SHAPES, T, VARIANTS, a_plan, convert, every_variant, home,
-    inputs, log_of, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids,
+from test_hypenet import (  # noqa: F401
+    BIASES, DEVICE, GPT2, GPU, HERE, INF, PUBLISHED, SHAPES, T, VARIANTS, a_plan, convert, every_variant,
+    home, inputs, log_of, needs_triton, one_line, options, rmse, rope_by_hand, runs, some_documents, some_ids,
     streamed, take_gradients, tiny, write_documents)
 
 # ---- support/fast.py ---------------------------------------------------------------------------------------
