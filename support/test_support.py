@@ -2278,6 +2278,9 @@ def test_plans_of_real_teachers(monkeypatch, tmp_path):
     assert plans("--teacher", str(tmp_path)) == (plans()[0], None)
     monkeypatch.setitem(cli.PLAN_BYTES, "real", 999)
     assert plans("--teacher", str(tmp_path)) == (real, ["fineweb"])
+    monkeypatch.setattr(halo, "teacher_path", lambda name: str(tmp_path))       # mini has been trained
+    of_mini = plans("--teacher", "mini", "--plan", "pretrain.tokens=1e6")[0]    # as the command that did it
+    assert of_mini == plans("--teacher", "mini")[0] and "pretrain" not in of_mini
 
 
 def test_probe_measures_every_stage(monkeypatch, tmp_path):
