@@ -68,6 +68,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # ---- recipes and plans -------------------------------------------------------------------------------------
 
 SCORED = ("swap", "guarded", "score")               # ways to choose layers that first measure each layer
+TOO_MUCH = 1.0                                      # nats; see `guarded` in choose_layers
 
 # A recipe is a column of this table, and every row is a flag: an ablation is one flag. `real` is the paper's
 # recipe but for two rows: each head learns its own gate, and stage 3 keeps the teacher's predictions.
@@ -572,7 +573,7 @@ def select(run, teacher, twins, config, corpus, args):
     return layers
 
 
-def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=None):
+def choose_layers(how, n_layer, scores=None, teacher_loss=None, keep=None):
     """The layers that stay attention, as a string of "A" and "L". keep: how many (default: a quarter). how is
     the string itself, or a rule:
 
@@ -582,7 +583,7 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=
               minus the loss, both with layer i linear. A layer stays if its linear form loses much recall
               but little C: such a layer serves recall
     guarded   the same, with the denominator at least the standard error of max C. Layers whose linear form
-              costs over `limit` nats come first
+              costs over TOO_MUCH come first
     swap      the highest  score_i = (R_i if i is attention - R_i if i is linear) + (the same of C)
 
     Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
@@ -595,12 +596,12 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, limit=1.0, keep=
     elif how == "ends":
         stay = [*range(n_layer // 4), *range(n_layer * 3 // 4, n_layer)]
     else:
-        ranks = rank(how, scores, teacher_loss, limit)
+        ranks = rank(how, scores, teacher_loss)
         stay = sorted(range(n_layer), key=ranks.__getitem__, reverse=True)[:k]
     return "".join("A" if i in stay else "L" for i in range(n_layer))
 
 
-def rank(how, scores, teacher_loss, limit=1.0):
+def rank(how, scores, teacher_loss):
     """For each layer: whether it must stay attention, and its score. See choose_layers."""
     best_R = max(s["R"] for s in scores)
     best = max(scores, key=lambda s: s["C"])                       # the layer whose linear form costs least
@@ -611,7 +612,7 @@ def rank(how, scores, teacher_loss, limit=1.0):
             score = s["R_kept"] - s["R"] + s["C_kept"] - s["C"]
         else:
             score = (best_R - s["R"]) / (max(best["C"] - s["C"], least) + 1e-6)        # paper eq. 8
-        ranks.append((how == "guarded" and -s["C"] - teacher_loss > limit, score))
+        ranks.append((how == "guarded" and -s["C"] - teacher_loss > TOO_MUCH, score))
     return ranks
 
 

@@ -158,9 +158,9 @@ def books(pairs):
 
 
 def first(texts, megabytes):
-    """The first texts, up to a size."""
+    """The first texts, up to a size, but at least one."""
     sizes = list(accumulate(len(text.encode()) for text in texts))
-    return texts[:sum(size <= 1e6 * megabytes for size in sizes)]
+    return texts[:max(megabytes > 0, sum(size <= 1e6 * megabytes for size in sizes))]
 
 
 def split(packages, megabytes, of_long):
