@@ -156,10 +156,12 @@ def test_mixed_and_half_dtypes(shape):
 def test_segments_change_nothing(shape, monkeypatch):
     """Few heads, many tokens: segments that run at once give what one walk over the chunks gives."""
     tensors = inputs(shape, 1100, 1, 1, 24, 40, torch.float32)
+    refs = scan(tensors, "sequential", dtype=torch.float64)
     for hopper, cores, segments in ((False, 0, 1), (False, 8, 7), (True, 8, 4)):
         monkeypatch.setattr(kernel, "card", lambda device, card=(hopper, cores): card)
         assert kernel._layout(tensors[0], tensors[2], "head").n_segments == segments or GPU
-        assert_equal(scan(tensors, "triton"), scan(tensors, "sequential", dtype=torch.float64), 2e-5)
+        if segments > 1:                                    # one is what most tests of the scan have
+            assert_equal(scan(tensors, "triton"), refs, 2e-5)
 
 
 @needs_triton
