@@ -54,6 +54,7 @@ from support.common import (
     Parser, command_line, default_device, file_name, filled, number, read_json, write_json)
 from support.options import get_args as halo_args
 from support.recall import TASKS, has_room, read_end, recall, written, written_tasks
+from support.report import token_scores
 from support.run import Probe, ProbeStage, bf16, checkpoint_blocks, checkpointed, peak_gb
 from support.text import Corpus, data_sources
 from support.tokens import Tokenizer
@@ -873,22 +874,15 @@ def wilson(hits, n, z=1.96):
 
 @torch.no_grad()
 def at_ends(models, texts, count):
-    """Means over the last `count` tokens of every text (texts, n), after all earlier tokens are read. One
-    model gives one column, the loss in nats. A student and its teacher give four: both losses, KL(teacher,
-    student), and the share of tokens at which both models find the same next token likeliest."""
+    """The means of token_scores over the last `count` tokens of every text (texts, n), after all earlier
+    tokens are read: of one model (texts, 1), or of teacher and student (texts, 4)."""
     means = []
     at_once = max(1, min(16, 65536 // texts.shape[1]))              # logits are wide
     for part in world.parts(torch.from_numpy(texts), at_once):
         part = part.to(models[0].wte.weight.device)
         with bf16():
             ends = [read_end(model, part[:, :-1], count, model.init_state(*part.shape)) for model in models]
-        logs = [logits.log_softmax(-1) for logits in ends]          # (B, count, V)
-        scores = [-log.gather(-1, part[:, -count:, None])[..., 0] for log in logs]
-        if len(logs) > 1:
-            s, t = logs
-            scores.append(F.kl_div(s, t, reduction="none", log_target=True).sum(-1))
-            scores.append((t.argmax(-1) == s.argmax(-1)).float())
-        means += torch.stack([score.mean(1) for score in scores], 1).cpu()
+        means += token_scores(ends, part[:, -count:]).mean(1).cpu()                 # ends: (B, count, V)
     return torch.stack(world.gather(means)).numpy()
 
 
@@ -943,12 +937,13 @@ def predict(table, reader, n, texts, count, teacher, first):
     for kind, rows in texts.items():
         if n > rows.shape[1]:
             continue
-        models = [reader.model, teacher] if compared else [reader.model]
-        loss, *others = at_ends(models, rows[:, -n:], count).T
+        models = [teacher, reader.model] if compared else [reader.model]
+        columns = at_ends(models, rows[:, -n:], count).T
+        loss = columns[int(compared)]
         start = first.setdefault((reader.name, kind), loss)
         measured = {"loss": (loss, loss - start)}
         if compared:
-            teachers, kl, same = others
+            teachers, _, kl, same = columns
             gap = loss - teachers
             measured |= {"loss - teacher's": (gap, gap), "KL": (kl, kl), "same token": (same, same)}
         for name, (values, spread) in measured.items():

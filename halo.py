@@ -32,6 +32,8 @@ Deviations from the paper in this file, and what each buys (README.md has more):
     align     A layer's error is divided by its target's mean square. All layers then learn at one pace.
     select    `swap` compares a linear layer with attention without positions. `--layers score` is eq. 8.
     select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
+    gates     A learned gate starts at the time scale of its attention head. So stage 1 ends at a lower loss.
+    finetune  --target teacher keeps what the teacher predicts. Foreign text would pull the student away.
     data      For small models, some rows hide a thing to recall. Plain text teaches recall too slowly.
 
 Batches depend on (seed, stage, step), initial weights on the seed. On one CPU a run repeats bit for bit, and

@@ -1,6 +1,6 @@
 """The measurements of models, and the tables that show them.
 
-    measure, losses, compare    loss, KL and agreement on held-out text
+    token_scores, measure, losses, compare    loss, KL and agreement on held-out text
     shares                      the share of hidden things that a model finds, by context length
     print_scores, print_report  the tables of a run
     finish, finish_pretrained   the end of a run: report.json, the files of the model, the last table
@@ -23,19 +23,25 @@ from support.run import bf16, by_slices, peak_gb
 # ---- loss and agreement ------------------------------------------------------------------------------------
 
 
+def token_scores(logits, targets):
+    """Scores of each token (..., 1 or 4), for targets (...). The logits (...,V) of one model give the loss
+    in nats. Those of teacher and student give both losses, KL(teacher, student), and 1 where both models find
+    the same next token likeliest, else 0."""
+    logs = [x.float().log_softmax(-1) for x in logits]
+    out = [-log.gather(-1, targets[..., None])[..., 0] for log in logs]
+    if len(logs) > 1:
+        t, s = logs
+        out.append(F.kl_div(s, t, reduction="none", log_target=True).sum(-1))
+        out.append((t.argmax(-1) == s.argmax(-1)).float())
+    return torch.stack(out, -1)
+
+
 @torch.no_grad()
 def measure(models, batches):
-    """Means over the tokens of each sequence, (sequences, 1 or 4). One model gives one column, the loss in
-    nats. Teacher and student give four: both losses, KL(teacher, student), and the share of tokens at which
-    both models find the same next token likeliest."""
+    """The means of token_scores over each sequence, (sequences, 1 or 4): of one model, or of teacher and
+    student."""
     def one(targets, *xs):
-        logs = [model.head(x).float().log_softmax(-1) for model, x in zip(models, xs)]
-        out = [-log.gather(-1, targets[:, None])[:, 0] for log in logs]
-        if len(logs) > 1:
-            t, s = logs
-            out.append(F.kl_div(s, t, reduction="none", log_target=True).sum(-1))
-            out.append((t.argmax(-1) == s.argmax(-1)).float())
-        return torch.stack(out, 1)                                  # (n, 1 or 4)
+        return token_scores([model.head(x) for model, x in zip(models, xs)], targets)       # (n, 1 or 4)
     device = models[0].wte.weight.device
     means = []
     for idx, targets in world.split(batches):

@@ -104,14 +104,14 @@ def test_ends_of_texts_are_scored_as_in_one_pass(count):
     """Losses, KL(teacher, student) and agreement of the last tokens are those of whole logits."""
     student, teacher = model_of(0), model_of(1, layers="AA")
     texts = np.random.default_rng(0).integers(0, 256, (3, 40))
-    found = bench.at_ends([student, teacher], texts, count)
+    found = bench.at_ends([teacher, student], texts, count)
     idx = torch.from_numpy(texts)
     s, t = (model(idx)[0][:, -1 - count:-1].log_softmax(-1) for model in (student, teacher))
-    refs = [F.cross_entropy(log.mT, idx[:, -count:], reduction="none") for log in (s, t)]
+    refs = [F.cross_entropy(log.mT, idx[:, -count:], reduction="none") for log in (t, s)]
     refs += [(t.exp() * (t - s)).sum(-1), (s.argmax(-1) == t.argmax(-1)).float()]
     for column, ref in zip(found.T, refs):
         assert column == pytest.approx(ref.mean(1).tolist(), rel=1e-3, abs=1e-4)
-    assert bench.at_ends([student], texts, count)[:, 0] == pytest.approx(found[:, 0])
+    assert bench.at_ends([student], texts, count)[:, 0] == pytest.approx(found[:, 1])
 
 
 @pytest.fixture
