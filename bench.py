@@ -803,7 +803,8 @@ def bench_kernel(args):
     rate = copy_rate(device)
     table = Table(args, "shape decay by", "shape decay by forward both floor of_floor gb error",
                   f"copies {rate / 1e12:.3g} TB/s", copy_rate=rate)
-    for shape, decay in itertools.product(SCANS if device.type == "cuda" else CPU_SCANS, DECAYS):
+    shapes = [args.shape] if args.shape else SCANS if device.type == "cuda" else CPU_SCANS
+    for shape, decay in itertools.product(shapes, DECAYS):
         *tensors, do = scan_inputs(shape, decay, device)
         all_of = [*tensors, do]
         sliced = [(x[:1, :, :2] if x.dim() > 1 else x[:2]).double() for x in all_of]        # two heads
@@ -818,7 +819,7 @@ def bench_kernel(args):
                 print(f"{' '.join(map(str, shape)):22s}{decay:10s}{name}: {' '.join(str(e).split())[:60]}")
                 continue
             if name == "fla":
-                row["version"] = version("flash-linear-attention")
+                row["version"] = version("fla-core")
             table.add(shape=list(shape), decay=decay, by=name, **row, floor=floor,
                       of_floor=row["forward"] and floor / row["forward"],
                       shown=dict(error=max(errors.values(), default=None)))
@@ -1284,6 +1285,8 @@ FLAGS = [                            # modes, flag, what is given, default, help
     ("prefill", "--profile", dict(action="store_true"), None, "print which kernels take the time of a "
      "prompt, 4096 tokens without --ctx, and of one more token"),
     ("decode", "--batch", COUNT, 1, "rows decoded at once"),
+    ("kernel", "--shape", dict(nargs=5, type=number(int, 1), metavar=tuple("BTHKV")), None,
+     f"one shape, in place of {len(SCANS)}"),
     ("train", "--stage", SOME | dict(choices=STAGES), STAGES, "stages of halo.py"),
     ("train", "--peak", LIMIT, None, "operations per second that the device can do at most"),
     ("train", "--seconds", LIMIT, 10.0, "cut a longer step to fewer sequences"),

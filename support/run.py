@@ -360,10 +360,9 @@ class Stage:
 
     def compute(self, rows):
         """Leave the gradients of a batch, summed over the processes, and return the loss. The first step
-        compiles, and finds how many rows fit. The third step is recorded if all rows fit at once."""
+        compiles, and finds how many rows fit. The third step is recorded, unless a process has no row."""
         self.computed += 1
-        in_one = self.at_once >= self.mine and self.plan.batch >= world.SIZE
-        if self.computed == 3 and in_one and not shard.is_shared(self.module):
+        if self.computed == 3 and self.plan.batch >= world.SIZE and not shard.is_shared(self.module):
             self.module.zero_grad()                   # the recording allocates gradients of its own
             work = partial(self.gradients, at_once=self.at_once)
             self.replay = recorded(work, rows, self.run.options["plain"])
