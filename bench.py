@@ -703,7 +703,7 @@ def bench_train(args):
                   f"peak {f'{peak:.3g}' if peak else 'unknown (--peak)'} operations per second", peak=peak)
     for size in args.size:
         plans = halo.PLANS["tiny" if size == "tiny" else "real"]
-        plans = {name: replace(plan, recall=0.0) for name, plan in plans.items() if name in STAGES}
+        plans = {name: replace(plan, recall=0.0, copies=0.0) for name, plan in plans.items() if name in STAGES}
         teacher = SIZES[size].teacher
         student = config_of(size, "hybrid")
 
