@@ -703,7 +703,7 @@ def bench_train(args):
                   f"peak {f'{peak:.3g}' if peak else 'unknown (--peak)'} operations per second", peak=peak)
     for size in args.size:
         plans = halo.PLANS["tiny" if size == "tiny" else "real"]
-        plans = {name: replace(plan, recall=0.0, copies=0.0) for name, plan in plans.items() if name in STAGES}
+        plans = {name: replace(plan, recall=0.0) for name, plan in plans.items() if name in STAGES}
         teacher = SIZES[size].teacher
         student = config_of(size, "hybrid")
 
@@ -1152,8 +1152,8 @@ FURTHER = {                          # changes that only --only runs
     "constant decay": "--decay constant",
     "stage 3 by the teacher": "--target teacher",
     "stage 3 by the text": "--target text",
-    "no passages that come again": "--plan {no_copies}",
-    "passages that come again": "--plan {copies}",
+    "nothing to recall": "--plan {nothing}",
+    "no short texts": "--plan finetune.short=0",
     "stage 2 in rows 4 times": "--plan distil.length={rows[0]} distil.batch={rows[1]}",
 }
 SEEDED = ["paper", "article", "layers by eq. 8", "layers by eq. 8, guarded"]    # run with --seeds seeds
@@ -1169,8 +1169,7 @@ def fill_in(config, plans, budget):
         layers=halo.choose_layers("even", len(config.layers)),
         tokens=plans.get("pretrain", plans["distil"]).total + budget * sum(plan.total for plan in trained),
         draws=DRAWS,
-        copies=" ".join(f"{stage}.copies=0.25" for stage in STAGES),
-        no_copies=" ".join(f"{stage}.copies=0" for stage in STAGES),
+        nothing=" ".join(f"{stage}.recall=0 {stage}.varied=0" for stage in STAGES),
         rows=(4 * plans["distil"].length, plans["distil"].batch // 4),
         lr=[factor * plan.lr for factor in (3, 1 / 3) for plan in trained],
         batch=(4 * plans["distil"].batch, plans["distil"].batch // 4))

@@ -34,7 +34,8 @@ Deviations from the paper in this file, and what each buys (README.md has more):
     select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
     gates     A learned gate starts at the time scale of its attention head. So stage 1 ends at a lower loss.
     finetune  --target teacher keeps what the teacher predicts. Foreign text would pull the student away.
-    data      For small models, some rows hide a thing to recall. Plain text teaches recall too slowly.
+    finetune  A part of each long row is read as short texts. So the student does not forget short texts.
+    data      Some rows hide a thing to recall. Plain text teaches recall too slowly.
 
 Batches depend on (seed, stage, step), initial weights on the seed. On one CPU a run repeats bit for bit, and
 a stopped run, if resumed, ends like one that never stopped. The folder of a run holds log.jsonl (one line per
@@ -116,7 +117,7 @@ class Plan:
     lr_end: float
     recall: float = 0.5              # share of sequences that hide a thing to recall, such as a pass key
     varied: float = 0.0              # of these sequences, the share whose task is not a pass key
-    copies: float = 0.0              # share of all sequences in which passages come again
+    short: float = 0.0               # share of each sequence that is read as texts of 1/32 of its length
     warmup: int = 50                 # steps, at most a tenth of all
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
 
@@ -161,12 +162,12 @@ PLANS = {
         distil=Plan(tokens=50e6, length=1024, batch=32, lr=1e-3, lr_end=5e-5, recall=0.6, varied=0.8),
         finetune=Plan(tokens=32e6, length=32768, batch=1, lr=2e-4, lr_end=2e-5, recall=0.8, varied=0.8),
         group=Plan(tokens=88e6, length=1024, batch=32, lr=2e-3, lr_end=1e-4, recall=0.6, varied=0.8)),
-    # The paper's Table 5, for 1.7B parameters; options.scale fits it to smaller teachers. A real teacher can
-    # recall already. Passages that come again let its student see what recall looks like.
+    # The paper's Table 5, for 1.7B parameters; options.scale fits it to smaller teachers. No sequence hides a
+    # pass key. But half of them ask for values after words of the text, or repeat passages (`reworded`).
     "real": dict(
-        align=Plan(tokens=320e6, length=512, batch=32, lr=1e-3, lr_end=1e-5, recall=0, copies=0.25),
-        distil=Plan(tokens=1e9, length=512, batch=96, lr=1e-4, lr_end=1e-5, recall=0, copies=0.25),
-        finetune=Plan(tokens=1e9, length=16384, batch=128, lr=1e-5, lr_end=1e-5, recall=0, copies=0.25),
+        align=Plan(tokens=320e6, length=512, batch=32, lr=1e-3, lr_end=1e-5, varied=1),
+        distil=Plan(tokens=1e9, length=512, batch=96, lr=1e-4, lr_end=1e-5, varied=1),
+        finetune=Plan(tokens=1e9, length=16384, batch=128, lr=1e-5, lr_end=1e-5, varied=1, short=0.25),
         group=Plan(tokens=2.3e9, length=1024, batch=2048, lr=1e-5, lr_end=1e-5, recall=0)),   # the article's
 }
 
@@ -526,7 +527,9 @@ def finetune(run, student, teacher, corpus, plans, args):
     Its sequences are long, because attention must learn to find one key among thousands: stage 2 never shows
     it so many. In the paper stage 3 has no teacher: the text itself is the target (--target text). But our
     text is not what a large teacher was trained on. Its next tokens pull the student away from what the
-    teacher knows. --target teacher keeps the teacher's predictions wherever the teacher can read.
+    teacher knows. --target teacher keeps the teacher's predictions wherever the teacher can read. A student
+    that reads long texts alone forgets short ones. So the first share plan.short of each sequence is read as
+    texts of 1/32 of its length, which is stage 2's.
 
     A student reads further than its teacher for four reasons. Attention without positions ignores distance.
     Decay bounds the numbers in a linear state. Stage 3 trains on texts longer than the teacher's. At
@@ -534,8 +537,18 @@ def finetune(run, student, teacher, corpus, plans, args):
     guide, alpha = teacher, args.alpha
     if args.target == "text":
         guide, alpha = None, 1.0
-    train(run, "finetune", plans["finetune"], corpus, student, [list(student.parameters())],
-          objective(student, guide, args.kl, alpha))
+    loss_of = objective(student, guide, args.kl, alpha)
+    plan = plans["finetune"]
+
+    def loss_fn(idx, targets):
+        T = idx.size(1)
+        n = T // 32                                                # tokens of a short text
+        cut = int(32 * plan.short) * n                             # and of all short texts of a sequence
+        if cut:
+            texts = [ids[:, :cut].reshape(-1, n) for ids in (idx, targets)]                 # (B*cut/n, n)
+            yield sum(loss_of(*texts)) * (cut / T)
+        yield sum(loss_of(idx[:, cut:], targets[:, cut:])) * (1 - cut / T)
+    train(run, "finetune", plan, corpus, student, [list(student.parameters())], loss_fn)
     return student
 
 

@@ -181,23 +181,28 @@ def whole(text):
     return int(value)
 
 
+LEAST_STEPS = 475
+
+
 def scale(plans, n_params, given):
     """Fit the paper's plan to a teacher of n_params parameters, in place; `given`: the items of --plan. The
     paper's smallest teacher has 1.7B. A smaller teacher reads fewer tokens, by the square root of its size,
-    at higher rates in distil and finetune; lr_end stays. The exponent 0.64 gives SmolLM2-135M 5e-4 in stage
-    2, which did well."""
+    at higher rates in distil and finetune; lr_end stays. The exponent 0.91 gives SmolLM2-135M 1e-3 in stage 2
+    and 1e-4 in stage 3. A batch is smaller if a stage would else have fewer steps than the paper's
+    shortest, stage 3. Both did well with SmolLM2 (results/README.md)."""
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
     for stage, plan in plans.items():
-        fitted = dict(tokens=plan.tokens * share ** 0.5, lr=min(1e-3, plan.lr * share ** -0.64))
-        fitted = {field: x for field, x in fitted.items() if f"{stage}.{field}" not in given}
-        plans[stage] = replace(plan, **fitted)
+        def fit(**new):
+            return replace(plan, **{field: x for field, x in new.items() if f"{stage}.{field}" not in given})
+        plan = fit(tokens=plan.tokens * share ** 0.5, lr=min(1e-3, plan.lr * share ** -0.91))
+        plans[stage] = fit(batch=max(1, min(plan.batch, int(plan.tokens / plan.length / LEAST_STEPS))))
 
 
 PLAN_FIELDS = {                                   # the fields of halo.Plan that --plan can change
     "tokens": number(float, 1), "length": number(whole, 1), "batch": number(whole, 1),
     "lr": number(float, 1e-30), "lr_end": number(float, 0), "recall": number(float, 0, 1),
-    "warmup": number(whole, 1), "varied": number(float, 0, 1), "copies": number(float, 0, 1),
+    "warmup": number(whole, 1), "varied": number(float, 0, 1), "short": number(float, 0, 0.9),
     "weight_decay": number(float, 0),
 }
 
@@ -335,7 +340,7 @@ def make_teacher(halo, args):
 
 def load_teacher(halo, plans, args):
     """The teacher. Options that do not fit the teacher are errors here, before stage 1. Sets args.tokenizer
-    and args.task: what selection and the fit of `a` ask for, pass keys if training hides things to recall,
+    and args.task: what selection and the fit of `a` ask for, pass keys if training hides pass keys,
     else multi-key. Lowers args.length to the teacher's max_len. All is measured at this length and its
     multiples, because the maximum of a RoPE teacher would take too long."""
     args.tokenizer = Tokenizer.load(args.path)
@@ -361,8 +366,10 @@ def load_teacher(halo, plans, args):
         check_stage_length(stage, plan, limit, args)
     args.length = min(config.max_len, args.length)
     plant(args.tokenizer, np.zeros(args.length, np.int64), np.random.default_rng(0))
-    hides = any(plan.recall for plan in plans.values())
+    hides = any(plan.recall and plan.varied < 1 for plan in plans.values())
     args.task = "S1" if hides or not has_room("multi-key", args.length, args) else "multi-key"
+    if args.task == "multi-key":
+        args.varied = 0.0                                          # no other values
     return teacher
 
 

@@ -189,41 +189,36 @@ def hide(tokenizer, row, rng, varied=0.0):
 
     Most rows get a pass key (S1) and 1 to 3 questions for it. With probability `varied` a row gets passages
     that come again, or values after words of the text (reworded), each half of the time. A row too short
-    for reworded values gets the pass key."""
+    for reworded values gets passages."""
     times = int(rng.integers(1, 4))
-    if varied and rng.random() < varied:
-        if rng.random() < 0.5:
-            return again(row, rng, 2 * times * more_in(row))
+    if not varied or rng.random() >= varied:
+        row[:] = plant(tokenizer, row, rng, ask=times)[0]
+        return
+    if rng.random() >= 0.5:
         task = reworded(tokenizer, row, rng, 4 * more_in(row))
         with suppress(ValueError):                                  # no room
             row[:] = plant(tokenizer, row, rng, ask=2 * task.needles, task=task)[0]
             return
-    row[:] = plant(tokenizer, row, rng, ask=times)[0]
+    again(row, rng, 2 * times * more_in(row))
 
 
 def training_rows(corpus, stage, plan):
     """The rows of a stage, a function of the step -> (batch, length + 1) int64.
 
-    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. A further share
-    plan.copies has passages that come again, and no words of a test. A share below one row per step gives one
-    row every few steps. A batch depends on seed, stage and step alone, so that a stopped run goes on with the
-    same rows."""
+    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. The first
+    plan.short of a row stays as it is. A share below one row per step gives one row every few steps. A batch
+    depends on seed, stage and step alone, so that a stopped run goes on with the same rows."""
     plain_rows = corpus.rows(stage, plan)
-    if not plan.recall and not plan.copies:
+    if not plan.recall:
         return plain_rows
-
-    def count(share, step):
-        share *= plan.batch
-        return int(share * (step + 1) + 1e-6) - int(share * step + 1e-6)
+    each = plan.recall * plan.batch
 
     def rows_of(step):
         rows = plain_rows(step)
         rng = np.random.default_rng([corpus.seed, zlib.crc32(stage.encode()), step])
-        n = count(plan.recall, step)
-        for row in rows[:n]:
+        n = int(each * (step + 1) + 1e-6) - int(each * step + 1e-6)
+        for row in rows[:n, int(plan.short * plan.length):]:
             hide(corpus.tokenizer, row, rng, plan.varied)
-        for row in rows[n:n + count(plan.copies, step)]:
-            again(row, rng, 2 * int(rng.integers(1, 4)) * more_in(row))
         return rows
     return rows_of
 

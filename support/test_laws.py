@@ -286,17 +286,44 @@ def test_the_recipe_of_real_teachers_is_the_papers_but_for_two_rows():
     assert changed == {"decay", "target"}
 
 
-@pytest.mark.parametrize("n_params, tokens, lr", [
-    (1.7e9, (320e6, 1e9), (1e-3, 1e-4)), (8e9, (320e6, 1e9), (1e-3, 1e-4)),
-    (0.017e9, (32e6, 1e8), (1e-3, 1e-3)), (0.17e9, (32e6 * 10 ** 0.5, 1e8 * 10 ** 0.5), (1e-3, 4.365e-4))])
-def test_a_plan_fits_its_teachers_size(n_params, tokens, lr):
-    """Tokens go with the root of the size, learning rates with its power -0.64, up to 1e-3. Nothing that is
-    asked for changes."""
+@pytest.mark.parametrize("n_params, tokens, lr, batch", [
+    (1.7e9, (320e6, 1e9, 1e9), (1e-3, 1e-4, 1e-5), (32, 96, 128)),
+    (8e9, (320e6, 1e9, 1e9), (1e-3, 1e-4, 1e-5), (32, 96, 128)),
+    (0.017e9, (32e6, 1e8, 1e8), (1e-3, 1e-3, 6.607e-4), (32, 96, 12)),
+    (0.17e9, (101.19e6, 316.2e6, 316.2e6), (1e-3, 8.128e-4, 8.128e-5), (32, 96, 40))])
+def test_a_plan_fits_its_teachers_size(n_params, tokens, lr, batch):
+    """Tokens go with the root of the size, learning rates with its power -0.91, up to 1e-3. A stage has at
+    least the steps of the paper's shortest, if need be in smaller batches."""
     plans = {stage: halo.PLANS["real"][stage] for stage in ("align", "distil", "finetune")}
-    cli.scale(plans, n_params, ["finetune.tokens=7", "finetune.lr=8"])
-    assert tuple(plans[stage].tokens for stage in ("align", "distil")) == pytest.approx(tokens)
-    assert tuple(plans[stage].lr for stage in ("align", "distil")) == pytest.approx(lr, rel=1e-3)
-    assert plans["finetune"] == halo.PLANS["real"]["finetune"]
+    cli.scale(plans, n_params, [])
+    for i, plan in enumerate(plans.values()):
+        assert (plan.tokens, plan.lr, plan.batch) == pytest.approx((tokens[i], lr[i], batch[i]), rel=1e-3)
+        assert plan.steps >= 476
+
+
+def test_no_size_changes_what_is_asked_for():
+    asked = dict(tokens=7, lr=8, batch=9)
+    plans = dict(finetune=halo.replace(halo.PLANS["real"]["finetune"], **asked))
+    whole = dict(plans)
+    cli.scale(plans, 1e6, [f"finetune.{field}={x}" for field, x in asked.items()])
+    assert plans == whole
+
+
+@pytest.mark.parametrize("short, cut", [(0.0, 0), (0.25, 16), (0.26, 16), (0.9, 56)])
+def test_a_share_of_stage_3_is_short_texts(short, cut, monkeypatch):
+    """The first tokens of a sequence of 64 are texts of 2 tokens, as many as plan.short has room for. A
+    sequence's loss is the mean over its tokens."""
+    seen = {}
+    monkeypatch.setattr(halo, "train", lambda run, stage, plan, *rest: seen.update({stage: rest}))
+    old, idx = tiny(dtype=torch.float32, layers="AA", max_len=48), some_ids(3, 65)
+    student = tiny(dtype=torch.float32, layers="LA", max_len=48, seed=1)
+    plans = dict(finetune=halo.replace(a_plan(1000, 64, 2), short=short))
+    halo.finetune(None, student, old, None, plans, options("real"))
+    found = sum(seen["finetune"][-1](idx[:, :-1], idx[:, 1:]))
+    texts = [(at, at + 2) for at in range(0, cut, 2)] + [(cut, 64)]
+    expected = sum(halo.distil_loss(student, old, idx[:, at:end], idx[:, at + 1:end + 1], "forward", 0.0)
+                   * (end - at) / 64 for at, end in texts)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_control_is_the_teacher_after_stage_3(monkeypatch):

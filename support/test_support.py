@@ -2819,9 +2819,9 @@ def test_ablations_share_the_gpus(device, devices, monkeypatch):
 
 
 def test_bench_train(results, monkeypatch, capsys):
-    """A row for each stage, of true length, with utilisation of the peak given and the plan's hours. The
-    plan's share of copies needs a text, which bench.py has not."""
-    plans = {name: halo.replace(halo.PLANS["tiny"][name], length=n, batch=4, copies=0.5) for name, n in
+    """A row for each stage, of true length, with utilisation of the peak given and the plan's hours. To hide
+    something needs a tokenizer, which bench.py has not."""
+    plans = {name: halo.replace(halo.PLANS["tiny"][name], length=n, batch=4, varied=0.5) for name, n in
              (("align", 16), ("distil", 32), ("finetune", 48))}
     monkeypatch.setitem(halo.PLANS, "tiny", plans)
     bench_prints("train --device cpu --peak 1e12 --seconds 1e-3", capsys)
