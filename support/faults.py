@@ -13,7 +13,7 @@ FAULTS = [
     # Every group of the article's recipe trains on the tokens of all groups.
     ("halo.py", 'tokens=plans["group"].tokens / len(groups)', 'tokens=plans["group"].tokens'),
     # Stage 3 trains on short sequences.
-    ("halo.py", 'train(run, "finetune", plans["finetune"],', 'train(run, "finetune", plans["distil"],'),
+    ("halo.py", 'plan = plans["finetune"]\n', 'plan = plans["distil"]\n'),
     # A last micro-batch with fewer rows counts too much.
     ("halo.py", "term = term * (len(part) / len(rows))", "term = term * (at_once / len(rows))"),
     # --keep is ignored.
