@@ -77,8 +77,9 @@ class Run:
         self.handlers = {sig: signal.signal(sig, self.on_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
 
     def close(self):
+        failed = world.SIZE > 1 and sys.exc_info()[0]  # torchrun will signal, but a message comes first
         for sig, handler in self.handlers.items():
-            signal.signal(sig, handler)
+            signal.signal(sig, signal.SIG_IGN if failed else handler)
         if self.lock:
             self.lock.close()
 
@@ -371,7 +372,8 @@ class Stage:
         return self.together(self.first + self.computed - 1, partial(self.sums, rows))
 
     def sums(self, rows):
-        """Gradients and loss. A signal to any process ends the run here, before the step changes a weight."""
+        """Gradients and loss. A signal to any process ends the run here, before the step changes a weight.
+        The processes ask each other for signals while their GPUs still compute."""
         work = partial(self.gradients, rows)
         if self.replay:
             loss = self.replay(rows)
@@ -380,14 +382,11 @@ class Stage:
         else:
             work = partial(self.run.unless_asked, work)
             loss, self.at_once = within_memory(self.name, self.module, self.at_once, work)
-        asked = self.run.asked
-        if world.SIZE > 1:
-            loss, asked = torch.tensor(world.total(loss, asked))
-        if asked:
+        if world.any_of(self.run.asked):
             self.save(self.first + self.computed - 1)
             self.run.leave_if_asked()
-        if not shard.is_shared(self.module):          # FSDP has summed shared gradients
-            world.sum_gradients([p for p in self.module.parameters() if p.requires_grad])
+        shared = shard.is_shared(self.module)         # then FSDP has summed the gradients
+        world.add_up(loss, [] if shared else [p for p in self.module.parameters() if p.requires_grad])
         return loss
 
     def together(self, step, work):

@@ -9,7 +9,7 @@ and writes files. Without torchrun this file changes nothing.
 
     begin, join, fail, leave       from start to end
     parts, split, gather           each process takes its share; all get all results
-    total, any_of, sum_gradients   sums over the processes
+    total, any_of, add_up          sums over the processes
     of_first, in_turn, equalise    the others take values of process 0, or wait for a process to go first
 """
 import atexit
@@ -131,21 +131,22 @@ def any_of(*flags):
     return any(total(*flags))
 
 
-def sum_gradients(params):
-    """Sum the gradients of parameters over the processes, in place. A missing gradient counts as 0."""
+def add_up(loss, params):
+    """Sum a loss and the gradients of parameters over the processes, in place. A missing gradient counts as
+    0."""
     if SIZE == 1:
         return
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    grads = [p.grad for p in params]
-    ends = itertools.accumulate(g.numel() for g in grads)
-    for _, bucket in itertools.groupby(zip(ends, grads), key=lambda pair: pair[0] // BUCKET):
-        bucket = [g for _, g in bucket]
-        flat = torch.cat([g.flatten() for g in bucket])
+    tensors = [loss, *(p.grad for p in params)]
+    ends = itertools.accumulate(x.numel() for x in tensors)
+    for _, bucket in itertools.groupby(zip(ends, tensors), key=lambda pair: pair[0] // BUCKET):
+        bucket = [x for _, x in bucket]
+        flat = torch.cat([x.flatten() for x in bucket])
         with talk():
             dist.all_reduce(flat)
-        sums = flat.split([g.numel() for g in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(sums, bucket)])
+        sums = flat.split([x.numel() for x in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(x) for part, x in zip(sums, bucket)])
 
 
 # ---- process 0 ---------------------------------------------------------------------------------------------
