@@ -187,9 +187,9 @@ def more_in(row):
 def hide(tokenizer, row, rng, varied=0.0):
     """Give a row of ids (n,), in place, something to recall.
 
-    Most rows get a pass key (S1) and 1 to 3 questions for it. With probability `varied` a row gets passages
-    that come again, or values after words of the text (reworded), each half of the time. A row too short
-    for reworded values gets passages."""
+    It gets a pass key (S1) and 1 to 3 questions for it. Or with probability `varied` it gets passages that
+    come again, or values after words of the text (reworded), each half of the time. A row too short for such
+    values gets passages."""
     times = int(rng.integers(1, 4))
     if not varied or rng.random() >= varied:
         row[:] = plant(tokenizer, row, rng, ask=times)[0]
