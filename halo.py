@@ -117,7 +117,7 @@ class Plan:
     lr_end: float
     recall: float = 0.5              # share of sequences that hide a thing to recall, such as a pass key
     varied: float = 0.0              # of these sequences, the share whose task is not a pass key
-    short: float = 0.0               # share of each sequence that is read as texts of 1/32 of its length
+    short: float = 0.0               # share of a sequence of stage 3 that is read as texts of 1/32 its length
     warmup: int = 50                 # steps, at most a tenth of all
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
 
@@ -139,7 +139,7 @@ class Plan:
 
 # Each conversion fits a budget; pretraining takes longer. tiny: 5 minutes on a laptop CPU. mini, for
 # ablations: 1 minute on a GPU. small: 2 minutes on a GPU. Sequences of stage 3 are 4 times (tiny) or 32 times
-# as long as those of stage 2: see convert_staged. Pretraining of mini and small repeats the text over ten
+# as long as those of stage 2: see finetune. Pretraining of mini and small repeats the text over ten
 # times, and so has weight decay.
 PLANS = {
     "tiny": dict(
@@ -529,7 +529,7 @@ def finetune(run, student, teacher, corpus, plans, args):
     text is not what a large teacher was trained on. Its next tokens pull the student away from what the
     teacher knows. --target teacher keeps the teacher's predictions wherever the teacher can read. A student
     that reads long texts alone forgets short ones. So the first share plan.short of each sequence is read as
-    texts of 1/32 of its length, which is stage 2's.
+    texts of 1/32 of its length, as long as stage 2's of real teachers.
 
     A student reads further than its teacher for four reasons. Attention without positions ignores distance.
     Decay bounds the numbers in a linear state. Stage 3 trains on texts longer than the teacher's. At

@@ -181,15 +181,15 @@ def whole(text):
     return int(value)
 
 
-LEAST_STEPS = 475
+LEAST_STEPS = 475                    # the paper's stage 3 has 477; a little less, so that its batch stays 128
 
 
 def scale(plans, n_params, given):
     """Fit the paper's plan to a teacher of n_params parameters, in place; `given`: the items of --plan. The
     paper's smallest teacher has 1.7B. A smaller teacher reads fewer tokens, by the square root of its size,
-    at higher rates in distil and finetune; lr_end stays. The exponent 0.91 gives SmolLM2-135M 1e-3 in stage 2
-    and 1e-4 in stage 3. A batch is smaller if a stage would else have fewer steps than the paper's
-    shortest, stage 3. Both did well with SmolLM2 (results/README.md)."""
+    at higher rates in distil and finetune, at most 1e-3; lr_end stays. The exponent 0.91 gives SmolLM2-135M
+    1e-3 in stage 2 and 1e-4 in stage 3, which did well (results/README.md). A batch is smaller if a stage
+    would else have fewer steps than LEAST_STEPS."""
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
     for stage, plan in plans.items():
@@ -339,10 +339,10 @@ def make_teacher(halo, args):
 
 
 def load_teacher(halo, plans, args):
-    """The teacher. Options that do not fit the teacher are errors here, before stage 1. Sets args.tokenizer
-    and args.task: what selection and the fit of `a` ask for, pass keys if training hides pass keys,
-    else multi-key. Lowers args.length to the teacher's max_len. All is measured at this length and its
-    multiples, because the maximum of a RoPE teacher would take too long."""
+    """The teacher. Options that do not fit the teacher are errors here, before stage 1. Fits the plans to the
+    teacher's size. Sets args.tokenizer and args.task: what selection and the fit of `a` ask for, pass keys if
+    training hides them or multi-key has no room, else multi-key. Lowers args.length to the teacher's max_len.
+    All is measured at this length and its multiples, because a RoPE teacher's max_len would take too long."""
     args.tokenizer = Tokenizer.load(args.path)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     teacher = pretrained.load(args.path, dtype, args.device).requires_grad_(False)
@@ -369,7 +369,7 @@ def load_teacher(halo, plans, args):
     hides = any(plan.recall and plan.varied < 1 for plan in plans.values())
     args.task = "S1" if hides or not has_room("multi-key", args.length, args) else "multi-key"
     if args.task == "multi-key":
-        args.varied = 0.0                                          # no other values
+        args.varied = 0.0                                          # multi-key alone is asked for
     return teacher
 
 

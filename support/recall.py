@@ -187,9 +187,9 @@ def more_in(row):
 def hide(tokenizer, row, rng, varied=0.0):
     """Give a row of ids (n,), in place, something to recall.
 
-    It gets a pass key (S1) and 1 to 3 questions for it. Or with probability `varied` it gets passages that
-    come again, or values after words of the text (reworded), each half of the time. A row too short for such
-    values gets passages."""
+    A row gets a pass key (S1) and 1 to 3 questions for it. With probability `varied` it gets instead passages
+    that come again, or values after words of the text (reworded), half of the time each. A row too short for
+    such values gets passages."""
     times = int(rng.integers(1, 4))
     if not varied or rng.random() >= varied:
         row[:] = plant(tokenizer, row, rng, ask=times)[0]
@@ -205,7 +205,7 @@ def hide(tokenizer, row, rng, varied=0.0):
 def training_rows(corpus, stage, plan):
     """The rows of a stage, a function of the step -> (batch, length + 1) int64.
 
-    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. The first
+    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. The first share
     plan.short of a row stays as it is. A share below one row per step gives one row every few steps. A batch
     depends on seed, stage and step alone, so that a stopped run goes on with the same rows."""
     plain_rows = corpus.rows(stage, plan)

@@ -77,7 +77,9 @@ class Run:
         self.handlers = {sig: signal.signal(sig, self.on_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
 
     def close(self):
-        failed = world.SIZE > 1 and sys.exc_info()[0]  # torchrun will signal, but a message comes first
+        """Give back signals and lock. To be called in `finally`: after an error of one of several processes
+        signals are ignored, because torchrun sends one, and the message must come first."""
+        failed = world.SIZE > 1 and sys.exc_info()[0]
         for sig, handler in self.handlers.items():
             signal.signal(sig, signal.SIG_IGN if failed else handler)
         if self.lock:
@@ -361,7 +363,8 @@ class Stage:
 
     def compute(self, rows):
         """Leave the gradients of a batch, summed over the processes, and return the loss. The first step
-        compiles, and finds how many rows fit. The third step is recorded, unless a process has no row."""
+        compiles, and finds how many rows fit. The third step is recorded, where `recorded` can do that. It is
+        not if a process has no row, or if the processes share the module."""
         self.computed += 1
         if self.computed == 3 and self.plan.batch >= world.SIZE and not shard.is_shared(self.module):
             self.module.zero_grad()                   # the recording allocates gradients of its own
@@ -373,7 +376,7 @@ class Stage:
 
     def sums(self, rows):
         """Gradients and loss. A signal to any process ends the run here, before the step changes a weight.
-        The processes ask each other for signals while their GPUs still compute."""
+        The processes check whether any got a signal while their GPUs still compute."""
         work = partial(self.gradients, rows)
         if self.replay:
             loss = self.replay(rows)

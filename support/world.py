@@ -132,8 +132,8 @@ def any_of(*flags):
 
 
 def add_up(loss, params):
-    """Sum a loss and the gradients of parameters over the processes, in place. A missing gradient counts as
-    0."""
+    """Sum a loss and the gradients of parameters over the processes, in place, in calls of about BUCKET
+    numbers. A missing gradient counts as 0."""
     if SIZE == 1:
         return
     for p in params:
