@@ -188,8 +188,8 @@ def scale(plans, n_params, given):
     """Fit the paper's plan to a teacher of n_params parameters, in place; `given`: the items of --plan. The
     paper's smallest teacher has 1.7B. A smaller teacher reads fewer tokens, by the square root of its size,
     at higher rates in distil and finetune, at most 1e-3; lr_end stays. The exponent 0.91 gives SmolLM2-135M
-    1e-3 in stage 2 and 1e-4 in stage 3, which did well (results/README.md). A batch is smaller if a stage
-    would else have fewer steps than LEAST_STEPS."""
+    1e-3 in stage 2 and 1e-4 in stage 3, which did well in batches of 32 and 2 (results/README.md). A batch is
+    smaller if a stage would else have fewer steps than LEAST_STEPS."""
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
     for stage, plan in plans.items():
