@@ -529,21 +529,21 @@ def finetune(run, student, teacher, corpus, plans, args):
     text is not what a large teacher was trained on. Its next tokens pull the student away from what the
     teacher knows. --target teacher keeps the teacher's predictions wherever the teacher can read. A student
     that reads long texts alone forgets short ones. So the first share plan.short of each sequence is read as
-    texts of 1/32 of its length, as long as stage 2's of real teachers.
+    texts of 1/32 of its length. For real teachers that is 512 tokens, the length of stage 2.
 
     A student reads further than its teacher for four reasons. Attention without positions ignores distance.
-    Decay bounds the numbers in a linear state. Stage 3 trains on texts longer than the teacher's. At
-    generation s_t keeps attention sharp."""
+    Decay bounds the numbers in a linear state. Stage 3 trains on long texts. At generation s_t keeps
+    attention sharp."""
     guide, alpha = teacher, args.alpha
     if args.target == "text":
         guide, alpha = None, 1.0
-    loss_of = objective(student, guide, args.kl, alpha)
+    loss_of = objective(student, guide, args.kl, alpha)            # (idx, targets) -> an iterator of one term
     plan = plans["finetune"]
 
     def loss_fn(idx, targets):
         T = idx.size(1)
-        n = T // 32                                                # tokens of a short text
-        cut = int(32 * plan.short) * n                             # and of all short texts of a sequence
+        n = T // 32                                                # the length of a short text
+        cut = int(32 * plan.short) * n                             # the length of all short texts together
         if cut:
             texts = [ids[:, :cut].reshape(-1, n) for ids in (idx, targets)]                 # (B*cut/n, n)
             yield sum(loss_of(*texts)) * (cut / T)

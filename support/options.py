@@ -193,10 +193,11 @@ def scale(plans, n_params, given):
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
     for stage, plan in plans.items():
-        def fit(**new):
-            return replace(plan, **{field: x for field, x in new.items() if f"{stage}.{field}" not in given})
-        plan = fit(tokens=plan.tokens * share ** 0.5, lr=min(1e-3, plan.lr * share ** -0.91))
-        plans[stage] = fit(batch=max(1, min(plan.batch, int(plan.tokens / plan.length / LEAST_STEPS))))
+        tokens = plan.tokens if f"{stage}.tokens" in given else plan.tokens * share ** 0.5
+        most = max(1, int(tokens / plan.length / LEAST_STEPS))     # sequences of a step
+        fitted = dict(tokens=tokens, lr=min(1e-3, plan.lr * share ** -0.91), batch=min(plan.batch, most))
+        fitted = {field: x for field, x in fitted.items() if f"{stage}.{field}" not in given}
+        plans[stage] = replace(plan, **fitted)
 
 
 PLAN_FIELDS = {                                   # the fields of halo.Plan that --plan can change
@@ -220,7 +221,9 @@ def change_plans(plans, items):
             raise ValueError(f"--plan {item}: {error}") from None
     for stage, plan in plans.items():
         refuse([(plan.varied and not plan.recall,
-                 f"--plan {stage}.varied={plan.varied}: a share of the recall sequences, but recall is 0")])
+                 f"--plan {stage}.varied={plan.varied}: a share of the recall sequences, but recall is 0"),
+                (plan.short and stage != "finetune",
+                 f"--plan {stage}.short={plan.short}: only finetune reads a part of a row as short texts")])
 
 
 def read_set(items):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch.nn as nn
 
 import hypenet
 from hypenet import HypeNet
-from support import common, pretrained, run, text, torture
+from support import common, pretrained, run, text, torture, world
 from support.tokens import Tokenizer
 from test_hypenet import HERE, INF, one_line, tiny
 
@@ -469,3 +470,23 @@ def test_ctrl_c_works_as_ever_once_torch_is_there(capfd):
     finally:
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130 and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("processes, error, ignored", [(1, True, False), (2, True, True), (2, False, False)])
+def test_a_message_comes_before_torchruns_signal(processes, error, ignored, close, tmp_path, monkeypatch):
+    """When one of several processes fails, it ignores signals until it has said why."""
+    before = signal.getsignal(signal.SIGTERM)
+    a_run = begin(close, tmp_path, device="cpu")
+    monkeypatch.setattr(world, "SIZE", processes)
+    try:
+        with pytest.raises(ValueError) if error else nullcontext():
+            try:
+                if error:
+                    raise ValueError
+            finally:
+                a_run.close()
+        assert (signal.getsignal(signal.SIGTERM) == signal.SIG_IGN) == ignored
+    finally:
+        for sig, handler in a_run.handlers.items():
+            signal.signal(sig, handler)
+    assert signal.getsignal(signal.SIGTERM) == before

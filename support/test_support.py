@@ -2325,6 +2325,7 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--logit-base 1": "logit-base", "--logit-base long": "logit-base", "--logit-base inf": "logit-base",
     "--budget nan": "budget", "--budget inf": "budget", "--plan distil.token=1": "lr_end",
     "--plan a=1": "distil", "--plan align.recall=0 align.varied=0.5": "varied=0.5",
+    "--plan distil.short=0.5": "short=0.5",
     "--plan align.tokens=many": "number", "--plan align.tokens=-1": "align.tokens=-1",
     "--plan align.batch=2.5": "align.batch=2.5", "--plan group.lr=1e-3": "finetune",
     "--plan align.lr=nan": "align.lr=nan", "--plan pretrain.lr=1": "pretrain.lr=1",
