@@ -534,10 +534,8 @@ def finetune(run, student, teacher, corpus, plans, args):
     A student reads further than its teacher for four reasons. Attention without positions ignores distance.
     Decay bounds the numbers in a linear state. Stage 3 trains on long texts. At generation s_t keeps
     attention sharp."""
-    guide, alpha = teacher, args.alpha
-    if args.target == "text":
-        guide, alpha = None, 1.0
-    loss_of = objective(student, guide, args.kl, alpha)            # (idx, targets) -> an iterator of one term
+    short = objective(student, teacher, args.kl, args.alpha)       # (idx, targets) -> an iterator of one term
+    long = short if args.target == "teacher" else objective(student, None, args.kl, alpha=1.0)
     plan = plans["finetune"]
 
     def loss_fn(idx, targets):
@@ -546,8 +544,8 @@ def finetune(run, student, teacher, corpus, plans, args):
         cut = int(32 * plan.short) * n                             # the length of all short texts together
         if cut:
             texts = [ids[:, :cut].reshape(-1, n) for ids in (idx, targets)]                 # (B*cut/n, n)
-            yield sum(loss_of(*texts)) * (cut / T)
-        yield sum(loss_of(idx[:, cut:], targets[:, cut:])) * (1 - cut / T)
+            yield sum(short(*texts)) * (cut / T)
+        yield sum(long(idx[:, cut:], targets[:, cut:])) * (1 - cut / T)
     train(run, "finetune", plan, corpus, student, [list(student.parameters())], loss_fn)
     return student
 
