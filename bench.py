@@ -720,7 +720,10 @@ def bench_train(args):
         try:
             halo.convert_staged(trial, build(teacher, device), trial, plans, options)
         except (torch.OutOfMemoryError, ValueError) as e:                      # the latter: halo's
-            print(f"{size:9s}memory: {' '.join(str(e).split())}", flush=True)
+            line = f"{size:9s}memory: {' '.join(str(e).split())}"
+            if world.SIZE > 1:
+                raise ValueError(line) from None         # it ends the others, which may wait for this process
+            print(line, flush=True)
         release()
     return table
 

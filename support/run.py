@@ -519,8 +519,9 @@ class ProbeStage(Stage):
 
 
 def bf16():
-    """Autocast to bfloat16 on CUDA; on other devices it does nothing."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+    """Autocast to bfloat16 on CUDA; on other devices it does nothing. A cache would keep the bfloat16 copies of
+    all weights until the context ends, and each weight is used once."""
+    return torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available(), cache_enabled=False)
 
 
 def checkpoint_blocks(module, on=True):

@@ -55,7 +55,9 @@ def share(module, groups):
     empty = without_weights(module)
     mesh = init_device_mesh(next(module.parameters()).device.type, (world.SIZE,))
     root = None if isinstance(module, nn.ModuleList) else copy.copy(module)     # FSDP takes an object once
-    for unit in [*module.blocks, root] if root else module:
+    # The root's weights stay gathered. Tied embeddings are among them, because the head needs them.
+    units = [*module.blocks, *([] if module.config.tied else [module.wte]), root] if root else module
+    for unit in units:
         fully_shard(unit, mesh=mesh)
         sum_gradients(unit)
     if root:
