@@ -1153,8 +1153,6 @@ FURTHER = {                          # changes that only --only runs
     "10 attention layers": "--keep 10",
     "gates, 0.70 at first": "--decay head --retention 0.7",
     "constant decay": "--decay constant",
-    "stage 3 by the teacher": "--target teacher",
-    "stage 3 by the text": "--target text",
     "nothing to recall": "--plan {nothing}",
     "no short texts": "--plan finetune.short=0",
     "stage 2 in rows 4 times": "--plan distil.length={rows[0]} distil.batch={rows[1]}",

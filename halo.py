@@ -15,7 +15,7 @@ paper calls them stage 1, 2 and 3, and all three share the loop `train`.
     align     each linear twin, alone  what its attention layer reads   what that layer writes (eq. 7)
     select    nothing                  held-out text                    which layers stay attention (eq. 8, 9)
     distil    the whole hybrid         text                             the teacher's predictions (eq. 10)
-    finetune  the whole hybrid         longer text                      the next token (or see --target)
+    finetune  the whole hybrid         longer text                      the next token
     fit       nothing                  held-out text, longer still      the base a of s_t (eq. 11)
 
 The article's recipe is progressive. It turns attention layers into linear layers, group by group. Only the
@@ -33,8 +33,8 @@ Deviations from the paper in this file, and what each buys (README.md has more):
     select    `swap` compares a linear layer with attention without positions. `--layers score` is eq. 8.
     select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
     gates     A learned gate starts at the time scale of its attention head. So stage 1 ends at a lower loss.
-    finetune  --target teacher keeps what the teacher predicts. Foreign text would pull the student away.
-    finetune  A part of each long row is read as short texts. So the student does not forget short texts.
+    finetune  A part of each long row is read as short texts, and the teacher is their target. Long texts
+              alone pull the student away from what the teacher knows.
     data      Some rows hide a thing to recall. Plain text teaches recall too slowly.
 
 Batches depend on (seed, stage, step), initial weights on the seed. On one CPU a run repeats bit for bit, and
@@ -74,7 +74,7 @@ SCORED = ("swap", "guarded", "score")               # ways to choose layers that
 TOO_MUCH = 1.0                                      # nats; see `guarded` in choose_layers
 
 # A recipe is a column of this table, and every row is a flag: an ablation is one flag. `real` is the paper's
-# recipe but for two rows: each head learns its own gate, and stage 3 keeps the teacher's predictions.
+# recipe but for one row: each head learns its own gate.
 ROWS = (  # flag, its value in each of RECIPES, allowed values, help
     ("layers", ("swap", "ends", "swap"), str,
      "the layers that stay attention. swap: those that lose most as linear layers, compared with attention "
@@ -97,9 +97,6 @@ ROWS = (  # flag, its value in each of RECIPES, allowed values, help
     ("kl", ("forward", "reverse", "forward"), ("forward", "reverse"),
      "forward: KL(teacher, student). reverse: KL(student, teacher)"),
     ("alpha", (0.0, 0.5, 0.0), number(float, 0, 1), "share of cross-entropy in the loss, 0 to 1"),
-    ("target", ("text", "text", "teacher"), ("text", "teacher"),
-     "what stage 3 learns. text: the next token. teacher: the teacher's predictions, as far into a text as "
-     "the teacher was trained to read; the next token beyond"),
     ("window", (0, 2048, 0), number(int, 0),
      "each token attends to the last N tokens, itself included; 0: all"),
     ("logit_base", ("fit", "none", "fit"), str, "a of s_t (eq. 11): fit, none, or a number above 1"),
@@ -379,32 +376,21 @@ def assemble(source, config, mixers):
 
 def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
     """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
-    "reverse": KL(student, teacher), the article's. Past the length that the teacher was trained at, the loss
-    is CE alone: the teacher's predictions are worthless there. The logits of all tokens would not fit memory,
-    so the head runs on slices of tokens, of about slice_elements logits."""
-    known = min(idx.size(1), teacher.config.max_len) if alpha < 1 else 0          # positions with a teacher
-
-    @torch.no_grad()
-    def teacher_hidden():
-        return teacher.hidden(idx[:, :known])                                     # (B,known,C)
+    "reverse": KL(student, teacher), the article's. With alpha 1 the teacher may be None. The logits of all
+    tokens would not fit memory, so the head runs on slices of tokens, of about slice_elements logits."""
     student_hidden = partial(student.hidden, idx, offset=offset)                  # -> (B,T,C)
-    if known:
-        xs, *xt = beside(idx, student_hidden, teacher_hidden)                     # at the same time on a GPU
+    if alpha == 1:
+        hidden = [student_hidden()]
     else:
-        xs, xt = student_hidden(), []                                             # no teacher
+        teacher_hidden = torch.no_grad()(partial(teacher.hidden, idx))            # -> (B,T,C)
+        hidden = beside(idx, student_hidden, teacher_hidden)                      # at the same time on a GPU
 
     def of_slice(logits_s, y, *xt):                                               # (n,V), (n,), (n,C)
         logits_t = teacher.head(*xt) if xt else None
-        return loss_and_gradient(sum_of_losses, logits_s, logits_t, y, kl, alpha if xt else 1.0)
-
-    def total(part, *xt):
-        """The sum of the losses at some positions."""
-        tokens = [t.flatten(0, 1) for t in (xs[:, part], targets[:, part], *xt)]
-        return loss_by_slices(of_slice, student.head_weight(), *tokens, elements=slice_elements)
-    loss = total(slice(known), *xt) if known else 0.0
-    if known < idx.size(1):
-        loss = loss + total(slice(known, None))
-    return loss / targets.numel()
+        return loss_and_gradient(sum_of_losses, logits_s, logits_t, y, kl, alpha)
+    xs, *xt = [x.flatten(0, 1) for x in hidden]
+    y = targets.flatten()
+    return loss_by_slices(of_slice, student.head_weight(), xs, y, *xt, elements=slice_elements) / len(y)
 
 
 def sum_of_losses(logits_s, logits_t, targets, kl, alpha):
@@ -525,17 +511,16 @@ def finetune(run, student, teacher, corpus, plans, args):
     """Stage 3. Returns the student.
 
     Its sequences are long, because attention must learn to find one key among thousands: stage 2 never shows
-    it so many. In the paper stage 3 has no teacher: the text itself is the target (--target text). But our
-    text is not what a large teacher was trained on. Its next tokens pull the student away from what the
-    teacher knows. --target teacher keeps the teacher's predictions wherever the teacher can read. A student
-    that reads long texts alone forgets short ones. So the first share plan.short of each sequence is read as
-    texts of 1/32 of its length. For real teachers that is 512 tokens, the length of stage 2.
+    it so many. As in the paper the text is the target, because the teacher cannot read so far. But our text
+    is not what a large teacher was trained on. It pulls the student away from what the teacher knows. So the
+    first share plan.short of each sequence is read as texts of 1/32 of its length, and their target is the
+    teacher, as in stage 2. For real teachers 1/32 is 512 tokens, the length of stage 2.
 
     A student reads further than its teacher for four reasons. Attention without positions ignores distance.
     Decay bounds the numbers in a linear state. Stage 3 trains on long texts. At generation s_t keeps
     attention sharp."""
     short = objective(student, teacher, args.kl, args.alpha)       # (idx, targets) -> an iterator of one term
-    long = short if args.target == "teacher" else objective(student, None, args.kl, alpha=1.0)
+    long = objective(student, None, args.kl, alpha=1.0)
     plan = plans["finetune"]
 
     def loss_fn(idx, targets):

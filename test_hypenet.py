@@ -1115,18 +1115,17 @@ ROWS = {  # a flag that changes a row: what it makes of the student's config
     "--state full": dict(key_dim=8), "--state half": dict(key_dim=4, linear_qk_norm=False),
     "--layers LLAA": dict(layers="LLAA"), "--layers even": dict(layers="LLLA"), "--layers score": {},
     "--training staged": {}, "--training progressive --pe rope": {}, "--groups 1": {},
-    "--target teacher": {}, "--target text": {}, "--kl forward --alpha 0.25": {},
+    "--kl forward --alpha 0.25": {},
     "--kl reverse --alpha 0.75": {}, "--alpha 1": {},
     "--max-ctx 400": dict(n_chunks=17),
     "--window 50": dict(window=50), "--window 0": dict(window=None), "--logit-base fit": {},
     "--logit-base 300": dict(logit_base=300.0), "--teacher gpt2": {}, "--teacher llama": {},
     "--set linear_rope=true linear_kv_head=2": dict(linear_rope=True, linear_kv_head=2),
 }
-ONLY = {"--layers score": "paper", "--target teacher": "paper", "--groups 1": "article",
-        "--max-ctx 400": "article"}
+ONLY = {"--layers score": "paper", "--groups 1": "article", "--max-ctx 400": "article"}
 CASES = [(recipe, row) for recipe in PUBLISHED for row in ROWS if ONLY.get(row, recipe) == recipe
          and str(halo.RECIPES[recipe].get(row.split()[0][2:])) != row.split()[1]]
-CASES += [("real", "--target text"), ("real", "--layers LLAA")]
+CASES += [("real", "--layers LLAA")]
 
 
 @pytest.mark.parametrize("recipe, row", CASES)
@@ -1148,8 +1147,7 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
     assert config.items() >= ROWS[row].items() and report["val_loss"]["student"] == held_out_loss(home, out)
     kl, alpha = flag.get("--kl", default["kl"]), float(flag.get("--alpha", default["alpha"]))
     if flag.get("--training", default["training"]) == "staged":
-        target = flag.get("--target", default["target"])                    # of the last stage
-        assert losses == {(kl, alpha), (kl, alpha if target == "teacher" else 1.0)}
+        assert losses == {(kl, alpha), (kl, 1.0)}                           # the last stage is by the text
         stages = ["align", "distil", "finetune"]
     else:
         assert losses == {(kl, alpha)}

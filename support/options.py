@@ -25,9 +25,9 @@ from support.common import Parser, command_line, default_device, filled, number
 from support.recall import has_room, plant
 from support.report import finish, finish_pretrained
 from support.run import Probe, Run, new_folder, options_of
-from support.text import Corpus
+from support.text import Corpus, data_sources
 from support.tokens import Tokenizer, check_tokenizer
-from support.writer import teacher_text
+from support.writer import teacher_text, write_together
 
 # ---- flags -------------------------------------------------------------------------------------------------
 
@@ -257,7 +257,6 @@ def check_options(halo, args):
             ("--retention", DECAYS[args.decay].width(1) > 0, "a --decay by gates, such as head or channel"),
             ("--max-ctx", args.pe == "chunk", "--pe chunk"),
             ("--kl", args.alpha < 1, "--alpha below 1"),
-            ("--target", staged or args.control, "--training staged"),
             ("--keep", scored or layers == "even", f"--layers {', '.join(halo.SCORED)} or even")):
         rows.append((flag in args.given and not possible, f"{flag} goes with {wants}"))
     rows += [(args.control and flag in args.given, f"{flag} changes a student; --control has none")
@@ -272,7 +271,7 @@ def check_options(halo, args):
                   "--pretrain --set and --keep go with --layers: a hybrid"),
                  (args.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")]
         rows += [(flag in args.given, f"{flag} goes with a teacher, not with --pretrain")
-                 for flag in ("--alpha", "--kl", "--groups", "--target", "--control")]
+                 for flag in ("--alpha", "--kl", "--groups", "--control")]
     else:
         rows += [(not staged and scored,
                   f"--training progressive with --layers {layers}: no stage 1 for scores; use ends or even"),
@@ -363,9 +362,12 @@ def load_teacher(halo, plans, args):
             (student.key_dim > config.head_dim or student.linear_kv_head % config.n_kv_head,
              f"--set: key_dim is at most the teacher's head_dim, {config.head_dim}, and linear_kv_head a "
              f"multiple of its n_kv_head, {config.n_kv_head}")])
-    both = min(config.limit(), student.limit())
+    both = min(config.max_len, student.limit())
+    given = {item.partition("=")[0] for item in args.plan}
     for stage, plan in plans.items():
-        limit = dict(align=config.limit(), finetune=student.limit()).get(stage, both)
+        if stage != "finetune" and f"{stage}.length" not in given:     # these stages ask the teacher
+            plan = plans[stage] = replace(plan, length=min(plan.length, config.max_len))
+        limit = dict(align=config.max_len, finetune=student.limit()).get(stage, both)
         check_stage_length(stage, plan, limit, args)
     args.length = min(config.max_len, args.length)
     plant(args.tokenizer, np.zeros(args.length, np.int64), np.random.default_rng(0))
@@ -402,12 +404,19 @@ def open_text(plans, longest, teacher, args):
     """The Corpus of a run. Too little text is an error here, before stage 1."""
     n_tokens = max(20 * longest, sum(plan.total for plan in plans.values()) / ROUNDS)
 
-    def write(share):                                              # for --data teacher
-        return teacher_text(teacher, args.path, args.tokenizer, share * n_tokens, args.seed, args.dry_run)
-    cell = max(plan.length for plan in plans.values())
-    corpus = Corpus(args.tokenizer, args.data, args.seed, cell, write=teacher and write)
-    corpus.windows(np.random.default_rng(0), 1, longest)
-    return corpus
+    def write(share, together=False):                              # for --data teacher
+        given = teacher, args.path, args.tokenizer, share * n_tokens, args.seed
+        return write_together(*given) if together else teacher_text(*given, args.dry_run)
+    for paths, share in data_sources(args.data or []):
+        if teacher and "teacher" in paths and not args.dry_run and world.SIZE > 1:
+            write(share, together=True)
+
+    def corpus():
+        cell = max(plan.length for plan in plans.values())
+        found = Corpus(args.tokenizer, args.data, args.seed, cell, write=teacher and write)
+        found.windows(np.random.default_rng(0), 1, longest)
+        return found
+    return world.in_turn(corpus)
 
 
 # ---- what a run will cost ----------------------------------------------------------------------------------
@@ -513,7 +522,7 @@ def run_main(halo, argv):
     if teacher and not args.resume:
         check_disk(folder, disk_bytes(halo, teacher, plans, args))
     longest = longest_text(halo, config, plans, args)
-    corpus = world.in_turn(partial(open_text, plans, longest, teacher, args))
+    corpus = open_text(plans, longest, teacher, args)
     found = {}
     if args.device.startswith("cuda") and teacher and not args.resume:
         found = probe(halo, teacher, corpus, plans, args)

@@ -519,8 +519,8 @@ class ProbeStage(Stage):
 
 
 def bf16():
-    """Autocast to bfloat16 on CUDA; on other devices it does nothing. A cache would keep the bfloat16 copies of
-    all weights until the context ends, and each weight is used once."""
+    """Autocast to bfloat16 on CUDA; on other devices it does nothing. Each weight is used once, so a cache
+    would only keep the copies of all weights."""
     return torch.autocast("cuda", torch.bfloat16, torch.cuda.is_available(), cache_enabled=False)
 
 

@@ -1731,8 +1731,9 @@ def by_teacher(home, tmp_path, monkeypatch):
     monkeypatch.setenv("HYPENET_CACHE", str(tmp_path / "cache"))
     model = pretrained.load(home / "teacher")
 
-    def write(n_tokens=15_000, seed=0, dry_run=False):
-        return writer.teacher_text(model, home / "teacher", Tokenizer.bytes(), n_tokens, seed, dry_run)
+    def write(n_tokens=15_000, seed=0, dry_run=False, together=False):
+        given = model, home / "teacher", Tokenizer.bytes(), n_tokens, seed
+        return writer.write_together(*given) if together else writer.teacher_text(*given, dry_run)
     return write
 
 
@@ -1754,6 +1755,25 @@ def test_a_teacher_writes_once(by_teacher, tmp_path, monkeypatch):
             assert again.sha256 == first.sha256 and (again.is_held_out == first.is_held_out).all()
     shutil.rmtree(tmp_path / "cache")
     assert by_teacher().sha256 == first.sha256
+
+
+def test_processes_write_together(by_teacher, tmp_path, monkeypatch):
+    """Each process of a machine writes some parts, and all parts are there when the first one joins them. The
+    text is that of one process, each part another. Its parts do not stay in the cache."""
+    monkeypatch.setattr(writer, "PART", 4000)
+    alone = by_teacher()
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(writer.world, "LOCAL_SIZE", 3)
+    for rank, n_files in enumerate((4, 6, 8)):                     # of 4 parts, two files each
+        monkeypatch.setattr(writer.world, "LOCAL_RANK", rank)
+        by_teacher(together=True)
+        assert len(list((tmp_path / "cache").iterdir())) == n_files
+    monkeypatch.setattr(writer, "teacher_documents", lambda *_: pytest.fail("written again"))
+    joined = by_teacher()
+    assert joined.sha256 == alone.sha256 and len(list((tmp_path / "cache").iterdir())) == 2
+    documents = np.split(joined.ids(), np.cumsum(joined.n_ids)[:-1])
+    assert len({ids.tobytes() for ids in documents}) > 0.9 * len(documents)
+    by_teacher(together=True)                                      # finds the text
 
 
 def test_another_teacher_writes_anew(home, tmp_path, monkeypatch):
@@ -1802,7 +1822,7 @@ def test_a_student_of_the_teachers_text(home, tmp_path, monkeypatch, capsys):
     halo.main(["--teacher", str(home / "teacher"), "--data", "teacher", "--device", "cpu", "--dry-run"])
     assert "text teacher: " in capsys.readouterr().out and not (tmp_path / "cache").exists()
     report = convert(home, tmp_path / "run", "--data", "teacher:0.1")
-    assert re.search(r"wrote [\d,]+ tokens in [\d,]+ documents, [\d,]+ tokens/s", capsys.readouterr().out)
+    assert re.search(r"wrote [\d,]+ tokens in [\d,]+ documents\n", capsys.readouterr().out)
     assert report["text"]["name"].endswith(" teacher:0.1") and len(report["text"]["sha256"]) == 64
 
 

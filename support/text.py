@@ -352,6 +352,13 @@ def open_shard(name, sha256, tokenizer):
     return encoded_in(file, index, tokenizer, sha256)
 
 
+def remove_shard(name, tokenizer):
+    """Remove a shard from the cache if it is there."""
+    for ending in (".npy", ".ids"):
+        with suppress(OSError):
+            os.unlink(shard_path(name, tokenizer) + ending)
+
+
 def write_shard(name, sha256, tokenizer, write):
     """Keep the ids of a text in the cache, or in a temporary file if the cache cannot be written. write(file)
     writes all ids to an open file and returns their INDEX. The index is written last: where an index is, the

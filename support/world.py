@@ -26,6 +26,7 @@ MANY = dist.is_available() and dist.is_torchelastic_launched()
 SIZE = int(os.environ["WORLD_SIZE"]) if MANY else 1                # processes in all
 RANK = int(os.environ["RANK"]) if MANY else 0                      # the number of this process
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if MANY else 0          # the number of this process on its machine
+LOCAL_SIZE = int(os.environ["LOCAL_WORLD_SIZE"]) if MANY else 1    # processes on this machine
 STORE = None                         # torchrun's store of keys and values that all processes see
 BUCKET = 2 ** 26                     # numbers that are summed in one call
 WAIT = datetime.timedelta(days=1)    # process 0 may read much text; if a process ends, no other waits on

@@ -1,6 +1,7 @@
 """Text that a teacher writes itself, for whoever lacks the text that the teacher was trained on.
 
     teacher_text         the Encoded text of --data teacher: written once, then kept in the cache of text
+    write_together       under torchrun each process writes some parts of this text first
     teacher_documents    the documents, one after the other
     Writer               the teacher at work: many rows at once, each writes one document after the other
 
@@ -11,13 +12,12 @@ second document with the chat template. There it writes the user's question and 
 import hashlib
 import json
 import math
-import time
 
 import numpy as np
 import torch
 
 from hypenet import State, sample
-from support import text
+from support import text, world
 from support.fast import Decoder
 from support.pretrained import digest
 
@@ -25,6 +25,7 @@ LENGTH = 1024                        # tokens of a document, at most
 ROWS = dict(cuda=512)                # documents that are written at once, by the kind of device
 AT_ONCE = 64                         # tokens of each row between two copies to the host
 FREE = -1                            # in a script: the teacher draws ids here
+PART = 2 ** 23                       # tokens that one process writes in one go, about a minute's work
 
 
 def scripts(tokenizer):
@@ -139,19 +140,51 @@ def teacher_documents(model, tokenizer, n_tokens, seed=0, rows=None):
             bar.update(n - n_before)
 
 
-def name_of(path, tokenizer, n_tokens, seed):
+def name_of(path, tokenizer, n_tokens, seed, *part):
     """A name for what a teacher writes: hashes of its files, and what it was asked for. The name of a shard
     has the tokenizer's digest and the FORMAT of the cache besides."""
     template = tokenizer.config.get("chat_template")
-    facts = ["teacher", n_tokens, seed, LENGTH, sorted(tokenizer.stops), template, digest(path)]
+    facts = ["teacher", n_tokens, seed, LENGTH, sorted(tokenizer.stops), template, digest(path), *part]
     return json.dumps(facts)
+
+
+def all_tokens(n_tokens):
+    """How many tokens to write if n_tokens are to train on, and in how many parts. 1/15 more is held out."""
+    n_tokens = math.ceil(n_tokens * 16 / 15)
+    return n_tokens, max(1, n_tokens // PART)
+
+
+def part_of_text(model, path, tokenizer, n_tokens, n_parts, seed, part):
+    """The Encoded of one part, from the cache or written now. Each part has a seed of its own. So the text
+    does not depend on the number of processes."""
+    name = name_of(path, tokenizer, n_tokens, seed, part)
+    kind = text.id_type(tokenizer)
+
+    def write(file):
+        index = []
+        for ids in teacher_documents(model, tokenizer, -(-n_tokens // n_parts), seed + 10 ** 6 * part):
+            data = ids.astype(kind).tobytes()
+            file.write(data)
+            index.append((len(ids), hashlib.sha256(b"hypenet" + data).digest()[-1] % 16 == 0))
+        file.flush()
+        return np.array(index, text.INDEX)
+    return text.open_shard(name, "", tokenizer) or text.write_shard(name, "", tokenizer, write)
+
+
+def write_together(model, path, tokenizer, n_tokens, seed=0):
+    """Let each process of a machine write some parts, before all of them call teacher_text."""
+    n_tokens, n_parts = all_tokens(n_tokens)
+    if not text.open_shard(name_of(path, tokenizer, n_tokens, seed), "", tokenizer):
+        for part in range(n_parts)[world.LOCAL_RANK::world.LOCAL_SIZE]:
+            part_of_text(model, path, tokenizer, n_tokens, n_parts, seed, part)
+    world.total(0)                                                  # all parts are there
 
 
 def teacher_text(model, path, tokenizer, n_tokens, seed=0, dry_run=False):
     """At least n_tokens to train on that the model writes, and 1/15 of them held out: an Encoded. path: the
     files of the model. What was written before comes from the cache. A dry run writes nothing: end ids stand
     for the text."""
-    n_tokens = math.ceil(n_tokens * 16 / 15)
+    n_tokens, n_parts = all_tokens(n_tokens)
     kind = text.id_type(tokenizer)
     name = name_of(path, tokenizer, n_tokens, seed)
     encoded = text.open_shard(name, "", tokenizer)
@@ -162,19 +195,18 @@ def teacher_text(model, path, tokenizer, n_tokens, seed=0, dry_run=False):
         return text.Encoded(lambda: ids, np.full(n, length), np.arange(n) % 16 == 0, "dry run")
 
     def write(file):
-        began = time.time()
         index = []
-        for ids in teacher_documents(model, tokenizer, n_tokens, seed):
-            data = ids.astype(kind).tobytes()
-            file.write(data)
-            index.append((len(ids), hashlib.sha256(b"hypenet" + data).digest()[-1] % 16 == 0))
+        for part in range(n_parts):
+            found = part_of_text(model, path, tokenizer, n_tokens, n_parts, seed, part)
+            file.write(found.ids())
+            index += zip(found.n_ids, found.is_held_out)
         file.flush()
         index = np.array(index, text.INDEX)
-        n = index["n_ids"].sum()
-        print(f"the teacher wrote {n:,} tokens in {len(index):,} documents, {n / (time.time() - began):,.0f} "
-              "tokens/s", flush=True)
+        print(f"the teacher wrote {index['n_ids'].sum():,} tokens in {len(index):,} documents", flush=True)
         return index
     encoded = encoded or text.write_shard(name, "", tokenizer, write)
+    for part in range(n_parts):
+        text.remove_shard(name_of(path, tokenizer, n_tokens, seed, part), tokenizer)
     found = hashlib.sha256(encoded.ids())
     found.update(encoded.n_ids)
     return encoded._replace(sha256=found.hexdigest())
