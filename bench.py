@@ -357,8 +357,9 @@ def chosen(rows, **fields):
 
 
 def draw(path, panels):
-    """Draw panels (title, lines, ylim) beside each other into a .png. A line is (label, rows). A row has
-    context, value, and the band from low to high. Without ylim the axis is logarithmic."""
+    """Draw panels (title, lines, ylim) beside each other into a .png. A line is (label, rows); lines of one
+    label have one colour. A row has context, value, and the band from low to high. Without ylim the axis is
+    logarithmic."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -367,11 +368,17 @@ def draw(path, panels):
     fig = Figure(figsize=(4.2 * len(panels), 4.6), dpi=150, layout="tight")
     for ax, (title, lines, ylim) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
         contexts = sorted({row["context"] for _, rows in lines for row in rows})
-        for z, (label, rows) in enumerate(line for line in lines if line[1]):
+        labels = []
+        for label, rows in lines:
+            if not rows:
+                continue
             rows = sorted(rows, key=lambda row: row["context"])
             x, y, low, high = ([row[key] for row in rows] for key in ("context", "value", "low", "high"))
-            ax.plot(x, y, lw=1.6, marker="o", ms=3, label=label, zorder=9 - z)
-            ax.fill_between(x, low, high, alpha=0.12, lw=0)
+            new = label not in labels
+            labels += [label] * new
+            z = labels.index(label)
+            ax.plot(x, y, f"C{z}", lw=1.6, marker="o", ms=3, label=label if new else None, zorder=9 - z)
+            ax.fill_between(x, low, high, color=f"C{z}", alpha=0.12, lw=0)
         if ylim is None:
             ax.set_yscale("log", base=2)
             ax.yaxis.set_major_formatter("{x:g}")
@@ -1085,17 +1092,22 @@ def mean_of_tasks(rows, model):
 
 def draw_niah(facts, rows, path):
     """Up to three panels by context: pass keys found by all, other tasks, and loss. A single student has a
-    line per task, several models have a line each for the mean of all tasks."""
+    line per task, several models have a line each for the mean of all tasks. Students have one colour."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    found = [(model, chosen(rows, model=model, task="S1")) for model in models]
-    if len(facts.get("students", [1])) > 1:
+    students = facts.get("students", {})
+    hybrids = [model for model in models if "L" in students.get(model, {}).get("layers", "")]
+    label = {model: model for model in models}
+    if len(hybrids) > 1:
+        label |= dict.fromkeys(hybrids, f"{len(hybrids)} students")
+    found = [(label[model], chosen(rows, model=model, task="S1")) for model in models]
+    if len(students) > 1:
         title = "Other tasks, mean"
-        others = [(model, mean_of_tasks(rows, model)) for model in models]
+        others = [(label[model], mean_of_tasks(rows, model)) for model in models]
     else:
         title = "The student's other tasks"
         asked = dict.fromkeys(row["task"] for row in rows if "by_depth" in row and row["task"] != "S1")
         others = [(task, chosen(rows, model="student", task=task)) for task in asked]
-    losses = [(model, chosen(rows, model=model, task="loss")) for model in models]
+    losses = [(label[model], chosen(rows, model=model, task="loss")) for model in models]
     shares = (-0.03, 1.05)
     panels = [(f"Pass key found (S1), trained at {facts['trained']:,}", found, shares)]
     if any(row["value"] for _, rows in others for row in rows):
