@@ -181,20 +181,20 @@ def whole(text):
     return int(value)
 
 
-LEAST_STEPS = 475                    # the paper's stage 3 has 477; a little less, so that its batch stays 128
+LEAST_STEPS = 475                    # of 1.7B; the paper's stage 3 has 477, and its batch shall stay 128
 
 
 def scale(plans, n_params, given):
     """Fit the paper's plan to a teacher of n_params parameters, in place; `given`: the items of --plan. The
     paper's smallest teacher has 1.7B. A smaller teacher reads fewer tokens, by the square root of its size,
     at higher rates in distil and finetune, at most 1e-3; lr_end stays. The exponent 0.91 gives SmolLM2-135M
-    1e-3 in stage 2 and 1e-4 in stage 3, which did well in batches of 32 and 2 (results/README.md). A batch is
-    smaller if a stage would else have fewer steps than LEAST_STEPS."""
+    1e-3 in stage 2 and 1e-4 in stage 3, which did well in small batches (results/README.md). So a stage has
+    at least LEAST_STEPS steps, and more for a smaller teacher, if need be in smaller batches."""
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
     for stage, plan in plans.items():
         tokens = plan.tokens if f"{stage}.tokens" in given else plan.tokens * share ** 0.5
-        most = max(1, int(tokens / plan.length / LEAST_STEPS))     # sequences of a step
+        most = max(1, int(tokens / plan.length / LEAST_STEPS * share ** 0.5))     # sequences of a step
         fitted = dict(tokens=tokens, lr=min(1e-3, plan.lr * share ** -0.91), batch=min(plan.batch, most))
         fitted = {field: x for field, x in fitted.items() if f"{stage}.{field}" not in given}
         plans[stage] = replace(plan, **fitted)

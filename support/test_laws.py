@@ -289,16 +289,16 @@ def test_the_recipe_of_real_teachers_is_the_papers_but_for_one_row():
 @pytest.mark.parametrize("n_params, tokens, lr, batch", [
     (1.7e9, (320e6, 1e9, 1e9), (1e-3, 1e-4, 1e-5), (32, 96, 128)),
     (8e9, (320e6, 1e9, 1e9), (1e-3, 1e-4, 1e-5), (32, 96, 128)),
-    (0.017e9, (32e6, 1e8, 1e8), (1e-3, 1e-3, 6.607e-4), (32, 96, 12)),
-    (0.17e9, (101.19e6, 316.2e6, 316.2e6), (1e-3, 8.128e-4, 8.128e-5), (32, 96, 40))])
+    (0.017e9, (32e6, 1e8, 1e8), (1e-3, 1e-3, 6.607e-4), (13, 41, 1)),
+    (0.17e9, (101.19e6, 316.2e6, 316.2e6), (1e-3, 8.128e-4, 8.128e-5), (32, 96, 12))])
 def test_a_plan_fits_its_teachers_size(n_params, tokens, lr, batch):
     """Tokens go with the root of the size, learning rates with its power -0.91, up to 1e-3. A stage has at
-    least the steps of the paper's shortest, if need be in smaller batches."""
+    least the steps of the paper's shortest, times the root of 1.7B / size, if need be in smaller batches."""
     plans = {stage: halo.PLANS["real"][stage] for stage in ("align", "distil", "finetune")}
     cli.scale(plans, n_params, [])
     for i, plan in enumerate(plans.values()):
         assert (plan.tokens, plan.lr, plan.batch) == pytest.approx((tokens[i], lr[i], batch[i]), rel=1e-3)
-        assert plan.steps >= 476
+        assert plan.steps >= 476 * max(1, 1.7e9 / n_params) ** 0.5
 
 
 def test_no_size_changes_what_is_asked_for():
