@@ -683,16 +683,21 @@ class TrialStage(ProbeStage):
         checkpoint_blocks(self.module, on=False)
 
 
-def train_operations(stage, teacher, student, T):
+def train_operations(stage, teacher, student, T, short=0.0):
     """Operations per token of a stage's models on sequences of T, with heads and attention, without
     recomputation. Each weight costs the teacher 2 and the student 6, or 4 where no gradient reaches the
-    input of its Linear."""
+    input of its Linear. short: the share of a sequence of stage 3 that is read as texts of T / 32, with the
+    teacher."""
     def forward(config, head=True):
         return sum(operations(config, T)) / T + 2 * head * config.n_embd * config.vocab_size
     if stage == "align":
         twins = replace(student, layers="L" * len(student.layers))
         of_twins = 3 * operations(twins, T, "mixer")[0] - operations(twins, T, "qkvz")[0]
         return forward(teacher, head=False) + of_twins / T
+    if short:
+        texts = train_operations("distil", teacher, student, T // 32)
+        rest = train_operations("finetune", teacher, student, round((1 - short) * T))
+        return short * texts + (1 - short) * rest
     return 3 * forward(student) + (forward(teacher) if stage == "distil" else 0)
 
 
@@ -716,7 +721,7 @@ def bench_train(args):
 
         def report(stage, plan, batch, seconds, **row):
             speed = batch * plan.length / seconds
-            each = train_operations(stage, teacher, student, plan.length)
+            each = train_operations(stage, teacher, student, plan.length, plan.short)
             table.add(size=size, stage=stage, gpus=world.SIZE, length=plan.length, plan_batch=plan.batch,
                       batch=batch, seconds=seconds, tok_s=speed, operations=each,
                       used=peak and each * speed / peak / world.SIZE, tokens=plan.total,

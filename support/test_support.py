@@ -2637,6 +2637,8 @@ def test_bench_floors_by_hand(tied):
     ops, head = bench.operations(c, 10), 2 * 8 * 50
     assert bench.train_operations("finetune", c, c, 10) == 3 * (sum(ops) / 10 + head)
     assert bench.train_operations("distil", c, c, 10) == 4 * (sum(ops) / 10 + head)
+    short, rest = (bench.train_operations(stage, c, c, n) for stage, n in (("distil", 10), ("finetune", 240)))
+    assert bench.train_operations("finetune", c, c, 320, short=0.25) == 0.25 * short + 0.75 * rest
     twins = 2 * 2 * (3 * linear - 8 * 32)                # both layers; inputs need no gradient
     assert bench.train_operations("align", c, c, 10) == sum(ops) / 10 + twins
 
@@ -2854,6 +2856,20 @@ def test_bench_train(results, monkeypatch, capsys):
         assert r["used"] == pytest.approx(r["operations"] * r["tok_s"] / 1e12) and 0 < r["used"] < 1
     bench.main("train --device cpu --peak 1e12 --seconds 1e-3 --stage distil --name one".split())
     assert [r["stage"] for r in bench_rows(results, "one")] == ["distil"]
+
+
+def test_bench_train_ends_with_a_process_that_lacks_memory(results, monkeypatch, capsys):
+    """One process prints a line and goes on. One of several ends with an error, because the others may wait
+    for it."""
+    def convert(*_):
+        raise torch.OutOfMemoryError("no room")
+    monkeypatch.setattr(halo, "convert_staged", convert)
+    args = bench.get_args("train --device cpu --size tiny".split())
+    bench.bench_train(args)
+    assert "memory: no room" in capsys.readouterr().out
+    monkeypatch.setattr(bench.world, "SIZE", 2)
+    with pytest.raises(ValueError, match="no room"):
+        bench.bench_train(args)
 
 
 def test_bench_kernel(results, monkeypatch, capsys):
