@@ -904,8 +904,8 @@ def at_ends(models, texts, count):
 
 def readers(students, teacher, tasks, kinds=READERS):
     """The readers of these kinds. students: {name: model}. Each student as it is. A single student also
-    without s_t. The teacher: as it is, with YaRN, and with a window. A teacher whose RoPE is scaled already
-    is not stretched again."""
+    without s_t. The teacher: as it is, with YaRN, and with a window. A control with YaRN too. A model whose
+    RoPE is scaled already is not stretched again."""
     found = []
     for name, student in students.items() if "students" in kinds else ():
         found.append(Reader(name, student, tasks, student.config.logit_base))
@@ -913,8 +913,10 @@ def readers(students, teacher, tasks, kinds=READERS):
             found.append(Reader(f"{name} without s_t", student, dict(S1=TASKS["S1"])))
     if "teacher" in kinds:
         found.append(Reader("teacher", teacher, tasks))
-    if "yarn" in kinds and teacher.config.position == "rope" and teacher.config.rope_scaling is None:
-        found.append(Reader("teacher, YaRN", teacher, tasks, yarn=True))
+    for name, model in {**students, "teacher": teacher}.items() if "yarn" in kinds else ():
+        c = model.config
+        if "L" not in c.layers and c.position == "rope" and c.attn_position and c.rope_scaling is None:
+            found.append(Reader(f"{name}, YaRN", model, tasks, yarn=True))
     if "window" in kinds:
         found.append(Reader("teacher, sink + window", teacher, tasks, keep=teacher.config.max_len))
     return found
@@ -1077,7 +1079,7 @@ def keep_rows(table):
     known = old.get("students", {}) | table.facts["students"] if rows else table.facts["students"]
     changed = [name for name in known if old.get("students", {}).get(name) != known[name]]
     table.facts["students"] = known
-    table.rows = [row for row in rows if row["model"].removesuffix(" without s_t") not in changed]
+    table.rows = [row for row in rows if re.sub(" without s_t$|, YaRN$", "", row["model"]) not in changed]
 
 
 def mean_of_tasks(rows, model):

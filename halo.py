@@ -114,7 +114,7 @@ class Plan:
     lr_end: float
     recall: float = 0.5              # share of sequences that hide a thing to recall, such as a pass key
     varied: float = 0.0              # of these sequences, the share whose task is not a pass key
-    short: float = 0.0               # share of a sequence of stage 3 that is read as texts of 1/32 its length
+    short: float = 0.0               # share of a sequence of stage 3, in whole texts of 1/32 of its length
     warmup: int = 50                 # steps, at most a tenth of all
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
 
@@ -512,7 +512,7 @@ def finetune(run, student, teacher, corpus, plans, args):
 
     Its sequences are long, because attention must learn to find one key among thousands: stage 2 never shows
     it so many. As in the paper the text is the target, because the teacher cannot read so far. But our text
-    is not what a large teacher was trained on. It pulls the student away from what the teacher knows. So the
+    is not what a large teacher was trained on, and pulls the student away from what the teacher knows. So the
     first share plan.short of each sequence is read as texts of 1/32 of its length, and their target is the
     teacher, as in stage 2. For real teachers 1/32 is 512 tokens, the length of stage 2.
 
@@ -536,8 +536,8 @@ def finetune(run, student, teacher, corpus, plans, args):
 
 
 def convert_control(run, teacher, corpus, plans, args):
-    """The control of stage 3: the teacher, still all attention, with the same text and loss. What it gains
-    too is not due to the hybrid."""
+    """The control of stage 3: the teacher, still all attention, with the same kinds of text and the same
+    loss. What it gains too is not due to the hybrid."""
     mixers = [attention_twin(block.mixer, teacher.config) for block in teacher.blocks]
     return finetune(run, assemble(teacher, teacher.config, mixers), teacher, corpus, plans, args)
 

@@ -181,15 +181,15 @@ def whole(text):
     return int(value)
 
 
-LEAST_STEPS = 475                    # of 1.7B; the paper's stage 3 has 477, and its batch shall stay 128
+LEAST_STEPS = 475                    # of a stage, for 1.7B; the paper's stage 3 has 477 and keeps its batch
 
 
 def scale(plans, n_params, given):
     """Fit the paper's plan to a teacher of n_params parameters, in place; `given`: the items of --plan. The
     paper's smallest teacher has 1.7B. A smaller teacher reads fewer tokens, by the square root of its size,
     at higher rates in distil and finetune, at most 1e-3; lr_end stays. The exponent 0.91 gives SmolLM2-135M
-    1e-3 in stage 2 and 1e-4 in stage 3, which did well in small batches (results/README.md). So a stage has
-    at least LEAST_STEPS steps, and more for a smaller teacher, if need be in smaller batches."""
+    1e-3 in stage 2 and 1e-4 in stage 3, which did well, in small batches (results/README.md). A stage has at
+    least LEAST_STEPS / sqrt(share) steps, if need be in smaller batches."""
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
     for stage, plan in plans.items():
@@ -365,10 +365,13 @@ def load_teacher(halo, plans, args):
     both = min(config.max_len, student.limit())
     given = {item.partition("=")[0] for item in args.plan}
     for stage, plan in plans.items():
-        if stage != "finetune" and f"{stage}.length" not in given:     # these stages ask the teacher
+        if stage != "finetune" and f"{stage}.length" not in given:     # the teacher reads whole sequences
             plan = plans[stage] = replace(plan, length=min(plan.length, config.max_len))
         limit = dict(align=config.max_len, finetune=student.limit()).get(stage, both)
         check_stage_length(stage, plan, limit, args)
+        refuse([(plan.short and plan.length // 32 > config.max_len,
+                 f"--plan {stage}.length={plan.length}: its short texts have {plan.length // 32} tokens, and "
+                 f"the teacher knows {config.max_len}; give a lower length, or {stage}.short=0")])
     args.length = min(config.max_len, args.length)
     plant(args.tokenizer, np.zeros(args.length, np.int64), np.random.default_rng(0))
     hides = any(plan.recall and plan.varied < 1 for plan in plans.values())

@@ -2334,6 +2334,7 @@ def test_probe_measures_every_stage(monkeypatch, tmp_path):
 ERRORS = {  # what is given, {} being the fixture's folder: a word of the line it gets
     "--recipe blog": "paper", "--decay slow": "channel", "--seed x": "seed", "--seed -1": "seed",
     "--teacher {}/nowhere": "nowhere", "--teacher {}/text.jsonl": "text.jsonl",
+    "--teacher {}/gpt2 --plan finetune.length=6400 finetune.short=0.5": "short texts have 200 tokens",
     "--teacher {}/short": "64", "--teacher {}/gpt2 --pe rope --plan finetune.length=200": "positions",
     "--teacher {}/paper": "hybrid", "--resume {}/nowhere": "nowhere", "--resume {}/paper --seed 3": "--seed",
     "--out {}/paper": "not empty", "--pretrain --teacher {}/teacher": "tiny", "--layers LLA": "LLA",
@@ -2759,7 +2760,8 @@ def test_yarn_stretches_a_teacher(family):
 
 
 def test_readers_of_niah():
-    """s_t is left out where there is one; YaRN stretches RoPE that is not scaled yet, and no other."""
+    """s_t is left out where there is one. YaRN stretches the RoPE of teachers and controls that is not scaled
+    yet, and no other."""
     every = {"student", "student without s_t", "teacher", "teacher, YaRN", "teacher, sink + window"}
     llama3 = VARIANTS["teacher llama3"]["rope_scaling"]
     for student, teacher, left_out in (
@@ -2767,8 +2769,11 @@ def test_readers_of_niah():
             ({}, dict(FAMILIES["llama"]), {"student without s_t"}),
             (dict(logit_base=20.0), dict(rope_scaling=llama3), {"teacher, YaRN"}),
             (dict(logit_base=20.0), dict(FAMILIES["gpt2"]), {"teacher, YaRN"})):
-        found = bench.readers(dict(student=tiny(layers="A", **student)), tiny(layers="A", **teacher), {})
+        found = bench.readers(dict(student=tiny(layers="LA", **student)), tiny(layers="A", **teacher), {})
         assert {reader.name for reader in found} == every - left_out
+    two = dict(control=tiny(layers="AA"), student=tiny(layers="LA"))
+    assert [reader.name for reader in bench.readers(two, two["control"], {}, ["yarn"])] == [
+        "control, YaRN", "teacher, YaRN"]
 
 
 def test_intervals_are_wilsons():

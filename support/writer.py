@@ -1,7 +1,7 @@
 """Text that a teacher writes itself, for whoever lacks the text that the teacher was trained on.
 
     teacher_text         the Encoded text of --data teacher: written once, then kept in the cache of text
-    write_together       under torchrun each process writes some parts of this text first
+    write_together       under torchrun the processes write its parts first
     teacher_documents    the documents, one after the other
     Writer               the teacher at work: many rows at once, each writes one document after the other
 
@@ -25,7 +25,7 @@ LENGTH = 1024                        # tokens of a document, at most
 ROWS = dict(cuda=512)                # documents that are written at once, by the kind of device
 AT_ONCE = 64                         # tokens of each row between two copies to the host
 FREE = -1                            # in a script: the teacher draws ids here
-PART = 2 ** 23                       # tokens that one process writes in one go, about a minute's work
+PART = 2 ** 22                       # tokens that one process writes in one go, at most
 
 
 def scripts(tokenizer):
@@ -140,29 +140,30 @@ def teacher_documents(model, tokenizer, n_tokens, seed=0, rows=None):
             bar.update(n - n_before)
 
 
-def name_of(path, tokenizer, n_tokens, seed, *part):
+def name_of(path, tokenizer, n_tokens, seed):
     """A name for what a teacher writes: hashes of its files, and what it was asked for. The name of a shard
     has the tokenizer's digest and the FORMAT of the cache besides."""
     template = tokenizer.config.get("chat_template")
-    facts = ["teacher", n_tokens, seed, LENGTH, sorted(tokenizer.stops), template, digest(path), *part]
-    return json.dumps(facts)
+    return json.dumps(["teacher", n_tokens, seed, LENGTH, sorted(tokenizer.stops), template, digest(path)])
 
 
-def all_tokens(n_tokens):
-    """How many tokens to write if n_tokens are to train on, and in how many parts. 1/15 more is held out."""
+def order_of(path, tokenizer, n_tokens, seed):
+    """The name of a text, its tokens, and (name, tokens, seed) of its parts. It has n_tokens to train on, and
+    1/15 more to hold out."""
     n_tokens = math.ceil(n_tokens * 16 / 15)
-    return n_tokens, max(1, n_tokens // PART)
+    n_parts = math.ceil(n_tokens / PART)
+    name = name_of(path, tokenizer, n_tokens, seed)
+    parts = [(f"{name} part {i}", math.ceil(n_tokens / n_parts), seed + 10 ** 6 * i) for i in range(n_parts)]
+    return name, n_tokens, parts
 
 
-def part_of_text(model, path, tokenizer, n_tokens, n_parts, seed, part):
-    """The Encoded of one part, from the cache or written now. Each part has a seed of its own. So the text
-    does not depend on the number of processes."""
-    name = name_of(path, tokenizer, n_tokens, seed, part)
+def write_part(model, tokenizer, name, n_tokens, seed):
+    """The Encoded of a part, from the cache or written now."""
     kind = text.id_type(tokenizer)
 
     def write(file):
         index = []
-        for ids in teacher_documents(model, tokenizer, -(-n_tokens // n_parts), seed + 10 ** 6 * part):
+        for ids in teacher_documents(model, tokenizer, n_tokens, seed):
             data = ids.astype(kind).tobytes()
             file.write(data)
             index.append((len(ids), hashlib.sha256(b"hypenet" + data).digest()[-1] % 16 == 0))
@@ -172,41 +173,41 @@ def part_of_text(model, path, tokenizer, n_tokens, n_parts, seed, part):
 
 
 def write_together(model, path, tokenizer, n_tokens, seed=0):
-    """Let each process of a machine write some parts, before all of them call teacher_text."""
-    n_tokens, n_parts = all_tokens(n_tokens)
-    if not text.open_shard(name_of(path, tokenizer, n_tokens, seed), "", tokenizer):
-        for part in range(n_parts)[world.LOCAL_RANK::world.LOCAL_SIZE]:
-            part_of_text(model, path, tokenizer, n_tokens, n_parts, seed, part)
+    """Let each process of a machine write some parts, before all of them call teacher_text. The text does not
+    depend on the number of processes, because each part has a seed of its own."""
+    name, _, parts = order_of(path, tokenizer, n_tokens, seed)
+    if not text.open_shard(name, "", tokenizer):
+        for part in parts[world.LOCAL_RANK::world.LOCAL_SIZE]:
+            write_part(model, tokenizer, *part)
     world.total(0)                                                  # all parts are there
 
 
 def teacher_text(model, path, tokenizer, n_tokens, seed=0, dry_run=False):
-    """At least n_tokens to train on that the model writes, and 1/15 of them held out: an Encoded. path: the
+    """About n_tokens to train on that the model writes, and 1/15 more to hold out: an Encoded. path: the
     files of the model. What was written before comes from the cache. A dry run writes nothing: end ids stand
     for the text."""
-    n_tokens, n_parts = all_tokens(n_tokens)
-    kind = text.id_type(tokenizer)
-    name = name_of(path, tokenizer, n_tokens, seed)
+    name, n_tokens, parts = order_of(path, tokenizer, n_tokens, seed)
     encoded = text.open_shard(name, "", tokenizer)
     if dry_run and not encoded:
         length = min(LENGTH, model.config.max_len)
         n = math.ceil(n_tokens / length)
-        ids = np.broadcast_to(np.array(tokenizer.end, kind), n * length)        # takes no memory
+        ids = np.broadcast_to(np.array(tokenizer.end, text.id_type(tokenizer)), n * length)    # no memory
         return text.Encoded(lambda: ids, np.full(n, length), np.arange(n) % 16 == 0, "dry run")
 
     def write(file):
         index = []
-        for part in range(n_parts):
-            found = part_of_text(model, path, tokenizer, n_tokens, n_parts, seed, part)
+        for part in parts:
+            found = write_part(model, tokenizer, *part)
             file.write(found.ids())
             index += zip(found.n_ids, found.is_held_out)
         file.flush()
         index = np.array(index, text.INDEX)
         print(f"the teacher wrote {index['n_ids'].sum():,} tokens in {len(index):,} documents", flush=True)
         return index
-    encoded = encoded or text.write_shard(name, "", tokenizer, write)
-    for part in range(n_parts):
-        text.remove_shard(name_of(path, tokenizer, n_tokens, seed, part), tokenizer)
+    if not encoded:
+        encoded = text.write_shard(name, "", tokenizer, write)
+        for part, *_ in parts:
+            text.remove_shard(part, tokenizer)
     found = hashlib.sha256(encoded.ids())
     found.update(encoded.n_ids)
     return encoded._replace(sha256=found.hexdigest())
