@@ -15,6 +15,8 @@ import halo
 from hypenet import HypeNet
 from test_hypenet import PUBLISHED, data_of, home, log_of, rmse  # noqa: F401
 
+pytestmark = pytest.mark.xdist_group("world")          # one process makes `outs`, once
+
 # What each process does: the runs of a file, one after the other. A process may get a signal after a step,
 # and the second may lack memory for more than one row.
 PROGRAM = """
