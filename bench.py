@@ -368,16 +368,13 @@ def draw(path, panels):
     fig = Figure(figsize=(4.2 * len(panels), 4.6), dpi=150, layout="tight")
     for ax, (title, lines, ylim) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
         contexts = sorted({row["context"] for _, rows in lines for row in rows})
-        labels = []
+        lines = [line for line in lines if line[1]]
+        labels = list(dict.fromkeys(label for label, _ in lines))
         for label, rows in lines:
-            if not rows:
-                continue
+            z = labels.index(label)
             rows = sorted(rows, key=lambda row: row["context"])
             x, y, low, high = ([row[key] for row in rows] for key in ("context", "value", "low", "high"))
-            new = label not in labels
-            labels += [label] * new
-            z = labels.index(label)
-            ax.plot(x, y, f"C{z}", lw=1.6, marker="o", ms=3, label=label if new else None, zorder=9 - z)
+            ax.plot(x, y, f"C{z}", lw=1.6, marker="o", ms=3, label=label, zorder=9 - z)
             ax.fill_between(x, low, high, color=f"C{z}", alpha=0.12, lw=0)
         if ylim is None:
             ax.set_yscale("log", base=2)
@@ -388,7 +385,9 @@ def draw(path, panels):
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_title(title, loc="left", fontsize=10)
         ax.set(xlabel="tokens of context", ylim=ylim)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=8, frameon=False)
+        handles = {line.get_label(): line for line in ax.lines}.values()          # one for each label
+        ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=8,
+                  frameon=False)
     write_file(path, partial(fig.savefig, format="png"))
     print(f"\nfigure in {os.path.relpath(path)}")
 
@@ -904,8 +903,8 @@ def at_ends(models, texts, count):
 
 def readers(students, teacher, tasks, kinds=READERS):
     """The readers of these kinds. students: {name: model}. Each student as it is. A single student also
-    without s_t. The teacher: as it is, with YaRN, and with a window. A control with YaRN too. A model whose
-    RoPE is scaled already is not stretched again."""
+    without s_t. The teacher: as it is, with YaRN, and with a window. A control: as it is, and with YaRN. A
+    model whose RoPE is scaled already is not stretched again."""
     found = []
     for name, student in students.items() if "students" in kinds else ():
         found.append(Reader(name, student, tasks, student.config.logit_base))

@@ -114,7 +114,7 @@ class Plan:
     lr_end: float
     recall: float = 0.5              # share of sequences that hide a thing to recall, such as a pass key
     varied: float = 0.0              # of these sequences, the share whose task is not a pass key
-    short: float = 0.0               # share of a sequence of stage 3, in whole texts of 1/32 of its length
+    short: float = 0.0               # share of each sequence of stage 3 that is read as short texts: finetune
     warmup: int = 50                 # steps, at most a tenth of all
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
 
@@ -160,7 +160,8 @@ PLANS = {
         finetune=Plan(tokens=32e6, length=32768, batch=1, lr=2e-4, lr_end=2e-5, recall=0.8, varied=0.8),
         group=Plan(tokens=88e6, length=1024, batch=32, lr=2e-3, lr_end=1e-4, recall=0.6, varied=0.8)),
     # The paper's Table 5, for 1.7B parameters; options.scale fits it to smaller teachers. No sequence hides a
-    # pass key. In stages 1 to 3 half of them ask for values after words of the text, or repeat passages.
+    # pass key. In stages 1 to 3 half of them ask for values after words of the text, or repeat passages. In
+    # stage 3 the teacher is the target in a quarter of each sequence (see finetune).
     "real": dict(
         align=Plan(tokens=320e6, length=512, batch=32, lr=1e-3, lr_end=1e-5, varied=1),
         distil=Plan(tokens=1e9, length=512, batch=96, lr=1e-4, lr_end=1e-5, varied=1),
@@ -512,8 +513,8 @@ def finetune(run, student, teacher, corpus, plans, args):
 
     Its sequences are long, because attention must learn to find one key among thousands: stage 2 never shows
     it so many. As in the paper the text is the target, because the teacher cannot read so far. But our text
-    is not what a large teacher was trained on, and pulls the student away from what the teacher knows. So the
-    first share plan.short of each sequence is read as texts of 1/32 of its length, and their target is the
+    is not what a large teacher was trained on. It pulls the student away from what the teacher knows. So the
+    first share plan.short of each sequence is read as short texts, of 1/32 of its length. Their target is the
     teacher, as in stage 2. For real teachers 1/32 is 512 tokens, the length of stage 2.
 
     A student reads further than its teacher for four reasons. Attention without positions ignores distance.

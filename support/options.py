@@ -407,12 +407,14 @@ def open_text(plans, longest, teacher, args):
     """The Corpus of a run. Too little text is an error here, before stage 1."""
     n_tokens = max(20 * longest, sum(plan.total for plan in plans.values()) / ROUNDS)
 
-    def write(share, together=False):                              # for --data teacher
-        given = teacher, args.path, args.tokenizer, share * n_tokens, args.seed
-        return write_together(*given) if together else teacher_text(*given, args.dry_run)
+    def order(share):                                              # what --data teacher asks for
+        return teacher, args.path, args.tokenizer, share * n_tokens, args.seed
+
+    def write(share):
+        return teacher_text(*order(share), args.dry_run)
     for paths, share in data_sources(args.data or []):
         if teacher and "teacher" in paths and not args.dry_run and world.SIZE > 1:
-            write(share, together=True)
+            write_together(*order(share))
 
     def corpus():
         cell = max(plan.length for plan in plans.values())

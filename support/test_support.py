@@ -2228,6 +2228,11 @@ def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
     assert GPU or all(torch.allclose(w, b[name], atol=1e-6) for name, w in a.items())
 
 
+def test_autocast_keeps_no_copies():
+    with run.bf16():
+        assert not torch.is_autocast_cache_enabled()
+
+
 def test_steps_that_cannot_be_recorded(home, tmp_path, monkeypatch):
     """Nothing is recorded in a short stage, with --plain, or where memory has no room for a second copy of
     all that it holds."""

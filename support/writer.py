@@ -1,7 +1,7 @@
 """Text that a teacher writes itself, for whoever lacks the text that the teacher was trained on.
 
     teacher_text         the Encoded text of --data teacher: written once, then kept in the cache of text
-    write_together       under torchrun the processes write its parts first
+    write_together       under torchrun, the parts of this text, by all processes of a machine
     teacher_documents    the documents, one after the other
     Writer               the teacher at work: many rows at once, each writes one document after the other
 
