@@ -97,6 +97,8 @@ ROWS = (  # flag, its value in each of RECIPES, allowed values, help
     ("kl", ("forward", "reverse", "forward"), ("forward", "reverse"),
      "forward: KL(teacher, student). reverse: KL(student, teacher)"),
     ("alpha", (0.0, 0.5, 0.0), number(float, 0, 1), "share of cross-entropy in the loss, 0 to 1"),
+    ("hidden", (0.0, 0.0, 1.0), number(float, 0),
+     "weight of the hidden states' error: how far the output of each block is from that of the teacher's"),
     ("window", (0, 2048, 0), number(int, 0),
      "each token attends to the last N tokens, itself included; 0: all"),
     ("logit_base", ("fit", "none", "fit"), str, "a of s_t (eq. 11): fit, none, or a number above 1"),
@@ -375,23 +377,41 @@ def assemble(source, config, mixers):
 # ---- losses ------------------------------------------------------------------------------------------------
 
 
-def distil_loss(student, teacher, idx, targets, kl, alpha, offset=None, slice_elements=None):
-    """alpha CE + (1 - alpha) KL, means over all tokens. kl "forward": KL(teacher, student), paper eq. 10;
-    "reverse": KL(student, teacher), the article's. With alpha 1 the teacher may be None. The logits of all
-    tokens would not fit memory, so the head runs on slices of tokens, of about slice_elements logits."""
-    student_hidden = partial(student.hidden, idx, offset=offset)                  # -> (B,T,C)
-    if alpha == 1:
-        hidden = [student_hidden()]
-    else:
-        teacher_hidden = torch.no_grad()(partial(teacher.hidden, idx))            # -> (B,T,C)
-        hidden = beside(idx, student_hidden, teacher_hidden)                      # at the same time on a GPU
+def distil_loss(student, teacher, idx, targets, kl, alpha, hidden=0.0, offset=None, slice_elements=None):
+    """alpha CE + (1 - alpha) KL + hidden E, means over all tokens. kl "forward": KL(teacher, student), paper
+    eq. 10; "reverse": KL(student, teacher), the article's. E: the relative error of what each block gives, a
+    mean over blocks. With alpha 1 there is no E, and the teacher may be None. The logits of all tokens would
+    not fit memory, so the head runs on slices of tokens, of about slice_elements logits."""
+    each = hidden > 0 and alpha < 1
+
+    def outputs(model, offset=None):
+        """What each block gives, if E needs it, and what the head reads: a list of (B,T,C)."""
+        x = model.hidden(idx, offset=offset, each=each)
+        return x if each else [x]
 
     def of_slice(logits_s, y, *xt):                                               # (n,V), (n,), (n,C)
         logits_t = teacher.head(*xt) if xt else None
         return loss_and_gradient(sum_of_losses, logits_s, logits_t, y, kl, alpha)
-    xs, *xt = [x.flatten(0, 1) for x in hidden]
+    of_student = partial(outputs, student, offset)
+    if alpha == 1:
+        found = [of_student()]
+    else:
+        found = beside(idx, of_student, torch.no_grad()(partial(outputs, teacher)))   # on a GPU at one time
+    xs, *xt = [x.pop().flatten(0, 1) for x in found]                              # (N,C)
     y = targets.flatten()
-    return loss_by_slices(of_slice, student.head_weight(), xs, y, *xt, elements=slice_elements) / len(y)
+    loss = loss_by_slices(of_slice, student.head_weight(), xs, y, *xt, elements=slice_elements) / len(y)
+    if each:
+        loss = loss + hidden * sum(map(relative_error, *found)) / len(found[0])
+    return loss
+
+
+def relative_error(out, target, square=None):
+    """The mean squared error of a layer's output, in units of the target's mean square: of `square`, or if
+    None of that of each token, because a few tokens have very large states."""
+    error = (out.float() - target.float()).square()
+    if square is None:
+        return (error.mean(-1) / target.float().square().mean(-1)).mean()
+    return error.mean() / square
 
 
 def sum_of_losses(logits_s, logits_t, targets, kl, alpha):
@@ -407,7 +427,7 @@ def sum_of_losses(logits_s, logits_t, targets, kl, alpha):
     return loss
 
 
-def objective(student, teacher, kl, alpha):
+def objective(student, teacher, kl, alpha, hidden=0.0):
     """The loss function of a stage, for `train`: it yields one term. With --pe chunk, each sequence starts at
     another position, so that every chunk embedding is trained. A hash of the ids picks the start, because a
     CUDA graph cannot call the host's random generator."""
@@ -418,7 +438,7 @@ def objective(student, teacher, kl, alpha):
         if c.chunk:
             hashes = (idx * torch.arange(1, T + 1, device=idx.device) ** 2).sum(1)
             offset = hashes % (max(0, c.chunk * c.n_chunks - T) + 1)
-        yield distil_loss(student, teacher, idx, targets, kl, alpha, offset)
+        yield distil_loss(student, teacher, idx, targets, kl, alpha, hidden, offset)
     return loss_fn
 
 
@@ -503,7 +523,7 @@ def convert_staged(run, teacher, corpus, plans, args):
     # positions the score depends on the two tokens alone, near or far. The order of tokens comes from the
     # linear layers, which keep RoPE. GPT-2's learned positions leave the whole residual stream here.
     train(run, "distil", plans["distil"], corpus, student, [list(student.parameters())],
-          objective(student, teacher, args.kl, args.alpha))
+          objective(student, teacher, args.kl, args.alpha, args.hidden))
 
     return finetune(run, student, teacher, corpus, plans, args)
 
@@ -520,7 +540,7 @@ def finetune(run, student, teacher, corpus, plans, args):
     A student reads further than its teacher for four reasons. Attention without positions ignores distance.
     Decay bounds the numbers in a linear state. Stage 3 trains on long texts. At generation s_t keeps
     attention sharp."""
-    short = objective(student, teacher, args.kl, args.alpha)       # (idx, targets) -> an iterator of one term
+    short = objective(student, teacher, args.kl, args.alpha, args.hidden)    # -> an iterator of one term
     long = objective(student, None, args.kl, alpha=1.0)
     plan = plans["finetune"]
 
@@ -554,11 +574,6 @@ def align(run, teacher, config, corpus, plan, args):
             yield relative_error(twin(x, where), y, square)
     train(run, "align", plan, corpus, twins, [list(twin.parameters()) for twin in twins], loss_fn)
     return twins
-
-
-def relative_error(out, target, square):
-    """The mean squared error of a layer's output, in units of the target's mean square."""
-    return (out.float() - target.float()).square().mean() / square
 
 
 def select(run, teacher, twins, config, corpus, args):
@@ -711,7 +726,8 @@ def convert_progressive(run, teacher, corpus, plans, args):
         params = [p for i in group for p in student.blocks[i].mixer.parameters()]
         params += [p for name, p in student.named_parameters() if "chunk_embd" in name]
         stage = f"group{n}"
-        train(run, stage, plan, corpus, student, [params], objective(student, teacher, args.kl, args.alpha))
+        train(run, stage, plan, corpus, student, [params],
+              objective(student, teacher, args.kl, args.alpha, args.hidden))
         title = f"group {n} of {len(groups)}: {letters}"
         run.once(stage, lambda: save_usable(run, stage, title, student, corpus, args))
     return student

@@ -931,7 +931,7 @@ def test_gradients_do_not_depend_on_micro(kind, monkeypatch):
         module, loss_fn = made
     else:
         module = HypeNet(halo.student_config(teacher.config, "LALL", o))
-        loss_fn = halo.objective(module, teacher, o.kl, 0.5)
+        loss_fn = halo.objective(module, teacher, o.kl, 0.5, 0.5)
     module.requires_grad_(True)
     whole = sum(loss_fn(rows[:, :-1], rows[:, 1:]))
     whole.backward()
@@ -1116,7 +1116,7 @@ ROWS = {  # a flag that changes a row: what it makes of the student's config
     "--layers LLAA": dict(layers="LLAA"), "--layers even": dict(layers="LLLA"), "--layers score": {},
     "--training staged": {}, "--training progressive --pe rope": {}, "--groups 1": {},
     "--kl forward --alpha 0.25": {},
-    "--kl reverse --alpha 0.75": {}, "--alpha 1": {},
+    "--kl reverse --alpha 0.75": {}, "--alpha 1": {}, "--hidden 0.5": {},
     "--max-ctx 400": dict(n_chunks=17),
     "--window 50": dict(window=50), "--window 0": dict(window=None), "--logit-base fit": {},
     "--logit-base 300": dict(logit_base=300.0), "--teacher gpt2": {}, "--teacher llama": {},
@@ -1133,9 +1133,9 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
     """A flag changes its row of a recipe, and every kind of teacher is converted. Stages, losses and the
     saved student are those asked for, and the report is of this student."""
     out, flags, losses, default = tmp_path / "run", row.split(), set(), halo.RECIPES[recipe]
-    def distil_loss(student, teacher, idx, targets, kl, alpha, *rest, plain=halo.distil_loss):
-        losses.add((kl, alpha))
-        return plain(student, teacher, idx, targets, kl, alpha, *rest)
+    def distil_loss(student, teacher, idx, targets, kl, alpha, hidden, *rest, plain=halo.distil_loss):
+        losses.add((kl, alpha, hidden))
+        return plain(student, teacher, idx, targets, kl, alpha, hidden, *rest)
     def recall(model, corpus, length, *rest, plain=halo.recall, **kind):  # short texts, for speed
         return plain(model, corpus, length if "--max-ctx" in row else min(length, 192), *rest, **kind)
     monkeypatch.setattr(halo, "distil_loss", distil_loss)
@@ -1145,12 +1145,13 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
     report = convert(home, out, "--recipe", recipe, "--layers", "ends", *flags, steps=2, teacher=teacher)
     config, flag = vars(HypeNet.from_pretrained(out).config), dict(zip(flags[::2], flags[1::2]))
     assert config.items() >= ROWS[row].items() and report["val_loss"]["student"] == held_out_loss(home, out)
-    kl, alpha = flag.get("--kl", default["kl"]), float(flag.get("--alpha", default["alpha"]))
+    kl = flag.get("--kl", default["kl"])
+    alpha, hidden = (float(flag.get(f"--{name}", default[name])) for name in ("alpha", "hidden"))
     if flag.get("--training", default["training"]) == "staged":
-        assert losses == {(kl, alpha), (kl, 1.0)}                           # the last stage is by the text
+        assert losses == {(kl, alpha, hidden), (kl, 1.0, 0.0)}              # the last stage is by the text
         stages = ["align", "distil", "finetune"]
     else:
-        assert losses == {(kl, alpha)}
+        assert losses == {(kl, alpha, hidden)}
         stages = ["group1", "group2"] if "--groups" not in flag else ["group1"]
     assert list(dict.fromkeys(record["stage"] for record in log_of(out))) == stages
     if flag.get("--logit-base") == "fit":

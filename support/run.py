@@ -620,8 +620,8 @@ def side_stream(device):
 
 
 def beside(x, first, second):
-    """first() and second(), each a tensor on the device of x. On a GPU both run at the same time, because one
-    of them often waits for memory while the other multiplies."""
+    """first() and second(), each a list of tensors on the device of x. On a GPU both run at the same time,
+    because one of them often waits for memory while the other multiplies."""
     if not x.is_cuda:
         return first(), second()
     main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
@@ -630,7 +630,8 @@ def beside(x, first, second):
         b = second()
     a = first()
     main.wait_stream(side)
-    b.record_stream(main)
+    for each in b:
+        each.record_stream(main)
     return a, b
 
 

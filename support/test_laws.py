@@ -281,19 +281,20 @@ def test_the_error_of_swap_is_that_of_differences(monkeypatch):
     assert score["swap_se"] == pytest.approx(step.std().item() / 40 ** 0.5, abs=1e-6)
 
 
-def test_the_recipe_of_real_teachers_is_the_papers_but_for_one_row():
+def test_the_recipe_of_real_teachers_is_the_papers_but_for_two_rows():
     changed = {row for row, value in halo.RECIPES["real"].items() if value != halo.RECIPES["paper"][row]}
-    assert changed == {"decay"}
+    assert changed == {"decay", "hidden"}
 
 
 @pytest.mark.parametrize("n_params, tokens, lr, batch", [
     (1.7e9, (320e6, 1e9, 1e9), (1e-3, 1e-4, 1e-5), (32, 96, 128)),
     (8e9, (320e6, 1e9, 1e9), (1e-3, 1e-4, 1e-5), (32, 96, 128)),
-    (0.017e9, (32e6, 1e8, 1e8), (1e-3, 1e-3, 6.607e-4), (13, 41, 1)),
-    (0.17e9, (101.19e6, 316.2e6, 316.2e6), (1e-3, 8.128e-4, 8.128e-5), (32, 96, 12))])
+    (0.017e9, (32e6, 1e8, 1e8), (3e-3, 1e-3, 6.607e-4), (13, 41, 1)),
+    (0.17e9, (101.19e6, 316.2e6, 316.2e6), (3e-3, 8.128e-4, 8.128e-5), (32, 96, 12))])
 def test_a_plan_fits_its_teachers_size(n_params, tokens, lr, batch):
-    """Tokens go with the root of the size, learning rates with its power -0.91, up to 1e-3. A stage has at
-    least the steps of the paper's shortest, times the root of 1.7B / size, if need be in smaller batches."""
+    """Tokens go with the root of the size, learning rates with its power -0.91, up to 1e-3, in stage 1 up to
+    3e-3. A stage has at least the steps of the paper's shortest, times the root of 1.7B / size, if need be
+    in smaller batches."""
     plans = {stage: halo.PLANS["real"][stage] for stage in ("align", "distil", "finetune")}
     cli.scale(plans, n_params, [])
     for i, plan in enumerate(plans.values()):
@@ -321,8 +322,8 @@ def test_a_share_of_stage_3_is_short_texts(short, cut, monkeypatch):
     halo.finetune(None, student, old, None, plans, options("real"))
     found = sum(seen["finetune"][-1](idx[:, :-1], idx[:, 1:]))
     texts = [(at, at + 2, 0.0) for at in range(0, cut, 2)] + [(cut, 64, 1.0)]
-    expected = sum(halo.distil_loss(student, old, idx[:, at:end], idx[:, at + 1:end + 1], "forward", alpha)
-                   * (end - at) / 64 for at, end, alpha in texts)
+    expected = sum((end - at) / 64 * halo.distil_loss(student, old, idx[:, at:end], idx[:, at + 1:end + 1],
+                                                      "forward", alpha, 1.0) for at, end, alpha in texts)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -343,17 +344,29 @@ def test_the_control_is_the_teacher_after_stage_3(monkeypatch):
     assert sum(loss_fn(idx[:, :-1], targets)).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("kl, alpha", [("forward", 0), ("forward", 0.25), ("reverse", 0.5), ("forward", 1)])
-def test_the_loss_of_distillation(kl, alpha):
-    """alpha CE + (1 - alpha) KL, a mean over all tokens. With alpha 1 there is no teacher."""
-    teacher, student = tiny(1, torch.float32, layers="AA"), tiny(2, torch.float32)
+@pytest.mark.parametrize("kl, alpha, hidden", [("forward", 0, 0), ("forward", 0.25, 2), ("reverse", 0.5, 0),
+                                               ("forward", 1, 2)])
+def test_the_loss_of_distillation(kl, alpha, hidden):
+    """alpha CE + (1 - alpha) KL, a mean over all tokens, and the hidden states' error: for each token and
+    block |student - teacher|^2 / |teacher|^2. With alpha 1 there is no teacher."""
+    teacher, student = tiny(1, torch.float32, layers="AA"), tiny(2, torch.float32, layers="LA")
     idx, targets = some_ids(2, 16), some_ids(2, 16, seed=1)
     s, t = student(idx)[0].log_softmax(-1), teacher(idx)[0].log_softmax(-1)
     p, q = (t, s) if kl == "forward" else (s, t)
     ce = -s.gather(-1, targets[..., None])[..., 0]
     wanted = (alpha * ce + (1 - alpha) * (p.exp() * (p - q)).sum(-1)).mean()
-    teacher = None if alpha == 1 else teacher
-    assert halo.distil_loss(student, teacher, idx, targets, kl, alpha).item() == pytest.approx(wanted.item())
+    if alpha == 1:
+        teacher = None
+    else:
+        seen = ([], [])
+        for model, outputs in zip((student, teacher), seen):
+            for block in model.blocks:
+                block.register_forward_hook(lambda module, inputs, y, outputs=outputs: outputs.append(y))
+            model.hidden(idx)
+        errors = [(a - b).norm(dim=-1) ** 2 / b.norm(dim=-1) ** 2 for a, b in zip(*seen)]
+        wanted = wanted + hidden * torch.stack(errors).mean()
+    assert halo.distil_loss(student, teacher, idx, targets, kl, alpha, hidden).item() == pytest.approx(
+        wanted.item())
 
 
 @pytest.mark.parametrize("stride, rows", [(1, 1), (3, 1), (3, 2)])
@@ -845,7 +858,7 @@ def test_a_run_goes_on_with_its_own_text_alone(tmp_path):
     a_run.once("text", lambda: dict(sha256="as it was"))
     corpus, args = types.SimpleNamespace(facts=dict(sha256="altered")), options(resume="out/x", pretrain=True)
     with one_line("--resume out/x", "text has changed"):
-        cli.execute(None, a_run, None, corpus, {}, args)
+        cli.execute(halo, a_run, None, corpus, {}, args)
 
 
 def test_a_new_run_takes_an_empty_folder(tmp_path):

@@ -207,7 +207,7 @@ def test_compiled_functions_are_those_written(name):
     idx, targets = some_ids(2, 17), some_ids(2, 17, seed=1)
 
     def results():
-        loss = halo.distil_loss(student, teacher, idx, targets, "forward", 0.3)
+        loss = halo.distil_loss(student, teacher, idx, targets, "forward", 0.3, hidden=0.5)
         logits = fast.prefill(student, idx[0], student.init_state(1, 17), segment=7)
         return [loss, logits, *torch.autograd.grad(loss, list(student.parameters()))]
     refs = results()
@@ -2366,6 +2366,8 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--teacher Qwen/Qwen3-1.7B": "GPU", "--teacher no/such": "no/such", "--teacher tiny-gpt2": "hours",
     "--teacher small": "hours", "--keep 3 --layers ends": "--keep", "--keep 4": "--keep 4",
     "--retention 0.5": "--decay", "--max-ctx 900": "--pe", "--alpha 1 --kl reverse": "--alpha",
+    "--alpha 1 --hidden 2": "--alpha", "--hidden -1": "--hidden",
+    "--pretrain --teacher tiny --hidden 2": "--hidden",
     "--pretrain --teacher tiny --keep 2": "--keep", "--pretrain --teacher tiny --transfer off": "--transfer",
     "--teacher {}/empty": "tokenizer", "--plan distil.lr_end=-1": "lr_end",
     "--pretrain --teacher tiny --alpha 0.5": "--alpha", "--pretrain --teacher tiny --kl reverse": "--kl",

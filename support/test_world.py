@@ -54,7 +54,8 @@ def argv(home, out, recipe):
     for stage, batch in stages.items():
         plan += [f"{stage}.length=96", f"{stage}.batch={batch}", f"{stage}.tokens={4 * 96 * batch}"]
     return ["--teacher", str(home / teacher), "--data", *data_of(home), "--out", str(out),
-            "--recipe", recipe, "--device", "cpu", "--plan", *plan, "--trials", "3", "--eval-windows", "180"]
+            "--recipe", recipe, "--hidden", "2", "--device", "cpu", "--plan", *plan, "--trials", "3",
+            "--eval-windows", "180"]
 
 
 def job(argv, at=None, number=None, shared=False, full=False):
