@@ -721,11 +721,11 @@ def bench_train(args):
         def report(stage, plan, batch, seconds, **row):
             speed = batch * plan.length / seconds
             each = train_operations(stage, teacher, student, plan.length, plan.short)
-            table.add(size=size, stage=stage, gpus=world.SIZE, length=plan.length, plan_batch=plan.batch,
-                      batch=batch, seconds=seconds, tok_s=speed, operations=each,
+            table.add(size=size, stage=stage, gpus=world.SIZE, recipe=args.recipe, length=plan.length,
+                      plan_batch=plan.batch, batch=batch, seconds=seconds, tok_s=speed, operations=each,
                       used=peak and each * speed / peak / world.SIZE, tokens=plan.total,
                       hours=plan.total / speed / 3600, **row)
-        options = recipe("paper", layers=student.layers, device=args.device, report=report,
+        options = recipe(args.recipe, layers=student.layers, device=args.device, report=report,
                          seconds=args.seconds, stage=args.stage)
         trial = Trial(vars(options), teacher.vocab_size)
         try:
@@ -1306,6 +1306,7 @@ FLAGS = [                            # modes, flag, what is given, default, help
     ("kernel", "--shape", dict(nargs=5, type=number(int, 1), metavar=tuple("BTHKV")), None,
      f"one shape, in place of {len(SCANS)}"),
     ("train", "--stage", SOME | dict(choices=STAGES), STAGES, "stages of halo.py"),
+    ("train", "--recipe", dict(choices=("paper", "real")), "paper", "as for halo.py"),
     ("train", "--peak", LIMIT, None, "operations per second that the device can do at most"),
     ("train", "--seconds", LIMIT, 10.0, "cut a longer step to fewer sequences"),
     ("niah", "--model", SOME | TEXT, ["out/small-paper"], "folders of runs of halo.py, with one teacher"),
