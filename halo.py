@@ -33,6 +33,7 @@ Deviations from the paper in this file, and what each buys (README.md has more):
     select    `swap` compares a linear layer with attention without positions. `--layers score` is eq. 8.
     select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
     gates     A learned gate starts at the time scale of its attention head. So stage 1 ends at a lower loss.
+    distil    The loss can also compare what each block gives (--hidden). KL then falls with fewer tokens.
     finetune  A part of each long row is read as short texts, and the teacher is their target. Long texts
               alone pull the student away from what the teacher knows.
     data      Some rows hide a thing to recall. Plain text teaches recall too slowly.
@@ -74,7 +75,7 @@ SCORED = ("swap", "guarded", "score")               # ways to choose layers that
 TOO_MUCH = 1.0                                      # nats; see `guarded` in choose_layers
 
 # A recipe is a column of this table, and every row is a flag: an ablation is one flag. `real` is the paper's
-# recipe but for one row: each head learns its own gate.
+# recipe but for two rows: each head learns its own gate, and the loss has the error of the hidden states.
 ROWS = (  # flag, its value in each of RECIPES, allowed values, help
     ("layers", ("swap", "ends", "swap"), str,
      "the layers that stay attention. swap: those that lose most as linear layers, compared with attention "
@@ -98,7 +99,7 @@ ROWS = (  # flag, its value in each of RECIPES, allowed values, help
      "forward: KL(teacher, student). reverse: KL(student, teacher)"),
     ("alpha", (0.0, 0.5, 0.0), number(float, 0, 1), "share of cross-entropy in the loss, 0 to 1"),
     ("hidden", (0.0, 0.0, 1.0), number(float, 0),
-     "weight of the hidden states' error: how far the output of each block is from that of the teacher's"),
+     "weight of the hidden states' error in the loss: how far each block's output is from the teacher's"),
     ("window", (0, 2048, 0), number(int, 0),
      "each token attends to the last N tokens, itself included; 0: all"),
     ("logit_base", ("fit", "none", "fit"), str, "a of s_t (eq. 11): fit, none, or a number above 1"),
