@@ -7,3 +7,7 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                 # before triton is first imported
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "test_world" not in item.nodeid)    # the longest test first

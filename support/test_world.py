@@ -15,8 +15,6 @@ import halo
 from hypenet import HypeNet
 from test_hypenet import PUBLISHED, data_of, home, log_of, rmse  # noqa: F401
 
-pytestmark = pytest.mark.xdist_group("world")          # one process makes `outs`, once
-
 # What each process does: the runs of a file, one after the other. A process may get a signal after a step,
 # and the second may lack memory for more than one row.
 PROGRAM = """
@@ -81,42 +79,43 @@ def stop_within(step):
     return backward
 
 
-@pytest.fixture(scope="module")
-def outs(home, tmp_path_factory):                                           # noqa: F811
-    """A folder of runs, what torchrun printed, the seconds from the death of a process to the end, and the
-    step of the checkpoint then. Of the paper's recipe one run is begun by one process, which a signal stops
-    within a step. It goes on with two that share out the model, and is ended by two that do not. The other is
-    begun by two, stopped by a signal to one of them, goes on, is stopped by the death of one of them, and is
-    ended by one."""
-    folder = tmp_path_factory.mktemp("world")
+def test_two_processes_are_one(home, tmp_path):                     # noqa: F811
+    """Losses, norms and weights of each stage, scores of layers, costs of bases and the report are those of
+    one process, also in a run that goes on with more processes or fewer, with the model shared out, or with
+    too little memory in one process. When a process is killed, the other saves a checkpoint and ends within
+    30 seconds, with one line.
+
+    Of the paper's recipe one run is begun by one process, which a signal stops within a step. It goes on with
+    two that share out the model, and is ended by two that do not. The other is begun by two, stopped by a
+    signal to one of them, goes on, is stopped by the death of one of them, and is ended by one."""
     for recipe in PUBLISHED:
-        halo.main(argv(home, folder / recipe, recipe))
-    one_two, two_one = folder / "one, two", folder / "two, one"
+        halo.main(argv(home, tmp_path / recipe, recipe))
+    one_two, two_one = tmp_path / "one, two", tmp_path / "two, one"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(halo, "backward", stop_within(3))
         halo.main(argv(home, one_two, "paper"))
-    end = torchrun(folder, job(["--resume", str(one_two)], [0, "distil", 2], signal.SIGTERM, shared=True),
-                   job(["--resume", str(one_two)]), job(argv(home, folder / "two", "article"), full=True),
+    end = torchrun(tmp_path, job(["--resume", str(one_two)], [0, "distil", 2], signal.SIGTERM, shared=True),
+                   job(["--resume", str(one_two)]), job(argv(home, tmp_path / "two", "article"), full=True),
                    job(argv(home, two_one, "paper"), [1, "align", 3], signal.SIGTERM),
                    job(["--resume", str(two_one)], [0, "distil", 2], signal.SIGKILL))
     print(end.stdout, end.stderr)
-    seconds = time.time() - float((folder / "jobs.time").read_text())
-    kept = torch.load(two_one / "distil.pt")["step"]
+    assert end.returncode == 1 and time.time() - float((tmp_path / "jobs.time").read_text()) < 30
+    line = f"halo.py: another process of this run has ended; go on with --resume {tmp_path}/two, one\n"
+    assert end.stderr.count("halo.py:") == end.stderr.count(line) == 1
+    assert "group1: out of memory; on with 1 rows" in end.stdout
+    assert torch.load(two_one / "distil.pt")["step"] == 2
     halo.main(["--resume", str(two_one)])
-    return folder, end, seconds, kept
+    assert [r["step"] for r in log_of(two_one) if r["stage"] == "distil"] == [1, 2, 3, 4]
+    for mine, recipe in (tmp_path / "two", "article"), (one_two, "paper"), (two_one, "paper"):
+        same_runs(mine, tmp_path / recipe)
 
 
-@pytest.mark.parametrize("name, recipe", [("two", "article"), ("one, two", "paper"), ("two, one", "paper")])
-def test_two_processes_are_one(name, recipe, outs):
-    """Losses, norms and weights of each stage, scores of layers, costs of bases and the report are those of
-    one process, also in a run that goes on with more processes or fewer, with the model shared out, or with
-    too little memory in one process."""
-    mine, other = outs[0] / name, outs[0] / recipe
+def same_runs(mine, other):
     for file in sorted(other.glob("*.pt")):
         saved, ref = (torch.load(folder / file.name)["module"] for folder in (mine, other))
         assert saved.keys() == ref.keys() and all(rmse(saved[key], ref[key]) < 1e-5 for key in ref), file
     saved, ref = (HypeNet.from_pretrained(folder) for folder in (mine, other))
-    assert saved.config == ref.config and "group1: out of memory; on with 1 rows" in outs[1].stdout
+    assert saved.config == ref.config
     for read in log_of, partial(read_json, name="report.json"), partial(read_json, name="run.json"):
         found, wanted = (list(numbers(read(folder))) for folder in (mine, other))
         assert len(found) > 15 and found == pytest.approx(wanted, rel=1e-5)
@@ -136,12 +135,3 @@ def numbers(value, key=""):
             yield from numbers(item)
     elif isinstance(value, (int, float)) and key not in ("seconds", "peak_gb"):
         yield value
-
-
-def test_a_killed_process_ends_the_other(outs):
-    """When a process is killed, the other saves a checkpoint and ends within 30 seconds, with one line."""
-    folder, end, seconds, kept = outs
-    assert end.returncode == 1 and seconds < 30 and kept == 2
-    line = f"halo.py: another process of this run has ended; go on with --resume {folder}/two, one\n"
-    assert end.stderr.count("halo.py:") == end.stderr.count(line) == 1
-    assert [r["step"] for r in log_of(folder / "two, one") if r["stage"] == "distil"] == [1, 2, 3, 4]
