@@ -33,7 +33,8 @@ Deviations from the paper in this file, and what each buys (README.md has more):
     select    `swap` compares a linear layer with attention without positions. `--layers score` is eq. 8.
     select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
     gates     A learned gate starts at the time scale of its attention head. So stage 1 ends at a lower loss.
-    distil    The loss can also compare what each block gives (--hidden). KL then falls with fewer tokens.
+    distil    The loss can also compare each block's output with the teacher's (--hidden). The same number of
+              tokens then gives a lower KL.
     finetune  A part of each long row is read as short texts, and the teacher is their target. Long texts
               alone pull the student away from what the teacher knows.
     data      Some rows hide a thing to recall. Plain text teaches recall too slowly.
@@ -75,7 +76,7 @@ SCORED = ("swap", "guarded", "score")               # ways to choose layers that
 TOO_MUCH = 1.0                                      # nats; see `guarded` in choose_layers
 
 # A recipe is a column of this table, and every row is a flag: an ablation is one flag. `real` is the paper's
-# recipe but for two rows: each head learns its own gate, and the loss has the error of the hidden states.
+# recipe but for two rows: each head learns its own gate, and the loss also compares hidden states.
 ROWS = (  # flag, its value in each of RECIPES, allowed values, help
     ("layers", ("swap", "ends", "swap"), str,
      "the layers that stay attention. swap: those that lose most as linear layers, compared with attention "
@@ -99,7 +100,8 @@ ROWS = (  # flag, its value in each of RECIPES, allowed values, help
      "forward: KL(teacher, student). reverse: KL(student, teacher)"),
     ("alpha", (0.0, 0.5, 0.0), number(float, 0, 1), "share of cross-entropy in the loss, 0 to 1"),
     ("hidden", (0.0, 0.0, 1.0), number(float, 0),
-     "weight of the hidden states' error in the loss: how far each block's output is from the teacher's"),
+     "weight of a second loss, where the teacher is the target: the squared error of each block's output, "
+     "relative to the teacher's. 0: off"),
     ("window", (0, 2048, 0), number(int, 0),
      "each token attends to the last N tokens, itself included; 0: all"),
     ("logit_base", ("fit", "none", "fit"), str, "a of s_t (eq. 11): fit, none, or a number above 1"),
@@ -380,15 +382,16 @@ def assemble(source, config, mixers):
 
 def distil_loss(student, teacher, idx, targets, kl, alpha, hidden=0.0, offset=None, slice_elements=None):
     """alpha CE + (1 - alpha) KL + hidden E, means over all tokens. kl "forward": KL(teacher, student), paper
-    eq. 10; "reverse": KL(student, teacher), the article's. E: the relative error of what each block gives, a
-    mean over blocks. With alpha 1 there is no E, and the teacher may be None. The logits of all tokens would
-    not fit memory, so the head runs on slices of tokens, of about slice_elements logits."""
-    each = hidden > 0 and alpha < 1
+    eq. 10; "reverse": KL(student, teacher), the article's. E is the squared error of a block's output,
+    relative to the teacher's, a mean over blocks. With alpha 1 there is no E, and the teacher may be None.
+    The logits of all tokens would not fit memory, so the head runs on slices of tokens, of about
+    slice_elements logits."""
+    all_blocks = hidden > 0 and alpha < 1
 
     def outputs(model, offset=None):
-        """What each block gives, if E needs it, and what the head reads: a list of (B,T,C)."""
-        x = model.hidden(idx, offset=offset, each=each)
-        return x if each else [x]
+        """The output of each block, if E needs it, and what the head reads: a list of (B,T,C)."""
+        x = model.hidden(idx, offset=offset, all_blocks=all_blocks)
+        return x if all_blocks else [x]
 
     def of_slice(logits_s, y, *xt):                                               # (n,V), (n,), (n,C)
         logits_t = teacher.head(*xt) if xt else None
@@ -397,18 +400,20 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, hidden=0.0, offset=No
     if alpha == 1:
         found = [of_student()]
     else:
-        found = beside(idx, of_student, torch.no_grad()(partial(outputs, teacher)))   # on a GPU at one time
-    xs, *xt = [x.pop().flatten(0, 1) for x in found]                              # (N,C)
+        of_teacher = torch.no_grad()(partial(outputs, teacher))
+        found = beside(idx, of_student, of_teacher)                               # both at once on a GPU
+    xs, *xt = [x[-1].flatten(0, 1) for x in found]                                # (N,C)
     y = targets.flatten()
     loss = loss_by_slices(of_slice, student.head_weight(), xs, y, *xt, elements=slice_elements) / len(y)
-    if each:
-        loss = loss + hidden * sum(map(relative_error, *found)) / len(found[0])
+    if all_blocks:
+        blocks_s, blocks_t = (x[:-1] for x in found)
+        loss = loss + hidden * sum(map(relative_error, blocks_s, blocks_t)) / len(blocks_s)
     return loss
 
 
 def relative_error(out, target, square=None):
-    """The mean squared error of a layer's output, in units of the target's mean square: of `square`, or if
-    None of that of each token, because a few tokens have very large states."""
+    """The mean squared error of a layer's output, divided by `square`. Without `square` the error of each
+    token is divided by the mean square of its target, because a few tokens have very large states."""
     error = (out.float() - target.float()).square()
     if square is None:
         return (error.mean(-1) / target.float().square().mean(-1)).mean()

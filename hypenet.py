@@ -560,22 +560,22 @@ class HypeNet(nn.Module):
             what = f"chunks of {c.chunk}" if c.chunk else "learned positions"
             raise ValueError(f"{n:,} tokens are more than the {c.limit():,} that this model's {what} reach")
 
-    def hidden(self, idx, state=None, offset=None, each=False):
+    def hidden(self, idx, state=None, offset=None, all_blocks=False):
         """idx (B,T) -> x (B,T,C), after the final norm. The first token is at position 0 or at offset (B,).
         offset is not checked. With a state, tokens follow those that each row has read; no gradient flows.
-        each: return a list, of what every block gives (B,T,C), and of x."""
+        all_blocks: return a list, the output of each block (B,T,C) and, last, x."""
         with torch.set_grad_enabled(state is None and torch.is_grad_enabled()):
             where = self.place(idx, state, offset)
             x = self.embed(idx, where)
             xs = []
             for i, block in enumerate(self.blocks):
                 x = block(x, where, None if state is None else state.layers[i])
-                if each:
+                if all_blocks:
                     xs.append(x)
             if state is not None:
                 state.pos += idx.size(1)
             x = self.norm(x)
-            return [*xs, x] if each else x
+            return [*xs, x] if all_blocks else x
 
     def head_weight(self):
         return self.wte.weight if self.config.tied else self.lm_head.weight

@@ -1161,7 +1161,7 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
 
 def test_layers_and_base_are_chosen_by_what_training_hides(home, tmp_path, monkeypatch, capsys):
     """Where stage 2 hides other things than pass keys, selection and base ask for them in the same share, and
-    the report asks for one number of four. A run whose stages have changed does not go on."""
+    the report asks for one number of four. A run whose stages or recipe have changed does not go on."""
     shares = {}
 
     def recall(model, corpus, length, trials, seed=0, task="S1", varied=0.0, plain=halo.recall):
@@ -1174,13 +1174,17 @@ def test_layers_and_base_are_chosen_by_what_training_hides(home, tmp_path, monke
     assert report["multikey"]["student"].keys() == report["passkey"]["student"].keys()
     assert "1 of 4 keys found in 1,536 tokens" in capsys.readouterr().out
     file = tmp_path / "run" / "run.json"
-    run = json.loads(file.read_text())
-    run["done"]["plans"]["finetune"]["tokens"] *= 2
-    run["sha256"] = seal(run["options"], run["done"])
-    file.write_text(json.dumps(run))
-    with pytest.raises(SystemExit) as stop:
-        halo.main(["--resume", str(tmp_path / "run")])
-    assert stop.value.code == 2 and "stages are not" in capsys.readouterr().err
+    for what, change in ("stages are", lambda d: d["plans"]["finetune"].update(tokens=1)), (
+            "recipe is", lambda d: d["recipe"].update(hidden=3)):
+        saved = file.read_text()
+        run = json.loads(saved)
+        change(run["done"])
+        run["sha256"] = seal(run["options"], run["done"])
+        file.write_text(json.dumps(run))
+        with pytest.raises(SystemExit) as stop:
+            halo.main(["--resume", str(tmp_path / "run")])
+        assert stop.value.code == 2 and f"{what} not" in capsys.readouterr().err
+        file.write_text(saved)
 
 
 

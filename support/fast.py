@@ -370,21 +370,21 @@ def fused_block(self, x, where, cache=None):
     return (x, y) if is_pair else x + y
 
 
-def fused_hidden(self, idx, state=None, offset=None, each=False):
+def fused_hidden(self, idx, state=None, offset=None, all_blocks=False):
     """HypeNet.hidden of whole sequences: the last sum of a block and the first norm of the next are one
     kernel."""
     if state is not None or not all(type(block) is Block for block in self.blocks):
-        return PLAIN["HypeNet.hidden"](self, idx, state, offset, each)
+        return PLAIN["HypeNet.hidden"](self, idx, state, offset, all_blocks)
     where = self.place(idx, offset=offset)
     x = self.embed(idx, where), None
     xs = []
     for block in self.blocks:
         x = block(x, where)
-        if each:
+        if all_blocks:
             x = x[0] + x[1], None
             xs.append(x[0])
     x = summed(*x, self.norm)[1]
-    return [*xs, x] if each else x
+    return [*xs, x] if all_blocks else x
 
 
 PLAIN = {}                           # the functions as written, by module and name

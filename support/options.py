@@ -182,21 +182,21 @@ def whole(text):
 
 
 LEAST_STEPS = 475                    # of a stage, for 1.7B; the paper's stage 3 has 477 and keeps its batch
-MOST_LR = dict(align=3e-3)           # of a small teacher; 1e-3 in the other stages
+MOST_LR = dict(align=3e-3, distil=1e-3, finetune=1e-3, group=1e-3)      # of a small teacher
 
 
 def scale(plans, n_params, given):
     """Fit the paper's plan to a teacher of n_params parameters, in place; `given`: the items of --plan. The
     paper's smallest teacher has 1.7B. A smaller teacher reads fewer tokens, by the square root of its size,
-    at higher rates, at most MOST_LR; lr_end stays. The exponent 0.91 gives SmolLM2-135M 1e-3 in stage 2 and
-    1e-4 in stage 3, which did well, in small batches (results/README.md). A stage has at least LEAST_STEPS /
-    sqrt(share) steps, if need be in smaller batches."""
+    at a higher rate, at most that of MOST_LR; lr_end stays. The exponent 0.91 gives SmolLM2-135M 3e-3, 1e-3
+    and 1e-4 in stages 1 to 3, which did well, in small batches (results/README.md). A stage has at least
+    LEAST_STEPS / sqrt(share) steps, if need be in smaller batches."""
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
     for stage, plan in plans.items():
         tokens = plan.tokens if f"{stage}.tokens" in given else plan.tokens * share ** 0.5
         most = max(1, int(tokens / plan.length / LEAST_STEPS * share ** 0.5))     # sequences of a step
-        lr = min(MOST_LR.get(stage, 1e-3), plan.lr * share ** -0.91)
+        lr = min(MOST_LR[stage], plan.lr * share ** -0.91)
         fitted = dict(tokens=tokens, lr=lr, batch=min(plan.batch, most))
         fitted = {field: x for field, x in fitted.items() if f"{stage}.{field}" not in given}
         plans[stage] = replace(plan, **fitted)
@@ -259,7 +259,7 @@ def check_options(halo, args):
             ("--retention", DECAYS[args.decay].width(1) > 0, "a --decay by gates, such as head or channel"),
             ("--max-ctx", args.pe == "chunk", "--pe chunk"),
             ("--kl", args.alpha < 1, "--alpha below 1"),
-            ("--hidden", args.alpha < 1, "--alpha below 1"),
+            ("--hidden", args.alpha < 1 or not args.hidden, "--alpha below 1"),
             ("--keep", scored or layers == "even", f"--layers {', '.join(halo.SCORED)} or even")):
         rows.append((flag in args.given and not possible, f"{flag} goes with {wants}"))
     rows += [(args.control and flag in args.given, f"{flag} changes a student; --control has none")
@@ -548,7 +548,7 @@ def run_main(halo, argv):
 def execute(halo, run, teacher, corpus, plans, args):
     """The run itself: pretraining, or a conversion and its report."""
     stages = {stage: vars(plan) for stage, plan in plans.items()}
-    stages["recipe"] = {row[0]: getattr(args, row[0]) for row in halo.ROWS}
+    recipe = {row[0]: getattr(args, row[0]) for row in halo.ROWS}
     weights = None if args.pretrain else pretrained.digest(args.path)
     try:
         refuse([(run.once("teacher", lambda: weights) != weights,
@@ -556,7 +556,9 @@ def execute(halo, run, teacher, corpus, plans, args):
                 (run.once("text", lambda: corpus.facts)["sha256"] != corpus.facts["sha256"],
                  f"--resume {args.resume}: the text has changed meanwhile; start a new run"),
                 (run.once("plans", lambda: stages) != stages,
-                 f"--resume {args.resume}: its stages are not those of this version; start a new run")])
+                 f"--resume {args.resume}: its stages are not those of this version; start a new run"),
+                (run.once("recipe", lambda: recipe) != recipe,
+                 f"--resume {args.resume}: its recipe is not that of this version; start a new run")])
         if args.pretrain:
             finish_pretrained(run, halo.pretrain(run, corpus, plans, args), corpus, args)
         else:

@@ -630,8 +630,8 @@ def beside(x, first, second):
         b = second()
     a = first()
     main.wait_stream(side)
-    for each in b:
-        each.record_stream(main)
+    for tensor in b:
+        tensor.record_stream(main)
     return a, b
 
 

@@ -319,11 +319,12 @@ def test_a_share_of_stage_3_is_short_texts(short, cut, monkeypatch):
     old, idx = tiny(dtype=torch.float32, layers="AA", max_len=48), some_ids(3, 65)
     student = tiny(dtype=torch.float32, layers="LA", max_len=48, seed=1)
     plans = dict(finetune=halo.replace(a_plan(1000, 64, 2), short=short))
-    halo.finetune(None, student, old, None, plans, options("real"))
+    o = options("real")
+    halo.finetune(None, student, old, None, plans, o)
     found = sum(seen["finetune"][-1](idx[:, :-1], idx[:, 1:]))
     texts = [(at, at + 2, 0.0) for at in range(0, cut, 2)] + [(cut, 64, 1.0)]
     expected = sum((end - at) / 64 * halo.distil_loss(student, old, idx[:, at:end], idx[:, at + 1:end + 1],
-                                                      "forward", alpha, 1.0) for at, end, alpha in texts)
+                                                      "forward", alpha, o.hidden) for at, end, alpha in texts)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
