@@ -188,14 +188,15 @@ MOST_LR = dict(align=3e-3, distil=1e-3, finetune=1e-3, group=1e-3)      # of a s
 def scale(plans, n_params, given):
     """Fit the paper's plan to a teacher of n_params parameters, in place; `given`: the items of --plan. The
     paper's smallest teacher has 1.7B. A smaller teacher reads fewer tokens, by the square root of its size,
-    at a higher rate, at most that of MOST_LR; lr_end stays. The exponent 0.91 gives SmolLM2-135M 3e-3, 1e-3
-    and 1e-4 in stages 1 to 3, which did well, in small batches (results/README.md). A stage has at least
-    LEAST_STEPS / sqrt(share) steps, if need be in smaller batches."""
+    at a higher rate, at most that of MOST_LR; lr_end stays. SmolLM2-135M gets 3e-3, 1e-3 and 1e-4 in stages 1
+    to 3, which did well, in small batches (results/README.md). The exponent is chosen for the last two. A
+    stage has at least LEAST_STEPS / sqrt(share) steps, if need be in smaller batches."""
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
     for stage, plan in plans.items():
         tokens = plan.tokens if f"{stage}.tokens" in given else plan.tokens * share ** 0.5
         most = max(1, int(tokens / plan.length / LEAST_STEPS * share ** 0.5))     # sequences of a step
+        most = most // 8 * 8 or most                               # 2, 4 or 8 GPUs share them evenly
         lr = min(MOST_LR[stage], plan.lr * share ** -0.91)
         fitted = dict(tokens=tokens, lr=lr, batch=min(plan.batch, most))
         fitted = {field: x for field, x in fitted.items() if f"{stage}.{field}" not in given}
