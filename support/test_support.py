@@ -2187,7 +2187,7 @@ def test_batches_are_made_ahead_and_errors_come_through():
     assert got == [2, 3] and made == [2, 3, 4]
 
 
-@pytest.mark.parametrize("recipe", ["paper", "article"])
+@pytest.mark.parametrize("recipe", ["real", "article"])
 def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
     """From the third step on a run replays a recording, which writes the gradients anew at their
     addresses (on CPUs a stand-in does). Losses and weights are those of steps taken one by one."""
@@ -2220,7 +2220,7 @@ def test_steps_that_are_recorded(recipe, home, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, work)
             convert(home, out, "--recipe", recipe, "--device", DEVICE)
-    assert replays == (dict.fromkeys(("align", "distil", "finetune"), 6) if recipe == "paper" else
+    assert replays == (dict.fromkeys(("align", "distil", "finetune"), 6) if recipe == "real" else
                        dict(group1=2, group2=2))
     a, b = ([r["loss"] for r in log_of(out)] for out in outs)
     assert a == pytest.approx(b, rel=0.05 if GPU else 1e-6)
