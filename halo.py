@@ -101,7 +101,7 @@ ROWS = (  # flag, its value in each of RECIPES, allowed values, help
     ("alpha", (0.0, 0.5, 0.0), number(float, 0, 1), "share of cross-entropy in the loss, 0 to 1"),
     ("hidden", (0.0, 0.0, 1.0), number(float, 0),
      "weight of a second loss, where the teacher is the target: the squared error of each block's output, "
-     "relative to the teacher's. 0: off"),
+     "divided by the mean square of the teacher's output. 0: off"),
     ("window", (0, 2048, 0), number(int, 0),
      "each token attends to the last N tokens, itself included; 0: all"),
     ("logit_base", ("fit", "none", "fit"), str, "a of s_t (eq. 11): fit, none, or a number above 1"),
@@ -383,9 +383,9 @@ def assemble(source, config, mixers):
 def distil_loss(student, teacher, idx, targets, kl, alpha, hidden=0.0, offset=None, slice_elements=None):
     """alpha CE + (1 - alpha) KL + hidden E, means over all tokens. kl "forward": KL(teacher, student), paper
     eq. 10; "reverse": KL(student, teacher), the article's. E is the squared error of a block's output,
-    relative to the teacher's, a mean over blocks. With alpha 1 there is no E, and the teacher may be None.
-    The logits of all tokens would not fit memory, so the head runs on slices of tokens, of about
-    slice_elements logits."""
+    divided by the mean square of the teacher's, per token; then a mean over tokens and blocks. With alpha 1
+    there is no E, and the teacher may be None. The logits of all tokens would not fit memory, so the head
+    runs on slices of tokens, of about slice_elements logits."""
     all_blocks = hidden > 0 and alpha < 1
 
     def outputs(model, offset=None):
@@ -397,11 +397,8 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, hidden=0.0, offset=No
         logits_t = teacher.head(*xt) if xt else None
         return loss_and_gradient(sum_of_losses, logits_s, logits_t, y, kl, alpha)
     of_student = partial(outputs, student, offset)
-    if alpha == 1:
-        found = [of_student()]
-    else:
-        of_teacher = torch.no_grad()(partial(outputs, teacher))
-        found = beside(idx, of_student, of_teacher)                               # both at once on a GPU
+    of_teacher = torch.no_grad()(partial(outputs, teacher))
+    found = [of_student()] if alpha == 1 else beside(idx, of_student, of_teacher)
     xs, *xt = [x[-1].flatten(0, 1) for x in found]                                # (N,C)
     y = targets.flatten()
     loss = loss_by_slices(of_slice, student.head_weight(), xs, y, *xt, elements=slice_elements) / len(y)
@@ -564,7 +561,7 @@ def finetune(run, student, teacher, corpus, plans, args):
 
 def convert_control(run, teacher, corpus, plans, args):
     """The control of stage 3: the teacher, still all attention, with the same kinds of text and the same
-    loss. What it gains too is not due to the hybrid."""
+    loss. A gain that it shows too is not due to the hybrid."""
     mixers = [attention_twin(block.mixer, teacher.config) for block in teacher.blocks]
     return finetune(run, assemble(teacher, teacher.config, mixers), teacher, corpus, plans, args)
 

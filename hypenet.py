@@ -562,8 +562,8 @@ class HypeNet(nn.Module):
 
     def hidden(self, idx, state=None, offset=None, all_blocks=False):
         """idx (B,T) -> x (B,T,C), after the final norm. The first token is at position 0 or at offset (B,).
-        offset is not checked. With a state, tokens follow those that each row has read; no gradient flows.
-        all_blocks: return a list, the output of each block (B,T,C) and, last, x."""
+        The caller keeps offset in range. With a state, tokens follow those that each row has read, and no
+        gradient flows. all_blocks: return a list, the output of each block (B,T,C) and, last, x."""
         with torch.set_grad_enabled(state is None and torch.is_grad_enabled()):
             where = self.place(idx, state, offset)
             x = self.embed(idx, where)
