@@ -710,8 +710,8 @@ def bench_train(args):
         fast.fuse((vars(halo), "relative_error"))
     peak = args.peak or PEAKS.get(machine(device)[1])
     columns = "size stage gpus length batch plan_batch at_once checkpoint seconds tok_s used peak_gb hours"
-    table = Table(args, "size stage gpus", columns,
-                  f"peak {f'{peak:.3g}' if peak else 'unknown (--peak)'} operations per second", peak=peak)
+    rate = f"peak {f'{peak:.3g}' if peak else 'unknown (--peak)'} operations per second"
+    table = Table(args, "size stage gpus recipe", columns, f"recipe {args.recipe}, {rate}", peak=peak)
     for size in args.size:
         plans = halo.PLANS["tiny" if size == "tiny" else "real"]
         plans = {name: replace(plan, recall=0.0) for name, plan in plans.items() if name in STAGES}
@@ -1173,6 +1173,7 @@ FURTHER = {                          # changes that only --only runs
     "constant decay": "--decay constant",
     "nothing to recall": "--plan {nothing}",
     "no short texts": "--plan finetune.short=0",
+    "no loss on hidden states": "--hidden 0",
     "stage 2 in rows 4 times": "--plan distil.length={rows[0]} distil.batch={rows[1]}",
 }
 SEEDED = ["paper", "article", "layers by eq. 8", "layers by eq. 8, guarded"]    # run with --seeds seeds

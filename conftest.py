@@ -10,4 +10,5 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != "test_world.py")     # the longest test first
+    """The longest test comes first. As the last it would keep one process busy while the others wait."""
+    items.sort(key=lambda item: item.path.name != "test_world.py")

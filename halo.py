@@ -543,7 +543,7 @@ def finetune(run, student, teacher, corpus, plans, args):
     A student reads further than its teacher for four reasons. Attention without positions ignores distance.
     Decay bounds the numbers in a linear state. Stage 3 trains on long texts. At generation s_t keeps
     attention sharp."""
-    short = objective(student, teacher, args.kl, args.alpha, args.hidden)    # -> an iterator of one term
+    short = objective(student, teacher, args.kl, args.alpha, args.hidden)      # yields one term, as long does
     long = objective(student, None, args.kl, alpha=1.0)
     plan = plans["finetune"]
 

@@ -1174,17 +1174,15 @@ def test_layers_and_base_are_chosen_by_what_training_hides(home, tmp_path, monke
     assert report["multikey"]["student"].keys() == report["passkey"]["student"].keys()
     assert "1 of 4 keys found in 1,536 tokens" in capsys.readouterr().out
     file = tmp_path / "run" / "run.json"
-    for what, change in ("stages are", lambda d: d["plans"]["finetune"].update(tokens=1)), (
-            "recipe is", lambda d: d["recipe"].update(hidden=3)):
-        saved = file.read_text()
-        run = json.loads(saved)
-        change(run["done"])
-        run["sha256"] = seal(run["options"], run["done"])
-        file.write_text(json.dumps(run))
+    saved = json.loads(file.read_text())
+    plans = saved["done"]["plans"]
+    for key, value, line in (("plans", plans | dict(finetune=plans["distil"]), "its stages are not"),
+                             ("recipe", saved["done"]["recipe"] | dict(hidden=3), "its recipe is not")):
+        done = saved["done"] | {key: value}
+        file.write_text(json.dumps(saved | dict(done=done, sha256=seal(saved["options"], done))))
         with pytest.raises(SystemExit) as stop:
             halo.main(["--resume", str(tmp_path / "run")])
-        assert stop.value.code == 2 and f"{what} not" in capsys.readouterr().err
-        file.write_text(saved)
+        assert stop.value.code == 2 and line in capsys.readouterr().err
 
 
 

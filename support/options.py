@@ -190,7 +190,7 @@ def scale(plans, n_params, given):
     paper's smallest teacher has 1.7B. A smaller teacher reads fewer tokens, by the square root of its size,
     at a higher rate, at most that of MOST_LR; lr_end stays. SmolLM2-135M gets 3e-3, 1e-3 and 1e-4 in stages 1
     to 3, which did well, in small batches (results/README.md): hence the exponent -0.91. A stage has at least
-    LEAST_STEPS / sqrt(share) steps, if need be in smaller batches."""
+    LEAST_STEPS / sqrt(share) steps, if need be in smaller batches, of 8 or a multiple if possible."""
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
     for stage, plan in plans.items():

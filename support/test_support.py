@@ -2854,8 +2854,8 @@ def test_ablations_share_the_gpus(device, devices, monkeypatch):
 
 
 def test_bench_train(results, monkeypatch, capsys):
-    """A row for each stage, of true length, with utilisation of the peak given and the plan's hours. To hide
-    something needs a tokenizer, which bench.py has not."""
+    """A row for each stage and recipe, of true length, with utilisation of the peak given and the plan's
+    hours. To hide something needs a tokenizer, which bench.py has not."""
     plans = {name: halo.replace(halo.PLANS["tiny"][name], length=n, batch=4, varied=0.5) for name, n in
              (("align", 16), ("distil", 32), ("finetune", 48))}
     monkeypatch.setitem(halo.PLANS, "tiny", plans)
@@ -2867,8 +2867,9 @@ def test_bench_train(results, monkeypatch, capsys):
         assert r["tok_s"] == pytest.approx(r["batch"] * r["length"] / r["seconds"]) and r["batch"] <= 4
         assert r["hours"] == pytest.approx(r["tokens"] / r["tok_s"] / 3600) and r["peak_gb"] > 0
         assert r["used"] == pytest.approx(r["operations"] * r["tok_s"] / 1e12) and 0 < r["used"] < 1
-    bench.main("train --device cpu --peak 1e12 --seconds 1e-3 --stage distil --name one".split())
-    assert [r["stage"] for r in bench_rows(results, "one")] == ["distil"]
+    bench.main("train --device cpu --peak 1e12 --seconds 1e-3 --stage distil --recipe real".split())
+    assert bench_rows(results, "train-cpu")[:3] == rows                     # each recipe has its own rows
+    assert [(r["stage"], r["recipe"]) for r in bench_rows(results, "train-cpu")[3:]] == [("distil", "real")]
 
 
 def test_bench_train_ends_with_a_process_that_lacks_memory(results, monkeypatch, capsys):

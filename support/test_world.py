@@ -79,7 +79,7 @@ def stop_within(step):
     return backward
 
 
-def test_two_processes_are_one(home, tmp_path):                     # noqa: F811
+def test_two_processes_are_one(home, tmp_path):                             # noqa: F811
     """Losses, norms and weights of each stage, scores of layers, costs of bases and the report are those of
     one process, also in a run that goes on with more processes or fewer, with the model shared out, or with
     too little memory in one process. When a process is killed, the other saves a checkpoint and ends within
@@ -111,6 +111,7 @@ def test_two_processes_are_one(home, tmp_path):                     # noqa: F811
 
 
 def same_runs(mine, other):
+    """Assert that two runs have the same checkpoints, students, logs, reports and records."""
     for file in sorted(other.glob("*.pt")):
         saved, ref = (torch.load(folder / file.name)["module"] for folder in (mine, other))
         assert saved.keys() == ref.keys() and all(rmse(saved[key], ref[key]) < 1e-5 for key in ref), file
