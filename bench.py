@@ -1098,13 +1098,13 @@ def mean_of_tasks(rows, model):
 
 def draw_niah(facts, rows, path):
     """Up to three panels by context: pass keys found by all, other tasks, and loss. A single student has a
-    line per task, several models have a line each for the mean of all tasks. Students have one colour."""
+    line per task, several models have a line each for the mean of all tasks. Students whose names differ in
+    their last digits alone, such as seed0 and seed1, have one colour."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     students = facts.get("students", {})
-    hybrids = [model for model in models if "L" in students.get(model, {}).get("layers", "")]
-    label = {model: model for model in models}
-    if len(hybrids) > 1:
-        label |= dict.fromkeys(hybrids, f"{len(hybrids)} students")
+    stems = [re.sub(r"\d+$", "", model) for model in models]
+    label = {model: f"{stem}, {n} runs" if (n := stems.count(stem)) > 1 else model
+             for model, stem in zip(models, stems)}
     found = [(label[model], chosen(rows, model=model, task="S1")) for model in models]
     if len(students) > 1:
         title = "Other tasks, mean"
