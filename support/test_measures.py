@@ -204,3 +204,15 @@ def test_tasks_that_were_not_tried_count_as_zero_in_the_mean():
     rows = [dict(model=model, context=n, task=task, value=1.0, low=0.9, high=1.0, by_depth=[])
             for model, n, task in (("a", 8, "S2"), ("a", 8, "chat"), ("b", 8, "S2"), ("a", 8, "S1"))]
     assert [row["value"] for model in "abc" for row in bench.mean_of_tasks(rows, model)] == [1.0, 0.5]
+
+
+def test_runs_that_differ_in_their_seed_have_one_colour(monkeypatch):
+    """The figure of niah names models whose names differ in their last digits once, with their number."""
+    drawn = []
+    monkeypatch.setattr(bench, "draw", lambda path, panels: drawn.extend(panels))
+    rows = [dict(model=model, task="S1", context=8, value=1.0, low=1.0, high=1.0, by_depth=[1.0])
+            for model in ("seed0", "seed1", "650M tokens", "teacher")]
+    students = dict.fromkeys(("seed0", "seed1", "650M tokens"), dict(layers="LA"))
+    bench.draw_niah(dict(students=students, trained=8), rows, "a.json")
+    _, lines, _ = drawn[0]
+    assert [label for label, _ in lines] == ["seed, 2 runs"] * 2 + ["650M tokens", "teacher"]
