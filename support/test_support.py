@@ -2999,6 +2999,7 @@ def render(source, column="", cells=()):
     name, keys = words[0], dict(word.split("=", 1) for word in words[1:])
     rows = select(name, keys)
     helpers = dict(rows=rows, column=column, cells=cells, plain=plain)
+    helpers["sum"] = math.fsum                                      # the same digits in every Python
     helpers["other"] = lambda **changed: select(name, {**keys, **changed})[0]
     texts = [eval(f'f"""{source["text"]}"""', {**helpers, **row}) for row in rows]
     return ", ".join(dict.fromkeys(texts))
