@@ -72,16 +72,18 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---- recipes and plans -------------------------------------------------------------------------------------
 
-SCORED = ("swap", "guarded", "score")               # ways to choose layers that first measure each layer
+SCORED = ("swap", "both", "guarded", "score")       # ways to choose layers that first measure each layer
 TOO_MUCH = 1.0                                      # nats; see `guarded` in choose_layers
 
 # A recipe is a column of this table, and every row is a flag: an ablation is one flag. `real` is the paper's
-# recipe but for two rows: each head learns its own gate, and the loss also compares hidden states.
+# recipe but for three rows: both forms of a layer train before the choice, each head learns its own gate, and
+# the loss also compares hidden states.
 ROWS = (  # flag, its value in each of RECIPES, allowed values, help
-    ("layers", ("swap", "ends", "swap"), str,
+    ("layers", ("swap", "ends", "both"), str,
      "the layers that stay attention. swap: those that lose most as linear layers, compared with attention "
-     "without positions. score: eq. 8. guarded: eq. 8, with two guards against noise. even: evenly spaced. "
-     "ends: the first and the last quarter. Or one letter per layer, such as LLALLLAL"),
+     "without positions. both: the same, but stage 1 trains that attention too. score: eq. 8. guarded: eq. 8 "
+     "with two guards against noise. even: evenly spaced. ends: the first and the last quarter. Or letters, "
+     "one per layer, such as LLALLLAL"),
     ("decay", ("constant", "channel", "head"), tuple(DECAYS),
      "what linear layers forget. constant: eq. 19. none: nothing. head, channel: a learned gate for each "
      "head or key channel"),
@@ -119,6 +121,7 @@ class Plan:
     lr_end: float
     recall: float = 0.5              # share of sequences that hide a thing to recall, such as a pass key
     varied: float = 0.0              # of these sequences, the share whose task is not a pass key
+    chats: float = 0.0               # of these sequences, the share that asks the teacher's questions instead
     short: float = 0.0               # share of each sequence of stage 3 that is read as short texts: finetune
     warmup: int = 50                 # steps, at most a tenth of all
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
@@ -165,12 +168,14 @@ PLANS = {
         finetune=Plan(tokens=32e6, length=32768, batch=1, lr=2e-4, lr_end=2e-5, recall=0.8, varied=0.8),
         group=Plan(tokens=88e6, length=1024, batch=32, lr=2e-3, lr_end=1e-4, recall=0.6, varied=0.8)),
     # The paper's Table 5, for 1.7B parameters; options.scale fits it to smaller teachers. No sequence hides a
-    # pass key. In stages 1 to 3 half of them ask for values after words of the text, or repeat passages. In
-    # stage 3 the teacher is the target in a quarter of each sequence (see finetune).
+    # pass key. In stages 1 to 3 half of them ask for values after words of the text, or repeat passages. If
+    # a chat model wrote text, a quarter of that half ask one of its own questions after a long text. In stage
+    # 3 the teacher is the target in a quarter of each sequence (see finetune).
     "real": dict(
         align=Plan(tokens=320e6, length=512, batch=32, lr=1e-3, lr_end=1e-5, varied=1),
-        distil=Plan(tokens=1e9, length=512, batch=96, lr=1e-4, lr_end=1e-5, varied=1),
-        finetune=Plan(tokens=1e9, length=16384, batch=128, lr=1e-5, lr_end=1e-5, varied=1, short=0.25),
+        distil=Plan(tokens=1e9, length=512, batch=96, lr=1e-4, lr_end=1e-5, varied=1, chats=0.25),
+        finetune=Plan(tokens=1e9, length=16384, batch=128, lr=1e-5, lr_end=1e-5, varied=1, chats=0.25,
+                      short=0.25),
         group=Plan(tokens=2.3e9, length=1024, batch=2048, lr=1e-5, lr_end=1e-5, recall=0)),   # the article's
 }
 
@@ -335,16 +340,17 @@ def fill(linear, rows):
 
 @torch.no_grad()
 def teacher_layers(teacher, config, idx):
-    """Run a teacher on idx (B,T). Yield for every layer what its twin needs: the attention layer, its input x
-    (B,T,C) after the norm, where the tokens stand, and its output y (B,T,C). Attention uses the
-    teacher's positions; twins use RoPE as config says."""
+    """Run a teacher on idx (B,T). Yield for every layer what its twins need: the attention layer, its input x
+    (B,T,C) after the norm, where the tokens stand, its output y (B,T,C), and its input without learned
+    positions (B,T,C). Attention uses the teacher's positions; linear twins use RoPE as config says."""
     with_positions = replace(config, attn_position=True, chunk=None, n_chunks=0)
     where = locate(with_positions, torch.arange(idx.size(1), device=idx.device)[None])
+    wpe = getattr(teacher, "wpe", None)
     h = teacher.embed(idx, where)
     for block in teacher.blocks:
         x = block.norm1(h)
         y = block.mixer(x, where)
-        yield block.mixer, x, where, y
+        yield block.mixer, x, where, y, x if wpe is None else block.norm1(h - wpe(where.pos))
         h = h + y
         h = h + block.mlp(block.norm2(h))
 
@@ -358,7 +364,7 @@ def make_twins(teacher, config, corpus, plan, args):
     twins = nn.ModuleList()
     squares = []
     with bf16():
-        for attn, x, where, y in teacher_layers(teacher, config, rows[:, :-1]):
+        for attn, x, where, y, _ in teacher_layers(teacher, config, rows[:, :-1]):
             twins.append(linear_twin(attn, config, x, where, args.retention, args.transfer == "on"))
             squares.append(y.float().square().mean())
     return twins, squares
@@ -513,13 +519,13 @@ def backward(loss_fn, rows, at_once):
 def convert_staged(run, teacher, corpus, plans, args):
     """The paper's HALO: align, select, distil, finetune. Returns the student."""
     config = student_config(teacher.config, "L" * len(teacher.config.layers), args)    # all layers get a twin
-    twins = align(run, teacher, config, corpus, plans["align"], args)
-    layers = select(run, teacher, twins, config, corpus, args)
+    twins, kept = align(run, teacher, config, corpus, plans["align"], args)
+    layers = select(run, teacher, twins, kept, config, corpus, args)
     config = replace(config, layers=layers)
-    mixers = [attention_twin(block.mixer, config) if kind == "A" else twin
-              for block, twin, kind in zip(teacher.blocks, twins, layers)]
+    mixers = [twins[i] if kind == "L" else kept[i] if kept else attention_twin(block.mixer, config)
+              for i, (block, kind) in enumerate(zip(teacher.blocks, layers))]
     student = assemble(teacher, config, mixers)
-    del twins, mixers                                              # frees twins of layers that stay attention
+    del twins, kept, mixers                                        # frees the twins that the student lacks
 
     # From here attention has no positions (HyPE), unless --pe keeps them. With RoPE the score of two tokens
     # depends on their distance. If training never had that distance, the score is arbitrary. Without
@@ -569,22 +575,32 @@ def convert_control(run, teacher, corpus, plans, args):
 def align(run, teacher, config, corpus, plan, args):
     """Stage 1 (paper eq. 7): every linear twin learns its attention layer's output, each alone, on the hidden
     states of the teacher. The loss is a sum over layers of MSE / mean square of the target: a twin
-    that outputs 0 has loss 1. Each layer is a term, whose graph is gone before the teacher runs the next."""
+    that outputs 0 has loss 1. Each layer is a term, whose graph is gone before the teacher runs the next.
+    With --layers both every layer has a second twin, attention without positions, that trains in the same
+    way. Returns the linear twins, and these second twins if any."""
     twins, squares = make_twins(teacher, config, corpus, plan, args)
+    n = len(twins)
+    if args.layers == "both":
+        twins.extend(attention_twin(block.mixer, config) for block in teacher.blocks)
 
     def loss_fn(idx, targets):
-        for twin, square, (_, x, where, y) in zip(twins, squares, teacher_layers(teacher, config, idx)):
-            yield relative_error(twin(x, where), y, square)
+        for i, (_, x, where, y, bare) in enumerate(teacher_layers(teacher, config, idx)):
+            yield relative_error(twins[i](x, where), y, squares[i])
+            if len(twins) > n:
+                yield relative_error(twins[n + i](bare, where._replace(attn_rope=None)), y, squares[i])
     train(run, "align", plan, corpus, twins, [list(twin.parameters()) for twin in twins], loss_fn)
-    return twins
+    return twins[:n], twins[n:]
 
 
-def select(run, teacher, twins, config, corpus, args):
+def select(run, teacher, twins, kept, config, corpus, args):
     """The layers that stay attention, one letter per layer."""
     n_layer = len(twins)
     if args.layers not in SCORED:
         return choose_layers(args.layers, n_layer, keep=args.keep)
-    scores, teacher_loss = run.once("scores", lambda: layer_scores(teacher, twins, config, corpus, args))
+    found = run.once("scores", lambda: layer_scores(teacher, twins, kept, config, corpus, args))
+    if found is None:                                              # a Probe: any layers cost the same
+        return choose_layers("even", n_layer, keep=args.keep)
+    scores, teacher_loss = found
     layers = choose_layers(args.layers, n_layer, scores, teacher_loss, keep=args.keep)
     print_scores(scores, rank(args.layers, scores, teacher_loss), layers, teacher_loss)
     return layers
@@ -602,6 +618,8 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, keep=None):
     guarded   the same, with the denominator at least the standard error of max C. Layers whose linear form
               costs over TOO_MUCH come first
     swap      the highest  score_i = (R_i if i is attention - R_i if i is linear) + (the same of C)
+    both      the same after stage 1 has trained both forms of each layer. Else a long stage 1 favours the
+              linear form, which alone it trains
 
     Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
     layer looks a fixed number of tokens back: it needs RoPE, so linear suits it, even if it helps recall."""
@@ -625,7 +643,7 @@ def rank(how, scores, teacher_loss):
     least = best["C_se"] if how == "guarded" else 0.0
     ranks = []
     for s in scores:
-        if how == "swap":
+        if how in ("swap", "both"):
             score = s["R_kept"] - s["R"] + s["C_kept"] - s["C"]
         else:
             score = (best_R - s["R"]) / (max(best["C"] - s["C"], least) + 1e-6)        # paper eq. 8
@@ -633,13 +651,13 @@ def rank(how, scores, teacher_loss):
     return ranks
 
 
-def layer_scores(teacher, twins, config, corpus, args):
+def layer_scores(teacher, twins, kept, config, corpus, args):
     """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
-    C_kept (for "swap") are measured with layer i as attention: without positions (--pe hype), else the
-    teacher's. That attention has no output gate. All other layers are the teacher's. swap_se is the standard
-    error of the score of "swap". Both futures of a layer read the same text, so the error is that of
-    differences. Returns a list of dicts, one per layer, and the held-out loss of the teacher itself."""
+    C_kept are measured with layer i as the attention that may stay: for "both" that of `kept`, for "swap" the
+    teacher's, without positions if --pe is hype. All other layers are the teacher's. swap_se is the standard
+    error of the score. Both futures of a layer read the same text, so the error is that of differences.
+    Returns a list of dicts, one per layer, and the held-out loss of the teacher itself."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 
@@ -657,11 +675,12 @@ def layer_scores(teacher, twins, config, corpus, args):
     for i, twin in enumerate(tqdm(twins, desc="select   ", dynamic_ncols=True)):
         linear = values(with_linear(teacher, config, i, twin))
         scores.append(summary(*linear))
-        if args.layers == "swap":
+        if args.layers in ("swap", "both"):
             if i == 0 or args.pe == "hype":                        # else the teacher's: the same for all i
-                kept = values(with_kept(teacher, i) if args.pe == "hype" else teacher)
-            scores[i] |= summary(*kept, "_kept")
-            scores[i]["swap_se"] = math.hypot(*(error(a - b) for a, b in zip(kept, linear)))
+                stays = with_kept(teacher, i, kept and kept[i]) if args.pe == "hype" else teacher
+                attention = values(stays)
+            scores[i] |= summary(*attention, "_kept")
+            scores[i]["swap_se"] = math.hypot(*(error(a - b) for a, b in zip(attention, linear)))
     return scores, losses(teacher, batches).mean().item()
 
 
@@ -677,11 +696,13 @@ def with_linear(teacher, config, i, twin):
     return share_weights(model, teacher)
 
 
-def with_kept(teacher, i):
-    """The teacher with layer i as HyPE would keep it: attention without positions."""
+def with_kept(teacher, i, mixer=None):
+    """The teacher with layer i as HyPE would keep it: attention without positions, its own or `mixer`."""
     with torch.device("meta"):
         model = HypeNet(teacher.config)
         model.blocks[i] = WithoutPositions(teacher.config, getattr(model, "wpe", None))
+    if mixer:
+        model.blocks[i].mixer = mixer
     return share_weights(model, teacher)
 
 

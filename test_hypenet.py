@@ -748,7 +748,7 @@ def test_linear_twin_starts_close():
     projection scaled column by column to the least squares."""
     teacher = tiny(layers="A", dtype=torch.float32)
     config = halo.student_config(teacher.config, "L", options("paper", decay="channel"))
-    (attn, h, where, _), = halo.teacher_layers(teacher, config, some_ids(4, T))
+    (attn, h, where, *_), = halo.teacher_layers(teacher, config, some_ids(4, T))
     twin = halo.linear_twin(attn, config, h, where, retention=0.7)
     q, k, v, z = twin.qkvz.weight.split(twin.sizes)
     rows = attn.qkvz.weight.unflatten(0, (8, 8))                            # heads: four of q, two of k and v

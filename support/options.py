@@ -74,7 +74,8 @@ def get_args(halo, argv):
         add("--" + name.replace("_", "-"), **check, help=f"{text} ({defaults})")
     add = p.add_argument_group("finer choices").add_argument
     add("--keep", type=number(int, 1), metavar="N",
-        help="how many layers stay attention, with --layers swap, guarded, score, even; default: a quarter")
+        help="how many layers stay attention, with --layers swap, both, guarded, score, even; default: a "
+        "quarter")
     add("--groups", type=number(int, 0), default=0, metavar="N",
         help="groups of linear layers in a progressive run; default: one per 6 linear layers, at least 2")
     add("--transfer", choices=("on", "off"), default="on",
@@ -206,13 +207,14 @@ def scale(plans, n_params, given):
 PLAN_FIELDS = {                                   # the fields of halo.Plan that --plan can change
     "tokens": number(float, 1), "length": number(whole, 1), "batch": number(whole, 1),
     "lr": number(float, 1e-30), "lr_end": number(float, 0), "recall": number(float, 0, 1),
-    "warmup": number(whole, 1), "varied": number(float, 0, 1), "short": number(float, 0, 0.9),
-    "weight_decay": number(float, 0),
+    "warmup": number(whole, 1), "varied": number(float, 0, 1), "chats": number(float, 0, 1),
+    "short": number(float, 0, 0.9), "weight_decay": number(float, 0),
 }
 
 
 def change_plans(plans, items):
     """Change entries of plans, in place, by items STAGE.FIELD=X."""
+    names = [item.partition("=")[0] for item in items]
     for item in items:
         key, _, value = item.partition("=")
         stage, _, field = key.partition(".")
@@ -223,9 +225,11 @@ def change_plans(plans, items):
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"--plan {item}: {error}") from None
     for stage, plan in plans.items():
-        refuse([(plan.varied and not plan.recall,
-                 f"--plan {stage}.varied={plan.varied}: a share of the recall sequences, but recall is 0"),
-                (plan.short and stage != "finetune",
+        given = {name: getattr(plan, name) for name in ("varied", "chats") if f"{stage}.{name}" in names}
+        refuse([(x and not plan.recall,
+                 f"--plan {stage}.{name}={x}: a share of the recall sequences, but recall is 0")
+                for name, x in given.items()])
+        refuse([(plan.short and stage != "finetune",
                  f"--plan {stage}.short={plan.short}: only finetune reads a part of a row as short texts")])
 
 
@@ -280,7 +284,9 @@ def check_options(halo, args):
         rows += [(not staged and scored,
                   f"--training progressive with --layers {layers}: no stage 1 for scores; use ends or even"),
                  (not staged and args.pe == "hype",
-                  "--training progressive with --pe hype: attention does not train; use chunk or rope")]
+                  "--training progressive with --pe hype: attention does not train; use chunk or rope"),
+                 (layers == "both" and args.pe != "hype",
+                  f"--layers both with --pe {args.pe}: attention keeps its positions; use swap")]
     refuse(rows)
 
 
@@ -433,8 +439,6 @@ def open_text(plans, longest, teacher, args):
 
 def probe(halo, teacher, corpus, plans, args):
     """The cost of each stage on this device, as in Probe.found. ValueError if a stage does not fit."""
-    layers = "even" if args.layers in halo.SCORED else args.layers      # a probe selects no layers
-    args = argparse.Namespace(**vars(args) | dict(layers=layers))
     run = Probe(vars(args), args.tokenizer.n_vocab)
     try:
         halo.method(args)(run, teacher, corpus, plans, args)

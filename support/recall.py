@@ -7,6 +7,7 @@ text and asks for them (training_rows, hide), and tests ask for things after any
     written_tasks    tasks whose answer the model writes: multi-query, and a question to a chat model
     plant            hides what a task asks for in a text, and asks
     reworded, again  hidden things for training: values after words of the text, and repeated passages
+    Chats            other rows for training: a question of the teacher's after a long text
     training_rows    rows of a corpus, a share of them with something to recall
     recall           the share of answers that a model finds, and their log-probability
     written          the share of values that stand in what a model writes
@@ -24,6 +25,7 @@ import torch
 
 from support import fast, world
 from support.run import bf16
+from support.writer import FREE, scripts
 
 KEY_NAMES = tuple("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble "
                   "nettle opal pepper quartz raven saffron thistle".split())
@@ -81,8 +83,8 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     """Hide the values of a task in text (n,) and ask for them: ids (n,), and the length of an answer in ids.
 
     depth None (training): needles and `ask` questions stand at random places. Several needles stand mostly
-    near the ends of the text, because chance seldom puts one there in a long text. Questions without room are
-    left out.
+    near the ends of the text, because chance seldom puts one there in a long text. One question in eight
+    comes right after its needle, for the same reason. Questions without room are left out.
     depth 0 to 1 (tests): the first needle stands at this share of the text, the other needles anywhere. One
     question for the first needle ends the text.
 
@@ -119,6 +121,9 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
         if len(names) > 1:                                          # in any order; the sine favours both ends
             order = rng.permutation(order)
             cuts = (left * np.sin(np.pi / 2 * cuts / max(1, left)) ** 2).astype(int)
+            for i in range(len(names)):
+                first, *rest = np.flatnonzero(order == i)
+                cuts[[place for place in rest if rng.random() < 1 / 8]] = cuts[first]
     else:
         cuts = [int(depth * left), *rng.integers(0, max(1, left), len(names) - 1), left]
     parts = [lead]
@@ -179,6 +184,45 @@ def again(row, rng, times):
         row[second:second + n] = row[first:first + n]
 
 
+class Chats:
+    """Chats that a teacher wrote (support/writer.py), to ask a question after a long text.
+
+    The teacher's own messages are short. A user of the student gives it a long text, and asks at its end."""
+
+    def __init__(self, corpus):
+        script = scripts(corpus.tokenizer)[-1]                      # the chat's, if there is a chat template
+        free = [i for i, id in enumerate(script) if id == FREE]
+        self.documents = corpus.written
+        self.before = script[:free[0]]                              # before the user's question
+        self.after = script[free[0] + 1:free[-1]]                   # after it; without a template nothing
+        self.ends = [*corpus.tokenizer.stops, corpus.tokenizer.end]
+        self.gap = corpus.tokenizer.encode_array("\n\n")
+
+    def draw(self, rng, most):
+        """A chat from its question on, its first `most` ids. The question takes at most half of `most`. None
+        if 20 documents have no such chat."""
+        n = len(self.after)
+        for i in rng.integers(0, len(self.documents.n_ids), 20 if n else 0):
+            ids = self.documents.read(self.documents.places[i], self.documents.n_ids[i]).tolist()
+            ids, begun = ids[len(self.before):], ids[:len(self.before)]
+            if begun == self.before and any(ids[j:j + n] == self.after for j in range(most // 2 - n)):
+                return ids[:most]
+        return None
+
+    def lengthen(self, row, rng):
+        """Make a row of ids (n,) a chat, in place: the user's message is the row's text and then a question.
+        Whether there was a chat for it."""
+        chat = self.draw(rng, len(row) // 2)
+        if chat is None:
+            return False
+        text = row[~np.isin(row, self.ends)]
+        n = len(row) - len(self.before) - len(self.gap) - len(chat)
+        if len(text) < n:
+            return False
+        row[:] = np.concatenate((self.before, text[:n], self.gap, chat))
+        return True
+
+
 def more_in(row):
     """The factor by which a long row hides more: the root of its length over 256."""
     return max(1, round((len(row) / 256) ** 0.5))
@@ -205,20 +249,23 @@ def hide(tokenizer, row, rng, varied=0.0):
 def training_rows(corpus, stage, plan):
     """The rows of a stage, a function of the step -> (batch, length + 1) int64.
 
-    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. The first share
-    plan.short of a row stays as it is. A share below one row per step gives one row every few steps. A batch
-    depends on seed, stage and step alone, so that a stopped run goes on with the same rows."""
+    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. Of these a share
+    plan.chats becomes chats instead, if the teacher wrote any. The first share plan.short of a row stays as
+    it is. A share below one row per step gives one row every few steps. A batch depends on seed, stage and
+    step alone, so that a stopped run goes on with the same rows."""
     plain_rows = corpus.rows(stage, plan)
     if not plan.recall:
         return plain_rows
     each = plan.recall * plan.batch
+    chats = Chats(corpus) if plan.chats and corpus.written else None
 
     def rows_of(step):
         rows = plain_rows(step)
         rng = np.random.default_rng([corpus.seed, zlib.crc32(stage.encode()), step])
         n = int(each * (step + 1) + 1e-6) - int(each * step + 1e-6)
         for row in rows[:n, int(plan.short * plan.length):]:
-            hide(corpus.tokenizer, row, rng, plan.varied)
+            if not (chats and rng.random() < plan.chats and chats.lengthen(row, rng)):
+                hide(corpus.tokenizer, row, rng, plan.varied)
         return rows
     return rows_of
 

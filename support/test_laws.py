@@ -137,11 +137,37 @@ def aligned(monkeypatch, teacher, rows, args):
 def test_a_twin_that_says_nothing_has_loss_1(monkeypatch):
     """Stage 1 divides a layer's error by the mean square of its target. Each twin is clipped by itself."""
     old, rows = tiny(dtype=torch.float32, layers="AAAA"), some_ids(4, 25)
-    twins, groups, loss_fn = aligned(monkeypatch, old, rows, options())
-    assert [set(map(id, group)) for group in groups] == [set(map(id, twin.parameters())) for twin in twins]
-    for twin in twins:
-        twin.out.weight.data.zero_()
-    assert [term.item() for term in loss_fn(rows[:, :-1], rows[:, 1:])] == pytest.approx([1.0] * 4, rel=1e-4)
+    for how, n in ("swap", 4), ("both", 8):
+        twins, groups, loss_fn = aligned(monkeypatch, old, rows, options(layers=how))
+        of_twins = [set(map(id, twin.parameters())) for twin in twins]
+        assert [set(map(id, group)) for group in groups] == of_twins
+        for twin in twins:
+            twin.out.weight.data.zero_()
+        assert [x.item() for x in loss_fn(rows[:, :-1], rows[:, 1:])] == pytest.approx([1.0] * n, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["teacher", "teacher gpt2"])
+def test_both_forms_of_a_layer_learn_and_are_compared(family, monkeypatch):
+    """--layers both: stage 1 also trains attention without positions, on input without learned positions, as
+    selection measures it (with_kept). The student's attention layers are those that were trained."""
+    old, rows = tiny(dtype=torch.float32, **VARIANTS[family]), some_ids(2, 13)
+    args = options(layers="both")
+    *_, loss_fn = aligned(monkeypatch, old, rows, args)
+    terms = [term.item() for term in loss_fn(rows[:, :-1], rows[:, 1:])][1::2]
+    config = halo.student_config(old.config, "LLL", args)
+    for i, (attn, x, where, y, _) in enumerate(halo.teacher_layers(old, config, rows[:, :-1])):
+        seen = []
+        model = halo.with_kept(old, i, halo.attention_twin(attn, config))
+        model.blocks[i].mixer.register_forward_hook(lambda mixer, given, out: seen.append(out))
+        model(rows[:, :-1])
+        error = halo.relative_error(seen[0], y, y.square().mean())
+        assert terms[i] == pytest.approx(error.item(), rel=1e-4)
+    twins, kept = (torch.nn.ModuleList(make(config) for _ in range(3))
+                   for make in (hypenet.LinearAttention, hypenet.Attention))
+    monkeypatch.setattr(halo, "align", lambda *_: (twins, kept))
+    monkeypatch.setattr(halo, "select", lambda *given: "LAL" if given[3] is kept else None)
+    student = halo.convert_staged(None, old, None, dict.fromkeys(("align", "distil", "finetune")), args)
+    assert student.blocks[1].mixer is kept[1] and student.blocks[2].mixer is twins[2]
 
 
 @pytest.mark.parametrize("family", ["teacher", "teacher gpt2"])
@@ -149,7 +175,7 @@ def test_twins_learn_from_the_teachers_own_pass(family):
     """teacher_layers gives the input and output that each attention layer has in a pass of the teacher."""
     old, idx, seen = tiny(**VARIANTS[family]), some_ids(2, 12), []
     config = halo.student_config(old.config, "LLL", options())
-    found = [(x, y) for _, x, _, y in halo.teacher_layers(old, config, idx)]
+    found = [(x, y) for _, x, _, y, _ in halo.teacher_layers(old, config, idx)]
     for block in old.blocks:
         block.mixer.register_forward_hook(lambda mixer, given, y: seen.append((given[0], y)))
     old(idx)
@@ -238,7 +264,7 @@ def test_scores_are_of_the_layer_they_name(monkeypatch):
     monkeypatch.setattr(halo, "losses", lambda model, _: model(idx)[0].square().mean((1, 2)))
     config = halo.student_config(old.config, "LLL", args)
     corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
-    scores, _ = halo.layer_scores(old, twins, config, corpus, args)
+    scores, _ = halo.layer_scores(old, twins, None, config, corpus, args)
     for i, (twin, score) in enumerate(zip(twins, scores, strict=True)):
         for kind, model in ("", halo.with_linear(old, config, i, twin)), ("_kept", halo.with_kept(old, i)):
             logits = model(idx)[0]
@@ -256,7 +282,7 @@ def test_a_score_has_the_standard_error_of_its_mean(monkeypatch):
     monkeypatch.setattr(halo, "losses", lambda *_: loss)
     corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
     config = halo.student_config(old.config, "LL", args)
-    scores, teacher_loss = halo.layer_scores(old, twins, config, corpus, args)
+    scores, teacher_loss = halo.layer_scores(old, twins, None, config, corpus, args)
     wanted = dict(R=logp.mean(), R_se=logp.std() / 40 ** 0.5, C=-loss.mean(), C_se=loss.std() / 5 ** 0.5)
     assert len(scores) == 2 and teacher_loss == loss.mean().item()
     for score in scores:
@@ -277,13 +303,13 @@ def test_the_error_of_swap_is_that_of_differences(monkeypatch):
     monkeypatch.setattr(halo, "losses", lambda model, _: noise[:5] - 1.0 * kept(model))
     corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
     config = halo.student_config(old.config, "L", args)
-    (score,), _ = halo.layer_scores(old, twins, config, corpus, args)
+    (score,), _ = halo.layer_scores(old, twins, None, config, corpus, args)
     assert score["swap_se"] == pytest.approx(step.std().item() / 40 ** 0.5, abs=1e-6)
 
 
-def test_the_recipe_of_real_teachers_is_the_papers_but_for_two_rows():
+def test_the_recipe_of_real_teachers_is_the_papers_but_for_three_rows():
     changed = {row for row, value in halo.RECIPES["real"].items() if value != halo.RECIPES["paper"][row]}
-    assert changed == {"decay", "hidden"}
+    assert changed == {"layers", "decay", "hidden"}
 
 
 @pytest.mark.parametrize("n_params, tokens, lr, batch", [
@@ -392,7 +418,7 @@ def test_selection_weighs_a_layer_against_the_teachers_loss(monkeypatch):
     scores[0]["C"] = -3.5
     monkeypatch.setattr(halo, "layer_scores", lambda *_: (scores, 2.4))
     a_run = types.SimpleNamespace(once=lambda _, work: work())
-    assert halo.select(a_run, None, [None] * 4, None, None, options(layers="guarded")) == "ALLL"
+    assert halo.select(a_run, None, [None] * 4, None, None, None, options(layers="guarded")) == "ALLL"
 
 
 @pytest.mark.parametrize("layers, given, sizes", [

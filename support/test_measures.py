@@ -83,7 +83,7 @@ def test_the_share_of_values_that_stand_in_what_is_written(text, share, monkeypa
 @pytest.mark.parametrize("n", [128, 512, 2048])
 def test_rows_without_pass_keys_have_no_words_of_a_test(n):
     """varied 1: every row repeats something, none has a pass key, and the first share `short` stays."""
-    plan = types.SimpleNamespace(recall=1.0, varied=1.0, batch=60, short=0.25, length=n)
+    plan = types.SimpleNamespace(recall=1.0, varied=1.0, chats=0.0, batch=60, short=0.25, length=n)
     plain = np.random.default_rng(0).integers(97, 123, (60, n + 1))
     corpus = types.SimpleNamespace(seed=0, tokenizer=Tokenizer.bytes())
     corpus.rows = lambda *_: lambda step: plain.copy()

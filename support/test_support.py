@@ -14,6 +14,7 @@ import random
 import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import time
@@ -1982,6 +1983,79 @@ def test_a_plan_says_what_is_hidden(length, varied, low, high, stdlib):
     assert low <= np.mean(["pass key" in stdlib.tokenizer.decode(row) for row in rows]) <= high
 
 
+def test_one_question_in_eight_comes_at_once():
+    """Of many values some are asked for right after they are told. By chance that is rare in a long text."""
+    tokenizer, asked, at_once = Tokenizer.bytes(), 0, 0
+    task = recall.Task("<{name}={value}>", "<{name}=", string.digits, needles=8, prose=False)
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        row = bytes(recall.plant(tokenizer, np.full(20_000, 46), rng, ask=16, task=task)[0].astype(np.uint8))
+        found = re.findall(rb"<(\w+)=|(\.)", row)
+        names = [name for name, _ in found if name]
+        assert sorted(names.count(name) for name in set(names)) == [3] * 8
+        asked += 16
+        at_once += sum(a[0] == b[0] != b"" for a, b in zip(found, found[1:]))
+    assert 0.09 < at_once / asked < 0.17
+
+
+@pytest.fixture
+def a_chat_corpus():
+    """Rows of letters, and a teacher's documents: texts, a chat, a long question and one without answer."""
+    tokenizer = an_instruct_tokenizer()
+    written = (b"a text" * 9, b"<u>Why?</u><a>" + b"Because. " * 20, b"<u>" + b"long " * 40 + b"</u><a>No.",
+               b"<u>No")
+    ids = [np.array([*document, tokenizer.end]) for document in written]
+    sizes = np.array([len(i) for i in ids])
+    encoded = text.Encoded(lambda: np.concatenate(ids), sizes, np.zeros(4, bool), "")
+    plain = np.random.default_rng(0).integers(97, 123, (50, 241))
+    plain[:, ::50] = tokenizer.end
+    return types.SimpleNamespace(seed=0, tokenizer=tokenizer, written=text.Joined(encoded, np.arange(4)),
+                                 rows=lambda *_: lambda step: plain.copy(), plain=plain)
+
+
+def test_a_row_becomes_a_chat(a_chat_corpus):
+    """The user's message is the row's text, without ids that end a text, and then the question. The answer
+    follows, as far as half of the row. A question has at most a quarter of the row."""
+    row, n = a_chat_corpus.plain[0], 241
+    before = row.copy()
+    assert recall.Chats(a_chat_corpus).lengthen(row, np.random.default_rng(0))
+    chat = b"Why?</u><a>" + b"Because. " * 20
+    told = bytes(before[before != a_chat_corpus.tokenizer.end].astype(np.uint8))
+    wanted = b"<u>" + told[:n - 5 - n // 2] + b"\n\n" + chat[:n // 2]
+    assert bytes(row.astype(np.uint8)) == wanted
+    short = before[:20].copy()                                              # no question is so short
+    assert not recall.Chats(a_chat_corpus).lengthen(short, np.random.default_rng(0))
+    assert (short == before[:20]).all()
+    a_chat_corpus.tokenizer.config = {}                                     # a base model's
+    assert not recall.Chats(a_chat_corpus).lengthen(before, np.random.default_rng(0))
+
+
+def test_a_share_of_rows_becomes_chats(a_chat_corpus):
+    """Of the rows that hide something the share, at the same step the same. Without a teacher's text none."""
+    plan = types.SimpleNamespace(recall=1.0, varied=1.0, chats=0.3, batch=50, short=0.0, length=240)
+    rows = [recall.training_rows(a_chat_corpus, "distil", plan)(step) for step in range(20)]
+    chats = [bytes(row[:3].astype(np.uint8)) == b"<u>" for row in np.concatenate(rows)]
+    assert 0.25 < np.mean(chats) < 0.35
+    assert (recall.training_rows(a_chat_corpus, "distil", plan)(7) == rows[7]).all()
+    plan.chats = 0.0
+    none = recall.training_rows(a_chat_corpus, "distil", plan)(7)
+    a_chat_corpus.written, plan.chats = None, 0.3
+    assert (recall.training_rows(a_chat_corpus, "distil", plan)(7) == none).all()
+    assert not any(bytes(row[:3].astype(np.uint8)) == b"<u>" for row in none)
+
+
+def test_a_corpus_knows_what_the_teacher_wrote(tmp_path):
+    """Alone or beside other text. Text that the teacher did not write is no chat of its own."""
+    (tmp_path / "a.txt").write_text("A file. " * 400)
+    ids = np.full(5000, 65, np.uint8)
+    encoded = text.Encoded(lambda: ids, np.full(50, 100), np.arange(50) % 16 == 0, "")
+    file = f"{tmp_path}/a.txt"
+    for data, there in (["teacher"], True), ([f"{file}:0.5", "teacher:0.5"], True), ([file], False):
+        corpus = text.Corpus(Tokenizer.bytes(), data, cell=64, write=lambda share: encoded)
+        assert (corpus.written is not None) == there
+        assert not there or corpus.written.n_ids.sum() == 4600
+
+
 @pytest.mark.parametrize("share, batch, steps", [
     (0.0, 4, 5), (0.25, 4, 8), (0.3, 2, 20), (0.1, 1, 30), (1.0, 2, 3)])
 def test_a_share_of_training_rows_hides_something(share, batch, steps, stdlib):
@@ -2352,6 +2426,7 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--logit-base 1": "logit-base", "--logit-base long": "logit-base", "--logit-base inf": "logit-base",
     "--budget nan": "budget", "--budget inf": "budget", "--plan distil.token=1": "lr_end",
     "--plan a=1": "distil", "--plan align.recall=0 align.varied=0.5": "varied=0.5",
+    "--plan distil.recall=0 distil.chats=0.5": "chats=0.5",
     "--plan distil.short=0.5": "short=0.5",
     "--plan align.tokens=many": "number", "--plan align.tokens=-1": "align.tokens=-1",
     "--plan align.batch=2.5": "align.batch=2.5", "--plan group.lr=1e-3": "finetune",

@@ -45,7 +45,8 @@ for job in json.load(open(sys.argv[1])):
 
 def argv(home, out, recipe):
     """Stages of four steps. Of a group's three rows the first of two processes gets two, of stage 3 the only
-    row. The teacher llama has a head of its own, so FSDP gathers its embeddings apart."""
+    row. The teacher llama has a head of its own, so FSDP gathers its embeddings apart. In the paper's recipe
+    stage 1 trains both forms of each layer."""
     teacher = "teacher" if recipe == "article" else "llama"
     stages = dict(group=3) if recipe == "article" else dict(align=2, distil=2, finetune=1)
     plan = []
@@ -53,7 +54,7 @@ def argv(home, out, recipe):
         plan += [f"{stage}.length=96", f"{stage}.batch={batch}", f"{stage}.tokens={4 * 96 * batch}"]
     return ["--teacher", str(home / teacher), "--data", *data_of(home), "--out", str(out),
             "--recipe", recipe, "--hidden", "2", "--device", "cpu", "--plan", *plan, "--trials", "3",
-            "--eval-windows", "180"]
+            "--eval-windows", "180", *(["--layers", "both"] if recipe == "paper" else [])]
 
 
 def job(argv, at=None, number=None, shared=False, full=False):

@@ -620,6 +620,9 @@ class Corpus:
             raise ValueError(f"only {tokens:,} tokens of source in Python's standard library (stripped?); "
                              "give text of your own with --data")
         self.held_out = np.concatenate([source.held_out for source in self.sources])
+        self.written = None                                         # a Joined: what the teacher wrote
+        if ["teacher"] in self.paths:
+            self.written = self.sources[self.paths.index(["teacher"])].parts[0]
         names = sum([source.names for source in self.sources], [])
         sha256 = names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()
         self.facts = dict(name=" ".join(data or ["stdlib"]), python=platform.python_version(), tokens=tokens,
