@@ -168,9 +168,9 @@ PLANS = {
         finetune=Plan(tokens=32e6, length=32768, batch=1, lr=2e-4, lr_end=2e-5, recall=0.8, varied=0.8),
         group=Plan(tokens=88e6, length=1024, batch=32, lr=2e-3, lr_end=1e-4, recall=0.6, varied=0.8)),
     # The paper's Table 5, for 1.7B parameters; options.scale fits it to smaller teachers. No sequence hides a
-    # pass key. In stages 1 to 3 half of them ask for values after words of the text, or repeat passages. If
-    # a chat model wrote text, a quarter of that half ask one of its own questions after a long text. In stage
-    # 3 the teacher is the target in a quarter of each sequence (see finetune).
+    # pass key. In stages 1 to 3 half of them ask for values after words of the text, or repeat passages. In
+    # stages 2 and 3 a quarter of that half are chats: a question after a long text, if the teacher wrote
+    # some. In stage 3 the teacher is the target in a quarter of each sequence (see finetune).
     "real": dict(
         align=Plan(tokens=320e6, length=512, batch=32, lr=1e-3, lr_end=1e-5, varied=1),
         distil=Plan(tokens=1e9, length=512, batch=96, lr=1e-4, lr_end=1e-5, varied=1, chats=0.25),
@@ -522,8 +522,8 @@ def convert_staged(run, teacher, corpus, plans, args):
     twins, kept = align(run, teacher, config, corpus, plans["align"], args)
     layers = select(run, teacher, twins, kept, config, corpus, args)
     config = replace(config, layers=layers)
-    mixers = [twins[i] if kind == "L" else kept[i] if kept else attention_twin(block.mixer, config)
-              for i, (block, kind) in enumerate(zip(teacher.blocks, layers))]
+    kept = kept or [attention_twin(block.mixer, config) for block in teacher.blocks]
+    mixers = [twin if kind == "L" else keep for kind, twin, keep in zip(layers, twins, kept)]
     student = assemble(teacher, config, mixers)
     del twins, kept, mixers                                        # frees the twins that the student lacks
 
@@ -574,13 +574,13 @@ def convert_control(run, teacher, corpus, plans, args):
 
 def align(run, teacher, config, corpus, plan, args):
     """Stage 1 (paper eq. 7): every linear twin learns its attention layer's output, each alone, on the hidden
-    states of the teacher. The loss is a sum over layers of MSE / mean square of the target: a twin
-    that outputs 0 has loss 1. Each layer is a term, whose graph is gone before the teacher runs the next.
-    With --layers both every layer has a second twin, attention without positions, that trains in the same
-    way. Returns the linear twins, and these second twins if any."""
+    states of the teacher. The loss is a sum over twins of MSE / mean square of the target: a twin that
+    outputs 0 has loss 1. Each twin is a term, whose graph is gone before the next twin runs. With --layers
+    both every layer has a second twin, attention without positions, that trains in the same way. Returns two
+    ModuleLists: the linear twins, and the second twins (else empty)."""
     twins, squares = make_twins(teacher, config, corpus, plan, args)
     n = len(twins)
-    if args.layers == "both":
+    if args.layers == "both" and args.pe == "hype":
         twins.extend(attention_twin(block.mixer, config) for block in teacher.blocks)
 
     def loss_fn(idx, targets):
@@ -618,8 +618,8 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, keep=None):
     guarded   the same, with the denominator at least the standard error of max C. Layers whose linear form
               costs over TOO_MUCH come first
     swap      the highest  score_i = (R_i if i is attention - R_i if i is linear) + (the same of C)
-    both      the same after stage 1 has trained both forms of each layer. Else a long stage 1 favours the
-              linear form, which alone it trains
+    both      the same after stage 1 has trained both forms of each layer. For swap it trains only the linear
+              form, and the longer it is, the more that favours linear layers
 
     Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
     layer looks a fixed number of tokens back: it needs RoPE, so linear suits it, even if it helps recall."""
@@ -654,10 +654,11 @@ def rank(how, scores, teacher_loss):
 def layer_scores(teacher, twins, kept, config, corpus, args):
     """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
-    C_kept are measured with layer i as the attention that may stay: for "both" that of `kept`, for "swap" the
-    teacher's, without positions if --pe is hype. All other layers are the teacher's. swap_se is the standard
-    error of the score. Both futures of a layer read the same text, so the error is that of differences.
-    Returns a list of dicts, one per layer, and the held-out loss of the teacher itself."""
+    C_kept are measured with layer i as attention. For "both" that is kept[i], with the student's gate and
+    window. For "swap" it is the teacher's, without positions if --pe is hype. All other layers are the
+    teacher's. swap_se is the standard error of the score. Both futures of a layer read the same text, so the
+    error is that of differences. Returns a list of dicts, one per layer, and the held-out loss of the teacher
+    itself."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 
@@ -677,8 +678,8 @@ def layer_scores(teacher, twins, kept, config, corpus, args):
         scores.append(summary(*linear))
         if args.layers in ("swap", "both"):
             if i == 0 or args.pe == "hype":                        # else the teacher's: the same for all i
-                stays = with_kept(teacher, i, kept and kept[i]) if args.pe == "hype" else teacher
-                attention = values(stays)
+                mixer = kept[i] if kept else None
+                attention = values(with_kept(teacher, i, mixer) if args.pe == "hype" else teacher)
             scores[i] |= summary(*attention, "_kept")
             scores[i]["swap_se"] = math.hypot(*(error(a - b) for a, b in zip(attention, linear)))
     return scores, losses(teacher, batches).mean().item()

@@ -225,10 +225,10 @@ def change_plans(plans, items):
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"--plan {item}: {error}") from None
     for stage, plan in plans.items():
-        given = {name: getattr(plan, name) for name in ("varied", "chats") if f"{stage}.{name}" in names}
-        refuse([(x and not plan.recall,
-                 f"--plan {stage}.{name}={x}: a share of the recall sequences, but recall is 0")
-                for name, x in given.items()])
+        shares = {f"{stage}.{name}": getattr(plan, name) for name in ("varied", "chats")}
+        refuse([(name in names and x and not plan.recall,
+                 f"--plan {name}={x}: a share of the recall sequences, but recall is 0")
+                for name, x in shares.items()])
         refuse([(plan.short and stage != "finetune",
                  f"--plan {stage}.short={plan.short}: only finetune reads a part of a row as short texts")])
 
@@ -284,9 +284,7 @@ def check_options(halo, args):
         rows += [(not staged and scored,
                   f"--training progressive with --layers {layers}: no stage 1 for scores; use ends or even"),
                  (not staged and args.pe == "hype",
-                  "--training progressive with --pe hype: attention does not train; use chunk or rope"),
-                 (layers == "both" and args.pe != "hype",
-                  f"--layers both with --pe {args.pe}: attention keeps its positions; use swap")]
+                  "--training progressive with --pe hype: attention does not train; use chunk or rope")]
     refuse(rows)
 
 

@@ -83,8 +83,8 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     """Hide the values of a task in text (n,) and ask for them: ids (n,), and the length of an answer in ids.
 
     depth None (training): needles and `ask` questions stand at random places. Several needles stand mostly
-    near the ends of the text, because chance seldom puts one there in a long text. One question in eight
-    comes right after its needle, for the same reason. Questions without room are left out.
+    near the ends of the text, because chance seldom puts one there in a long text. For the same reason one
+    question in eight then moves to right after its needle. Questions without room are left out.
     depth 0 to 1 (tests): the first needle stands at this share of the text, the other needles anywhere. One
     question for the first needle ends the text.
 
@@ -185,9 +185,9 @@ def again(row, rng, times):
 
 
 class Chats:
-    """Chats that a teacher wrote (support/writer.py), to ask a question after a long text.
+    """Chats that a teacher wrote (support/writer.py), to put a long text before the user's question.
 
-    The teacher's own messages are short. A user of the student gives it a long text, and asks at its end."""
+    The teacher writes short messages. A user may give a long text, and ask at its end."""
 
     def __init__(self, corpus):
         script = scripts(corpus.tokenizer)[-1]                      # the chat's, if there is a chat template
@@ -195,12 +195,14 @@ class Chats:
         self.documents = corpus.written
         self.before = script[:free[0]]                              # before the user's question
         self.after = script[free[0] + 1:free[-1]]                   # after it; without a template nothing
-        self.ends = [*corpus.tokenizer.stops, corpus.tokenizer.end]
-        self.gap = corpus.tokenizer.encode_array("\n\n")
+        self.gap = corpus.tokenizer.encode("\n\n")
+        template = self.before + self.after
+        spelled = corpus.tokenizer.encode(corpus.tokenizer.decode(template))    # without special ids
+        self.special = [*corpus.tokenizer.stops, *set(template).difference(spelled)]
 
     def draw(self, rng, most):
-        """A chat from its question on, its first `most` ids. The question takes at most half of `most`. None
-        if 20 documents have no such chat."""
+        """The first `most` ids of a chat, a list, from the user's question on. The question ends in the first
+        half of `most`. None if none of 20 documents is such a chat."""
         n = len(self.after)
         for i in rng.integers(0, len(self.documents.n_ids), 20 if n else 0):
             ids = self.documents.read(self.documents.places[i], self.documents.n_ids[i]).tolist()
@@ -210,12 +212,12 @@ class Chats:
         return None
 
     def lengthen(self, row, rng):
-        """Make a row of ids (n,) a chat, in place: the user's message is the row's text and then a question.
-        Whether there was a chat for it."""
+        """Make a row of ids (n,) a chat, in place: the user's message is the row's text, without special ids,
+        and then a question. Returns False, and changes nothing, if there is no chat for it."""
         chat = self.draw(rng, len(row) // 2)
         if chat is None:
             return False
-        text = row[~np.isin(row, self.ends)]
+        text = row[~np.isin(row, self.special)]
         n = len(row) - len(self.before) - len(self.gap) - len(chat)
         if len(text) < n:
             return False
@@ -249,10 +251,10 @@ def hide(tokenizer, row, rng, varied=0.0):
 def training_rows(corpus, stage, plan):
     """The rows of a stage, a function of the step -> (batch, length + 1) int64.
 
-    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. Of these a share
-    plan.chats becomes chats instead, if the teacher wrote any. The first share plan.short of a row stays as
-    it is. A share below one row per step gives one row every few steps. A batch depends on seed, stage and
-    step alone, so that a stopped run goes on with the same rows."""
+    A share plan.recall of the rows has something to recall, with plan.varied as in `hide`. About a share
+    plan.chats of them becomes chats instead, if the teacher wrote any. The first share plan.short of a row
+    stays as it is. A share below one row per step gives one row every few steps. A batch depends on seed,
+    stage and step alone, so that a stopped run goes on with the same rows."""
     plain_rows = corpus.rows(stage, plan)
     if not plan.recall:
         return plain_rows

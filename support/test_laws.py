@@ -137,8 +137,8 @@ def aligned(monkeypatch, teacher, rows, args):
 def test_a_twin_that_says_nothing_has_loss_1(monkeypatch):
     """Stage 1 divides a layer's error by the mean square of its target. Each twin is clipped by itself."""
     old, rows = tiny(dtype=torch.float32, layers="AAAA"), some_ids(4, 25)
-    for how, n in ("swap", 4), ("both", 8):
-        twins, groups, loss_fn = aligned(monkeypatch, old, rows, options(layers=how))
+    for how, pe, n in ("swap", "hype", 4), ("both", "hype", 8), ("both", "rope", 4):
+        twins, groups, loss_fn = aligned(monkeypatch, old, rows, options(layers=how, pe=pe))
         of_twins = [set(map(id, twin.parameters())) for twin in twins]
         assert [set(map(id, group)) for group in groups] == of_twins
         for twin in twins:

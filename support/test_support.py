@@ -2030,6 +2030,27 @@ def test_a_row_becomes_a_chat(a_chat_corpus):
     assert not recall.Chats(a_chat_corpus).lengthen(before, np.random.default_rng(0))
 
 
+def test_a_users_text_has_no_special_ids(a_chat_corpus):
+    """The template's marks are special ids, such as "<|im_start|>". In the text they would begin a turn."""
+    corpus, mark = a_chat_corpus, 200
+    plain = corpus.tokenizer.encode
+    ids = corpus.written.ids()
+    corpus.written.ids = lambda: np.where(ids == ord("<"), mark, ids)
+    vars(corpus.tokenizer).update(
+        encode=lambda text, special=False: [mark if special and i == ord("<") else i for i in plain(text)],
+        decode=lambda ids: bytes(ord("<") if i == mark else i for i in ids).decode())
+    row = corpus.plain[0]
+    row[10::20] = mark
+    assert recall.Chats(corpus).lengthen(row, np.random.default_rng(0))
+    assert row[0] == mark and (row == mark).sum() == 3                      # of <u>, </u> and <a>
+
+
+def test_what_a_teacher_writes_does_not_depend_on_the_day():
+    tokenizer = an_instruct_tokenizer()
+    tokenizer.config = dict(chat_template="{{ strftime_now('%d %b %Y') }}" + CHAT)
+    assert bytes(writer.scripts(tokenizer)[1][:11]) == b"01 Jan 2026"
+
+
 def test_a_share_of_rows_becomes_chats(a_chat_corpus):
     """Of the rows that hide something the share, at the same step the same. Without a teacher's text none."""
     plan = types.SimpleNamespace(recall=1.0, varied=1.0, chats=0.3, batch=50, short=0.0, length=240)

@@ -152,9 +152,10 @@ class Tokenizer:
             config["bos_token"] = self.encoder.id_to_token(self.bos)
         write_json(os.path.join(path, "tokenizer_config.json"), config)
 
-    def chat(self, messages):
+    def chat(self, messages, day=None):
         """[{"role": "user", "content": "Hello"}, ...] -> the prompt, a str, that ends where an instruct model
-        answers. Encode the prompt with special=True and put no bos before it: the template writes bos."""
+        answers. Encode the prompt with special=True and put no bos before it: the template writes bos. day: a
+        datetime for templates that write today's date; default: now."""
         template = self.config.get("chat_template")
         if isinstance(template, list):               # several templates, each with a name
             template = {t["name"]: t["template"] for t in template}.get("default")
@@ -173,7 +174,8 @@ class Tokenizer:
             return json.dumps(value, ensure_ascii=False, **options)
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                             extensions=["jinja2.ext.loopcontrols"])
-        env.globals.update(raise_exception=fail, strftime_now=lambda form: datetime.now().strftime(form))
+        day = day or datetime.now()
+        env.globals.update(raise_exception=fail, strftime_now=day.strftime)
         env.filters["tojson"] = to_json
         names = {name: content(token) for name, token in self.config.items() if name.endswith("_token")}
         try:

@@ -12,6 +12,7 @@ second document with the chat template. There it writes the user's question and 
 import hashlib
 import json
 import math
+from datetime import datetime
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ LENGTH = 1024                        # tokens of a document, at most
 ROWS = dict(cuda=512)                # documents that are written at once, by the kind of device
 AT_ONCE = 64                         # tokens of each row between two copies to the host
 FREE = -1                            # in a script: the teacher draws ids here
+DAY = datetime(2026, 1, 1)           # for chat templates that write a date: a text is the same every day
 PART = 2 ** 22                       # tokens that one process writes in one go, at most
 
 
@@ -35,7 +37,7 @@ def scripts(tokenizer):
     found = [[begin, FREE, tokenizer.end]]
     if tokenizer.config.get("chat_template"):
         question = "QUESTION7d1f"                                   # no template has this word
-        prompt = tokenizer.chat([dict(role="user", content=question)])
+        prompt = tokenizer.chat([dict(role="user", content=question)], DAY)
         before, _, after = (tokenizer.encode(part, special=True) for part in prompt.partition(question))
         answer = [*after, FREE] if after else []
         found.append([*(before or [begin]), FREE, *answer, tokenizer.end])
