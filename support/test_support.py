@@ -1819,11 +1819,22 @@ def test_the_teacher_has_its_share_of_the_rows(by_teacher, home):
 
 
 def test_a_student_of_the_teachers_text(home, tmp_path, monkeypatch, capsys):
-    """halo.py --data teacher: a dry run writes no text; a run trains on the text, and prints its speed."""
+    """halo.py --data teacher: a dry run writes no text; a run trains on the text and prints its speed. If the
+    teacher is an instruct model, rows become chats in the stages whose plan says so."""
     monkeypatch.setenv("HYPENET_CACHE", str(tmp_path / "cache"))
     halo.main(["--teacher", str(home / "teacher"), "--data", "teacher", "--device", "cpu", "--dry-run"])
     assert "text teacher: " in capsys.readouterr().out and not (tmp_path / "cache").exists()
-    report = convert(home, tmp_path / "run", "--data", "teacher:0.1")
+    made, found = [], writer.scripts(an_instruct_tokenizer())
+    for module in writer, recall:
+        monkeypatch.setattr(module, "scripts", lambda _: found)
+
+    def lengthen(chats, row, rng, plain=recall.Chats.lengthen):
+        made.append(plain(chats, row, rng) and bytes(row[:3].astype(np.uint8)) == b"<u>")
+        return made[-1]
+    monkeypatch.setattr(recall.Chats, "lengthen", lengthen)
+    report = convert(home, tmp_path / "run", "--data", "teacher:0.1", "--plan", "distil.recall=1",
+                     "distil.chats=1")
+    assert len(made) == 16 and sum(made) > 4
     assert re.search(r"wrote [\d,]+ tokens in [\d,]+ documents\n", capsys.readouterr().out)
     assert report["text"]["name"].endswith(" teacher:0.1") and len(report["text"]["sha256"]) == 64
 
