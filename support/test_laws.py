@@ -255,18 +255,24 @@ def test_a_seed_draws_the_new_weights(monkeypatch):
     assert drawn[0].equal(drawn[2]) and not drawn[0].equal(drawn[1])
 
 
-def test_scores_are_of_the_layer_they_name(monkeypatch):
-    """R and C of layer i are of the teacher with layer i linear. R_kept and C_kept: with layer i kept."""
+@pytest.mark.parametrize("how", ["swap", "both"])
+def test_scores_are_of_the_layer_they_name(how, monkeypatch):
+    """R and C of layer i are of the teacher with layer i linear. R_kept and C_kept: with layer i kept, with
+    "both" as stage 1 trained it."""
     old, idx = tiny(dtype=torch.float32, layers="AAA"), some_ids(4, 25)
-    args = options(layers="swap", eval_windows=4, length=24, varied=0.0)
-    twins = aligned(monkeypatch, old, idx, args)[0]
+    args = options(layers=how, eval_windows=4, length=24, varied=0.0)
+    forms = aligned(monkeypatch, old, idx, args)[0]
+    twins, kept = forms[:3], forms[3:]
+    for mixer in kept:
+        mixer.out.weight.data *= 0.5                               # as if it had trained
     monkeypatch.setattr(halo, "recall", lambda model, *_, **__: (model(idx)[0].mean((1, 2)), None))
     monkeypatch.setattr(halo, "losses", lambda model, _: model(idx)[0].square().mean((1, 2)))
     config = halo.student_config(old.config, "LLL", args)
     corpus = types.SimpleNamespace(held_out_batches=lambda *_: None)
-    scores, _ = halo.layer_scores(old, twins, None, config, corpus, args)
+    scores, _ = halo.layer_scores(old, twins, kept, config, corpus, args)
     for i, (twin, score) in enumerate(zip(twins, scores, strict=True)):
-        for kind, model in ("", halo.with_linear(old, config, i, twin)), ("_kept", halo.with_kept(old, i)):
+        stays = halo.with_kept(old, i, kept[i] if how == "both" else None)
+        for kind, model in ("", halo.with_linear(old, config, i, twin)), ("_kept", stays):
             logits = model(idx)[0]
             assert score["R" + kind] == pytest.approx(logits.mean().item(), abs=1e-6)
             assert score["C" + kind] == pytest.approx(-logits.square().mean().item(), rel=1e-5)
