@@ -576,8 +576,8 @@ def align(run, teacher, config, corpus, plan, args):
     """Stage 1 (paper eq. 7): every linear twin learns its attention layer's output, each alone, on the hidden
     states of the teacher. The loss is a sum over twins of MSE / mean square of the target: a twin that
     outputs 0 has loss 1. Each twin is a term, whose graph is gone before the next twin runs. With --layers
-    both every layer has a second twin, attention without positions, that trains in the same way. Returns two
-    ModuleLists: the linear twins, and the second twins (else empty)."""
+    both and --pe hype every layer has a second twin, attention without positions, that trains in the same
+    way. Returns two ModuleLists: the linear twins, and the second twins (else empty)."""
     twins, squares = make_twins(teacher, config, corpus, plan, args)
     n = len(twins)
     if args.layers == "both" and args.pe == "hype":
@@ -593,7 +593,8 @@ def align(run, teacher, config, corpus, plan, args):
 
 
 def select(run, teacher, twins, kept, config, corpus, args):
-    """The layers that stay attention, one letter per layer."""
+    """The layers that stay attention, one letter per layer. A rule of SCORED first measures what align
+    returned, twins and kept."""
     n_layer = len(twins)
     if args.layers not in SCORED:
         return choose_layers(args.layers, n_layer, keep=args.keep)
@@ -618,8 +619,8 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, keep=None):
     guarded   the same, with the denominator at least the standard error of max C. Layers whose linear form
               costs over TOO_MUCH come first
     swap      the highest  score_i = (R_i if i is attention - R_i if i is linear) + (the same of C)
-    both      the same after stage 1 has trained both forms of each layer. For swap it trains only the linear
-              form, and the longer it is, the more that favours linear layers
+    both      the same after stage 1 has trained both forms of each layer. For swap stage 1 trains only the
+              linear form; more training then favours linear layers more
 
     Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
     layer looks a fixed number of tokens back: it needs RoPE, so linear suits it, even if it helps recall."""
@@ -654,11 +655,11 @@ def rank(how, scores, teacher_loss):
 def layer_scores(teacher, twins, kept, config, corpus, args):
     """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
     an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
-    C_kept are measured with layer i as attention. For "both" that is kept[i], with the student's gate and
-    window. For "swap" it is the teacher's, without positions if --pe is hype. All other layers are the
-    teacher's. swap_se is the standard error of the score. Both futures of a layer read the same text, so the
-    error is that of differences. Returns a list of dicts, one per layer, and the held-out loss of the teacher
-    itself."""
+    C_kept, for "swap" and "both" alone, are measured with layer i as attention: kept[i] if align trained it,
+    with the student's gate and window; else the teacher's, without positions if --pe is hype. All other
+    layers are the teacher's. swap_se is the standard error of the score. Both futures of a layer read the
+    same text, so the error is that of differences. Returns a list of dicts, one per layer, and the held-out
+    loss of the teacher itself."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 

@@ -202,7 +202,7 @@ class Chats:
 
     def draw(self, rng, most):
         """The first `most` ids of a chat, a list, from the user's question on. The question ends in the first
-        half of `most`. None if none of 20 documents is such a chat."""
+        half of `most`. None if none of 20 documents is such a chat, or without a chat template."""
         n = len(self.after)
         for i in rng.integers(0, len(self.documents.n_ids), 20 if n else 0):
             ids = self.documents.read(self.documents.places[i], self.documents.n_ids[i]).tolist()
@@ -212,8 +212,9 @@ class Chats:
         return None
 
     def lengthen(self, row, rng):
-        """Make a row of ids (n,) a chat, in place: the user's message is the row's text, without special ids,
-        and then a question. Returns False, and changes nothing, if there is no chat for it."""
+        """Make a row of ids (n,) a chat, in place: the user's message is the start of the row's text, without
+        special ids, and then a question; the answer follows. Returns False, and changes nothing, if there is
+        no chat for it or too little text."""
         chat = self.draw(rng, len(row) // 2)
         if chat is None:
             return False
