@@ -121,7 +121,7 @@ class Plan:
     lr_end: float
     recall: float = 0.5              # share of sequences that hide a thing to recall, such as a pass key
     varied: float = 0.0              # of these sequences, the share whose task is not a pass key
-    chats: float = 0.0               # of these sequences, the share that asks the teacher's questions instead
+    chats: float = 0.0               # of these sequences, the share that asks what the teacher asked: a chat
     short: float = 0.0               # share of each sequence of stage 3 that is read as short texts: finetune
     warmup: int = 50                 # steps, at most a tenth of all
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
