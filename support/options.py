@@ -74,7 +74,8 @@ def get_args(halo, argv):
         add("--" + name.replace("_", "-"), **check, help=f"{text} ({defaults})")
     add = p.add_argument_group("finer choices").add_argument
     add("--keep", type=number(int, 1), metavar="N",
-        help=f"how many layers stay attention, with --layers {', '.join(halo.SCORED)}, even; default: a quarter")
+        help=f"how many layers stay attention, with --layers {', '.join(halo.SCORED)} or even; "
+        "default: a quarter")
     add("--groups", type=number(int, 0), default=0, metavar="N",
         help="groups of linear layers in a progressive run; default: one per 6 linear layers, at least 2")
     add("--transfer", choices=("on", "off"), default="on",
