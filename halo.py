@@ -229,7 +229,7 @@ def linear_twin(attn, config, x, where, retention=None, transfer=True):
     if twin.forget is not None:
         share = lookback(attn, x, where) if retention is None else torch.full((old.n_head,), retention)
         nn.init.zeros_(twin.forget.weight)
-        twin.set_retention(share)
+        twin.forget.bias.view(old.n_head, -1).copy_(DECAYS[config.decay].bias(share)[:, None])
     if not transfer:
         return twin
     q, k, v, _ = with_bias(attn.qkvz).split(attn.sizes)
@@ -841,7 +841,9 @@ def pretrain(run, corpus, plans, args):
         config = student_config(config, choose_layers(args.layers, len(config.layers), keep=args.keep), args)
     torch.manual_seed(args.seed)
     model = HypeNet(config).to(args.device)
-    model.set_retention(args.retention or 0.7)
+    for block in model.blocks:
+        if getattr(block.mixer, "forget", None) is not None:
+            nn.init.constant_(block.mixer.forget.bias, DECAYS[config.decay].bias(args.retention or 0.7))
     train(run, "pretrain", plans["pretrain"], corpus, model, [list(model.parameters())],
           objective(model, None, args.kl, alpha=1.0))
     model.eval()

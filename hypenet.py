@@ -67,7 +67,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernel import chunked_scan, delta_scan
+from kernel import chunked_scan
 
 # ---- configuration -----------------------------------------------------------------------------------------
 
@@ -382,7 +382,10 @@ class Decay(NamedTuple):
     width: Callable                  # K -> outputs of the Linear per head and token
     formula: Callable                # (z, H, device) -> log_decay: (H,), (B,T,H) or (B,T,H,K), float32
     scan: Callable = chunked_scan     # a row may bring another recurrence with the same arguments
-    beta: tuple = ()                 # initial value of what else is gated
+
+    def bias(self, share):
+        """The initial bias of the Linear with which S keeps this share, or these, at every token."""
+        return torch.logit(torch.as_tensor(share))
 
 
 def lightning(z, H, device):
@@ -396,7 +399,6 @@ DECAYS = {
     "none": Decay(lambda K: 0, lambda z, H, device: torch.zeros(H, dtype=torch.float32, device=device)),
     "head": Decay(lambda K: 1, lambda z, H, device: F.logsigmoid(z)[..., 0]),
     "channel": Decay(lambda K: K, lambda z, H, device: F.logsigmoid(z)),
-    "delta": Decay(lambda K: 2, lambda z, H, device: F.logsigmoid(z), delta_scan, beta=(0.2,)),
 }
 
 
@@ -419,14 +421,6 @@ class LinearAttention(nn.Module):
         self.norm = RMSNorm(c.n_head * c.head_dim, eps=c.norm_eps) if c.linear_norm else None
         width = DECAYS[c.decay].width(c.key_dim)
         self.forget = nn.Linear(c.n_embd, c.n_head * width) if width else None
-
-    @torch.no_grad()
-    def set_retention(self, share):
-        """Set the forget gate's bias, so that S keeps this share per token: a number, or (H,), one a head."""
-        bias = self.forget.bias.view(self.config.n_head, -1)                      # (H, width)
-        bias[:] = torch.logit(torch.as_tensor(share, device=bias.device)).expand(len(bias))[:, None]
-        for i, beta in enumerate(DECAYS[self.config.decay].beta, 1):
-            bias[:, i] = math.log(beta / (1 - beta))
 
     def log_decay(self, x):
         """Log of the decay of each token of x (B,T,C), shaped as the row of DECAYS says."""
@@ -529,15 +523,10 @@ class HypeNet(nn.Module):
                 if name.endswith(("mixer.out.weight", "mlp.down.weight")):        # into the residual stream
                     std /= math.sqrt(2 * len(c.layers))
                 nn.init.normal_(p, std=std)
+            elif name.endswith("forget.bias"):       # S keeps 0.7 per token
+                nn.init.constant_(p, DECAYS[c.decay].bias(0.7))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        self.set_retention(0.7)
-
-    def set_retention(self, share):
-        """Let each forget gate keep this share of its state per token, whatever it reads."""
-        for block in self.blocks:
-            if getattr(block.mixer, "forget", None) is not None:
-                block.mixer.set_retention(share)
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())

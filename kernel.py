@@ -63,7 +63,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 
 try:                                        # all before the Triton scan needs neither Triton nor a GPU
     import triton
@@ -136,17 +136,13 @@ def _scan_chunks(q, k, v, g, state, scale, M):
 def _by_head(q, k, v, g, scale):
     """One decay per head, g (...,M,1): scale * A V, P and F. The scale multiplies E, which has few
     entries."""
-    E, past, future = _decays(g)
-    return ((q @ k.mT) * (E * scale)) @ v, past, future
-
-
-def _decays(g):
-    """One decay per head, g (...,M,1): E (...,M,M), which is 0 above its diagonal, P and F (...,M,1)."""
     M = g.shape[-2]
     later = torch.ones(M, M, dtype=torch.bool, device=g.device).tril(-1)    # row l, column j: l > j
     G = torch.where(later, g, 0).cumsum(-2)                                 # (...,M,M)
+    E = G.exp().tril() * scale
     after = pad(g[..., 1:, :], (0, 0, 0, 1))                                # row j: g of token j + 1, or 0
-    return G.exp().tril(), g.cumsum(-2), after.flip(-2).cumsum(-2).flip(-2)         # F: a sum from the end
+    future = after.flip(-2).cumsum(-2).flip(-2)                             # a sum from the end
+    return ((q @ k.mT) * E) @ v, g.cumsum(-2), future
 
 
 def _by_channel(q, k, v, g):
@@ -194,7 +190,8 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     """
     _check(q, k, v, log_decay, state, scale)
     B, _, H, K = q.shape
-    dtype = _dtype(q, k, v, log_decay, state)
+    dtypes = [x.dtype for x in (q, k, v, log_decay, state) if x is not None]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     must = backend == "triton"              # else PyTorch stands in where Triton cannot compile
     backend = _pick_backend(backend, q, v, dtype)
     if backend == "triton":
@@ -211,81 +208,11 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     return _run(scan, (q, k, v, log_decay, state), scale, dtype)
 
 
-def _dtype(*tensors):
-    """The dtype of S: float64 if any input has it."""
-    return torch.float64 if torch.float64 in [x.dtype for x in tensors if x is not None] else torch.float32
-
-
 def _run(scan, tensors, scale, dtype):
     """Runs scan_sequential or scan_torch on q, k, v, log_decay, state in dtype, even under autocast."""
     with torch.autocast(tensors[0].device.type, enabled=False):
         o, state = scan(*(x.to(dtype) for x in tensors), scale)
     return o.to(output_dtype(tensors[2])), state
-
-
-# ---- the delta rule ----------------------------------------------------------------------------------------
-#
-# The scan above adds each value to whatever its key already gives. The delta rule writes only the difference
-# (Gated DeltaNet, arXiv 2412.06464). With keys of length 1 and 0 < beta_t < 1:
-#
-#     u_t = beta_t * (v_t - k_t e^(g_t) S_{t-1})         what k_t does not give yet, times beta_t
-#     S_t = e^(g_t) S_{t-1} + k_t^T u_t                  the scan above, with u in place of v
-#
-# So all that is new is u. Let a chunk start with the state S_0, and unroll S_{t-1} as before:
-#
-#     u_i + beta_i sum_{j < i} (k_i . k_j) e^(G_ij) u_j  =  beta_i v_i - beta_i e^(P_i) k_i S_0
-#
-# This is a triangular system, (1 + L) U = X - Y S_0. Solved for X and for Y, it gives U = X' - Y' S_0. S_0 is
-# still unknown. It enters the chunk's end state through a matrix of K x K numbers:
-#
-#     S_M  =  e^(P_M) S_0 + (K * e^F)^T U  =  (e^(P_M) - (K * e^F)^T Y') S_0  +  (K * e^F)^T X'
-
-
-def delta_scan(q, k, v, gates, state=None, scale=1.0, backend=None):
-    """The gated delta rule: the arguments and results of chunked_scan, but for gates (B,T,H,2), the
-    logarithms of the decay and of beta, both <= 0. Each key is divided by its length."""
-    k = normalize(k.float() if k.dtype != torch.float64 else k, dim=-1).to(k.dtype)
-    g, log_beta = gates.unbind(-1)
-    dtype = _dtype(q, k, v, gates, state)
-    if state is None:
-        state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1], dtype=dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        u = _delta_values(*(x.to(dtype) for x in (k, v, g, log_beta.exp(), state)))
-    return chunked_scan(q, k, u.to(v.dtype), g, state, scale, backend)
-
-
-def _delta_values(k, v, g, beta, state):
-    """u (B,T,H,V) of the delta rule; k (B,T,H,K), v (B,T,H,V), g and beta (B,T,H), state (B,H,K,V)."""
-    T = k.shape[1]
-    M = min(T, 64)
-
-    def chunks(x):                          # the last one may end with tokens that write and forget nothing
-        x = pad(x.flatten(3) if x.dim() > 3 else x[..., None], (0, 0, 0, 0, 0, -T % M))
-        return x.unflatten(1, (-1, M)).transpose(2, 3)                      # (B,N,H,M,K or V or 1)
-    k, v, g, beta = map(chunks, (k, v, g, beta))
-    E, past, future = _decays(g)
-    L = beta * (k @ k.mT) * E               # only what is below the diagonal counts
-    X = torch.cat((beta * v, beta * past.exp() * k), -1)                    # X and Y, side by side
-    X, Y = torch.linalg.solve_triangular(L, X, upper=False, unitriangular=True).split(
-        (v.shape[-1], k.shape[-1]), -1)
-    kept = (k * future.exp()).mT                                            # (B,N,H,K,M)
-    one = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    keep = past[..., -1:, :].exp() * one - kept @ Y                         # (B,N,H,K,K)
-    u = X - Y @ _start_states(keep, kept @ X, state)
-    return u.transpose(2, 3).flatten(1, 2)[:, :T]
-
-
-def _start_states(keep, add, state):
-    """The state before each of N chunks, (B,N,H,K,V), if a chunk makes S into keep S + add. Two chunks are
-    one chunk of the same form. So pairs are solved first, and then the second of each pair: in log2 N steps."""
-    N = keep.shape[1]
-    if N == 1:
-        return state[:, None]
-    if N % 2:
-        keep, add = (pad(x, (0, 0, 0, 0, 0, 0, 0, 1)) for x in (keep, add))
-    (keep_1, keep_2), (add_1, add_2) = ((x[:, ::2], x[:, 1::2]) for x in (keep, add))
-    first = _start_states(keep_2 @ keep_1, keep_2 @ add_1 + add_2, state)
-    return torch.stack((first, keep_1 @ first + add_1), 2).flatten(1, 2)[:, :N]
 
 
 def output_dtype(v):

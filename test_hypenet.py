@@ -438,7 +438,6 @@ VARIANTS = {
     "hype no decay": dict(HYPE, decay="none", linear_kv_head=1),
     "hype decay per head": dict(HYPE, decay="head", linear_norm=False),
     "hype decay per channel": dict(HYPE, decay="channel", linear_kv_head=2),
-    "hype delta rule": dict(HYPE, decay="delta", linear_kv_head=2),
     "hype half keys": dict(HYPE, key_dim=4, linear_gate=False, qk_norm=False),
     "hype gpt2": dict(GPT2, **HYPE),
     "rope in both": dict(HYPE, attn_position=True),
@@ -497,43 +496,6 @@ def test_attention_layer_is_its_formula():
         o.append(scores.masked_fill(outside, -INF).softmax(-1) @ v[:, group])
     y = (torch.cat(o, 1) * torch.sigmoid(z)) @ attn.out.weight.T
     assert rmse(attn(x[None], hypenet.locate(model.config, pos[None]))[0], y) < 1e-6
-
-
-def delta_by_hand(q, k, v, gates, state, scale):
-    """The delta rule as written, one token after another."""
-    k, outputs = k / k.norm(dim=-1, keepdim=True), []
-    for t in range(q.shape[1]):
-        decay, beta = gates[:, t].exp().unbind(-1)                  # (B,H)
-        state = decay[..., None, None] * state
-        u = beta[..., None] * (v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], state))
-        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], u)
-        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-    return torch.stack(outputs, 1), state
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 200, 447])
-def test_delta_rule_is_its_definition(n, dtype):
-    """delta_scan equals the recurrence, forward and gradients, at any length. In bf16 keys and values are
-    rounded alike for both, but u once more."""
-    q, k, v, log_decay, state = inputs("token", n)
-    gates = torch.stack((log_decay, -torch.rand(log_decay.shape, dtype=torch.float64).to(DEVICE)), -1)
-    rounded = [x.to(dtype) for x in (q, k, v)] + [gates.float(), state.float()]
-    tensors = [x.requires_grad_() for x in (rounded if dtype != torch.float64 else [q, k, v, gates, state])]
-    wide = [x.detach().double().requires_grad_() for x in tensors]
-    outs, refs = kernel.delta_scan(*tensors, scale=0.3), delta_by_hand(*wide, 0.3)
-    assert outs[0].dtype == dtype and outs[1].dtype in (torch.float64, torch.float32)
-    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    assert_equal([*outs, *gradients(*outs, tensors)], [*refs, *gradients(*refs, wide)], limit)
-
-
-def test_delta_rule_forgets_what_a_key_said():
-    """With beta 1 and no decay, the second value of a key replaces the first. A plain scan adds the two."""
-    k = torch.eye(4, dtype=torch.float64)[[0, 1, 0]][None, :, None]                # (1,3,1,4)
-    v = torch.randn(1, 3, 1, 5, dtype=torch.float64)
-    o, state = kernel.delta_scan(k, k, v, torch.zeros(1, 3, 1, 2, dtype=torch.float64))
-    assert rmse(o, v) < 1e-12 and rmse(state[0, 0, :2], v[0, [2, 1], 0]) < 1e-12
-    assert rmse(kernel.chunked_scan(k, k, v, torch.zeros(1))[0][0, 2], v[0, 0] + v[0, 2]) < 1e-12
 
 
 @pytest.mark.parametrize("linear_norm", [True, False])

@@ -30,7 +30,7 @@ if triton:
 
     from kernel import dot, exp, load_tile, store_tile
 
-TOKEN_DECAYS = ("constant", "none", "head", "channel", "delta")     # rows that scan_token computes
+TOKEN_DECAYS = ("constant", "none", "head", "channel")      # rows of hypenet.DECAYS that scan_token computes
 PAST = 65536                         # most past keys per attention call
 FEW = 4                              # largest batch for fused_linear; above, the library's product is faster
 
@@ -309,16 +309,13 @@ def token_attention(m, q, k, v, where, cache):
 
 
 def token_scan(m, q, k, v, g, where, cache):
-    """(B,H*K), (B,H_kv*K), (B,H_kv*V) of qkvz -> o (B,H*V); g: what hypenet.Decay.formula gives
-    for z, with H and what follows flat; or (H,)."""
-    c, log_beta = m.config, None
+    """(B,H*K), (B,H_kv*K), (B,H_kv*V) of qkvz -> o (B,H*V); g: log decay (H,), (B,H) or (B,H*K)."""
+    c = m.config
     if m.forget is not None:
-        g = g[:, None].unflatten(-1, (c.n_head, -1))                # (B,1,H,width)
-    if c.decay == "delta":
-        g, log_beta = g.unbind(-1)
+        g = g[:, None].unflatten(-1, (c.n_head, -1)) if c.decay == "channel" else g[:, None]
     q, k, v = (t.view(len(t), 1, -1, n) for t, n in ((q, c.key_dim), (k, c.key_dim), (v, c.head_dim)))
     return scan_token(q, k, v, g, cache["S"], c.key_dim ** -0.5, gains(m), c.norm_eps,
-                      where.linear_rope, log_beta).flatten(1)
+                      where.linear_rope).flatten(1)
 
 
 def gains(mixer):
@@ -440,10 +437,9 @@ def fuse(*more, backend="inductor"):
 # ---- the three functions of a token ------------------------------------------------------------------------
 
 
-def scan_token(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0, rope=None,
-               log_beta=None):
-    """One token of kernel.chunked_scan, or with log_beta (B,1,H) of delta_scan, in place: q (B,1,H,K),
-    k (B,1,H_kv,K), v (B,1,H_kv,V), where H / H_kv heads share a k and a v; log_decay (H,), (B,1,H) or (B,1,H,K); state (B,H,K,V) float32, contiguous, read
+def scan_token(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0, rope=None):
+    """One token of kernel.chunked_scan, in place: q (B,1,H,K), k (B,1,H_kv,K), v (B,1,H_kv,V), where H / H_kv
+    heads share a k and a v; log_decay (H,), (B,1,H) or (B,1,H,K); state (B,H,K,V) float32, contiguous, read
     and overwritten once. The kernel also does what comes before: RMSNorm of q and k with gains `norms` (K,),
     and RoPE by rope = cos, sin (B,1,1,K/2). Returns o (B,1,H,V) in kernel.output_dtype(v). No
     gradient flows."""
@@ -454,7 +450,7 @@ def scan_token(q, k, v, log_decay, state, scale=1.0, norms=(None, None), eps=0.0
     o, BLOCK_V = v.new_empty(B, 1, H, V, dtype=output_dtype(v)), min(16, block_size(V))
     with torch.cuda.device_of(q):
         scan_token_kernel[(B * H, ceil_div(V, BLOCK_V))](
-            q, k, v, g, log_beta, state, o, *norms, *_cos_sin(rope), H, H // H_kv, scale, eps,
+            q, k, v, g, state, o, *norms, *_cos_sin(rope), H, H // H_kv, scale, eps,
             *(n for x in (q, k, v, g) for n in x.stride()[::2]), g.stride(3) if g.shape[-1] > 1 else 0,
             K=K, V=V, BLOCK_K=block_size(K), BLOCK_V=BLOCK_V, **_early(q.device))
     return o
@@ -565,13 +561,12 @@ if triton:
 
     @triton.jit
     def scan_token_kernel(
-        q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, S_ptr, o_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr,
+        q_ptr, k_ptr, v_ptr, g_ptr, S_ptr, o_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr,
         H, per_kv, scale, eps,
         stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh, stride_gk,
         K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
     ):
-        """One token: S = e^g * S + k^T v in place, o = scale * q S; per_kv heads share a k and a v.
-        beta_ptr has the strides of g_ptr; with it v becomes the u of the delta rule."""
+        """One token: S = e^g * S + k^T v in place, o = scale * q S; per_kv heads share a k and a v."""
         await_previous(EARLY)
         bh = tl.program_id(0).to(tl.int64)
         b, h = bh // H, bh % H
@@ -588,12 +583,7 @@ if triton:
         k = load_head(k_ptr + b * stride_kb + h_kv * stride_kh, k_norm_ptr, cos_ptr, sin_ptr, eps, K, BLOCK_K)
         v = tl.load(v_ptr + b * stride_vb + h_kv * stride_vh + vals, mask=vals < V, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + b * stride_gb + h * stride_gh + keys * stride_gk, mask=keys < K, other=0.0)
-        S *= exp(g.to(tl.float32))[:, None]
-        if beta_ptr is not None:
-            k *= tl.rsqrt(tl.maximum(tl.sum(k * k, 0), 1e-24))
-            beta = exp(tl.load(beta_ptr + b * stride_gb + h * stride_gh).to(tl.float32))
-            v = beta * (v - tl.sum(k[:, None] * S, 0))
-        S += k[:, None] * v[None, :]
+        S = exp(g.to(tl.float32))[:, None] * S + k[:, None] * v[None, :]
         tl.store(S_ptr + at, S, mask=mask)
         o = scale * tl.sum(q[:, None] * S, 0)
         tl.store(o_ptr + bh * V + vals, o.to(o_ptr.dtype.element_ty), mask=vals < V)

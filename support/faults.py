@@ -28,7 +28,7 @@ FAULTS = [
     # The residual stream of a new model grows with its depth.
     ("hypenet.py", "math.sqrt(2 * len(c.layers))", "1"),
     # A new model with forget gates forgets faster.
-    ("hypenet.py", "self.set_retention(0.7)", "self.set_retention(0.5)"),
+    ("hypenet.py", "DECAYS[c.decay].bias(0.7)", "DECAYS[c.decay].bias(0.5)"),
     # Files are as large as the weights in memory, whatever dtype was asked for.
     ("hypenet.py", 'p.detach().to("cpu", dtype)', 'p.detach().to("cpu")'),
     # The last position that a model knows is refused.
