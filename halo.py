@@ -5,25 +5,30 @@
     python halo.py --resume out/tiny-paper     go on with a run that was stopped
     python halo.py --teacher small             train and convert a teacher of 14M parameters, on one GPU
     python halo.py --pretrain --out teacher    train the tiny teacher anew, on one GPU
-    torchrun --nproc_per_node=4 halo.py ...    any of these on 4 GPUs, with the losses of one GPU
+    torchrun --nproc_per_node=4 halo.py ...    any of these on 4 GPUs, with the same losses as on one
 
 The paper's recipe (arXiv 2601.22156, section 4) has six steps. align, distil and finetune are training: the
-paper calls them stage 1, 2 and 3, and all three share the loop `train`.
+paper calls them stage 1, 2 and 3, and all three share the loop `train`. Each step but two is a function of
+its name: transfer is make_twins, fit is choose_logit_base.
 
     step      what trains              what it reads                    what it learns, or what comes out
     transfer  nothing                  one batch of text                a linear twin of each attention layer
-    align     each linear twin, alone  what its attention layer reads   what that layer writes (eq. 7)
+    align     each twin, alone         what its attention layer reads   what that layer writes (eq. 7)
     select    nothing                  held-out text                    which layers stay attention (eq. 8, 9)
     distil    the whole hybrid         text                             the teacher's predictions (eq. 10)
     finetune  the whole hybrid         longer text                      the next token
     fit       nothing                  held-out text, longer still      the base a of s_t (eq. 11)
+
+The student reads further than its teacher for four reasons. Attention without positions ignores distance.
+Decay bounds the numbers in a linear state. Stage 3 trains on long texts. At generation s_t keeps attention
+sharp. Real teachers have the recipe `real`: the paper's with three changes (see ROWS).
 
 The article's recipe is progressive. It turns attention layers into linear layers, group by group. Only the
 mixers of the newest group and the chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
 
 Map of the file:
     read first      recipes and plans, transfer, losses, the training loop, the paper's stages
-    read second     the logit base, the article's conversion, a conversion from start to end
+    read second     the article's conversion, the logit base, a conversion from start to end
     elsewhere       what is measured: support/report.py. The command line: support/options.py. Several GPUs:
                     support/world.py
 
@@ -32,7 +37,8 @@ Deviations from the paper in this file, and what each buys (README.md has more):
     align     A layer's error is divided by its target's mean square. All layers then learn at one pace.
     select    `swap` compares a linear layer with attention without positions. `--layers score` is eq. 8.
     select    Recall is a log-probability, not an accuracy. It tells layers apart before any answer is right.
-    gates     A learned gate starts at the time scale of its attention head. So stage 1 ends at a lower loss.
+    gates     A learned gate at first remembers as far back as its attention head looks. So stage 1 ends at a
+              lower loss.
     distil    The loss can also compare each block's output with the teacher's (--hidden). The same number of
               tokens then gives a lower KL.
     finetune  A part of each long row is read as short texts, and the teacher is their target. Long texts
@@ -48,7 +54,6 @@ import math
 import os
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 
 from support.early import prepare
 
@@ -82,7 +87,7 @@ ROWS = (  # flag, its value in each of RECIPES, allowed values, help
     ("layers", ("swap", "ends", "both"), str,
      "the layers that stay attention. swap: those that lose most as linear layers, compared with attention "
      "without positions. both: the same, but stage 1 trains that attention too. score: eq. 8. guarded: eq. 8 "
-     "with two guards against noise. even: evenly spaced. ends: the first and the last quarter. Or letters, "
+     "with two safeguards. even: evenly spaced. ends: the first and the last quarter. Or letters, "
      "one per layer, such as LLALLLAL"),
     ("decay", ("constant", "channel", "head"), tuple(DECAYS),
      "what linear layers forget. constant: eq. 19. none: nothing. head, channel: a learned gate for each "
@@ -120,8 +125,8 @@ class Plan:
     lr: float
     lr_end: float
     recall: float = 0.5              # share of sequences that hide a thing to recall, such as a pass key
-    varied: float = 0.0              # of these sequences, the share whose task is not a pass key
-    chats: float = 0.0               # of these sequences, the share that asks what the teacher asked: a chat
+    chats: float = 0.0               # of these, the share of chats: the teacher's question after a long text
+    varied: float = 0.0              # of those that are no chats, the share whose task is not a pass key
     short: float = 0.0               # share of each sequence of stage 3 that is read as short texts: finetune
     warmup: int = 50                 # steps, at most a tenth of all
     weight_decay: float = 0.0        # of matrices; the paper has none (appendix B)
@@ -132,7 +137,7 @@ class Plan:
 
     @property
     def total(self):
-        """Tokens of whole steps."""
+        """The tokens that all steps read: `tokens` rounded to whole steps."""
         return self.steps * self.length * self.batch
 
     def rate(self, step):
@@ -196,9 +201,7 @@ TEACHERS = {                                     # what --pretrain can train; th
 def student_config(teacher, layers, args):
     """The config of a student with these layers; args: the options of a recipe."""
     extras = args.extras == "on"
-    chunk = None
-    if args.pe == "chunk":
-        chunk = min(2048, teacher.max_len // 4)                    # so that training meets several chunks
+    chunk = min(2048, teacher.max_len // 4) if args.pe == "chunk" else None    # training meets several chunks
     config = dict(
         layers=layers,
         chunk=chunk,
@@ -213,17 +216,18 @@ def student_config(teacher, layers, args):
         linear_gate=extras,
         linear_kv_head=teacher.n_head)
     config |= args.changes                                         # fields given by --set
-    narrow = config["key_dim"] < teacher.head_dim
-    config.setdefault("linear_qk_norm", extras and not narrow)     # low_rank_keys has its gain in q and k
+    narrow = 0 < config["key_dim"] < teacher.head_dim
+    config.setdefault("linear_qk_norm", extras and not narrow)     # low_rank_keys puts the gain into q and k
     return replace(teacher, **config)
 
 
 @torch.no_grad()
 def linear_twin(attn, config, x, where, retention=None, transfer=True):
     """A linear layer out of an attention layer. The weights are the same; KV heads are cloned (paper eq. 13),
-    or q and k made narrow (low_rank_keys). A new forget gate starts constant over tokens, at `retention`, or
-    if None as far as the head looks back (lookback). Least squares on one batch x (B,T,C) of the layer's
-    inputs then scales each input channel of W_o. transfer False: random weights; only the gate is set."""
+    or q and k made narrow (low_rank_keys). A new forget gate starts with one value for all tokens:
+    `retention`, or, if that is None, what lets the head remember as far back as its attention looks
+    (lookback). Least squares on one batch x (B,T,C) of the layer's inputs then scales each input channel of
+    W_o. transfer False: PyTorch's random weights; only the gate is set."""
     old = attn.config
     twin = LinearAttention(config).to(x.device)
     if twin.forget is not None:
@@ -253,12 +257,13 @@ def linear_twin(attn, config, x, where, retention=None, transfer=True):
     return twin
 
 
-def lookback(attn, x, where, most=2 ** 11):
+def lookback(attn, x, where):
     """The share gamma (H,) of its state that each head keeps per token, so that the head remembers as far
     back as its attention head looks. A token d back is read with weight gamma^d, so the mean d is
-    gamma / (1 - gamma). d is measured on the first `most` tokens of x (B,T,C), whole rows if they fit, as the
-    geometric mean of 1 + d, less 1. A plain mean would be ruled by the first token, on which many heads rest
-    when they find nothing. gamma is kept between 0.3 and 0.999."""
+    gamma / (1 - gamma). d is measured on about 2,048 tokens of x (B,T,C): its first rows, or the start of one
+    long row. The mean is the geometric mean of 1 + d, less 1. A plain mean would be ruled by the first token,
+    on which many heads rest when they find nothing. gamma is kept between 0.3 and 0.999."""
+    most = 2 ** 11
     rows = max(1, most // x.size(1))
     q, k, *_ = attn.project(x[:rows], where)                       # (B,T,H,D), (B,T,H_kv,D)
     q, k = q[:, :most], k[:, :most]
@@ -329,7 +334,7 @@ def clone_heads(rows, n_head, times):
 
 
 def fill(linear, rows):
-    """Copy rows into a Linear; their last column is the bias. Other rows, of a gate, become 0."""
+    """Copy rows into a Linear; their last column is the bias. The Linear's other rows, a gate's, become 0."""
     n = len(rows)
     linear.weight[:n] = rows[:, :-1]
     linear.weight[n:] = 0
@@ -350,7 +355,8 @@ def teacher_layers(teacher, config, idx):
     for block in teacher.blocks:
         x = block.norm1(h)
         y = block.mixer(x, where)
-        yield block.mixer, x, where, y, x if wpe is None else block.norm1(h - wpe(where.pos))
+        bare = x if wpe is None else block.norm1(h - wpe(where.pos))
+        yield block.mixer, x, where, y, bare
         h = h + y
         h = h + block.mlp(block.norm2(h))
 
@@ -402,8 +408,12 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, hidden=0.0, offset=No
     def of_slice(logits_s, y, *xt):                                               # (n,V), (n,), (n,C)
         logits_t = teacher.head(*xt) if xt else None
         return loss_and_gradient(sum_of_losses, logits_s, logits_t, y, kl, alpha)
-    of_student = partial(outputs, student, offset)
-    of_teacher = torch.no_grad()(partial(outputs, teacher))
+    def of_student():
+        return outputs(student, offset)
+
+    @torch.no_grad()
+    def of_teacher():
+        return outputs(teacher)
     found = [of_student()] if alpha == 1 else beside(idx, of_student, of_teacher)
     xs, *xt = [x[-1].flatten(0, 1) for x in found]                                # (N,C)
     y = targets.flatten()
@@ -438,15 +448,15 @@ def sum_of_losses(logits_s, logits_t, targets, kl, alpha):
 
 def objective(student, teacher, kl, alpha, hidden=0.0):
     """The loss function of a stage, for `train`: it yields one term. With --pe chunk, each sequence starts at
-    another position, so that every chunk embedding is trained. A hash of the ids picks the start, because a
-    CUDA graph cannot call the host's random generator."""
+    another position, its offset, so that every chunk embedding is trained. A hash of the ids picks the
+    offset, because a CUDA graph cannot call the host's random generator."""
     def loss_fn(idx, targets):
         c = student.config
         T = idx.size(1)
         offset = None
         if c.chunk:
             hashes = (idx * torch.arange(1, T + 1, device=idx.device) ** 2).sum(1)
-            offset = hashes % (max(0, c.chunk * c.n_chunks - T) + 1)
+            offset = hashes % (max(0, c.limit() - T) + 1)
         yield distil_loss(student, teacher, idx, targets, kl, alpha, hidden, offset)
     return loss_fn
 
@@ -475,8 +485,8 @@ def train(run, stage, plan, corpus, module, groups, loss_fn):
     for step, rows in progress.steps(corpus, training_rows):
         loss = progress.compute(rows)                              # calls gradients, sums them over all GPUs
         norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in groups]
-        loss, norm = progress.finite(loss, torch.stack(norms).max())            # an error if one is not
-        lr = progress.rate(step)                                   # plan.rate(step); 0 in a Probe (run.py)
+        loss, norm = progress.finite(loss, torch.stack(norms).max())            # ValueError if one is not
+        lr = progress.rate(step)                                   # plan.rate(step); 0 in a trial (run.Probe)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
         optimizer.step()
@@ -497,16 +507,16 @@ def only_train(module, groups):
 
 
 def backward(loss_fn, rows, at_once):
-    """Add up gradients of rows (batch, length + 1) over micro-batches of at_once rows. Returns the mean loss.
-    Each term of the loss is backpropagated as it comes, so memory holds the graph of one term alone. With
-    several GPUs, each adds up its share of the rows. The caller sums gradients and losses over all GPUs."""
+    """Add up the gradients of the mean loss over rows (batch, length + 1), at_once rows at a time, and return
+    this loss. Each term of the loss is backpropagated as it comes, so memory holds the graph of one term
+    alone. With several GPUs each does this for its share of the rows, and the caller sums the results."""
     def forward(terms):
         with bf16():                                               # next() runs the forward pass of a term
             return next(terms, None)
     total = torch.zeros((), device=rows.device)
     for part in world.parts(rows, at_once):
         terms = loss_fn(part[:, :-1], part[:, 1:])
-        for term in iter(partial(forward, terms), None):
+        while (term := forward(terms)) is not None:
             term = term * (len(part) / len(rows))
             term.backward()
             total = total + term.detach()
@@ -544,11 +554,7 @@ def finetune(run, student, teacher, corpus, plans, args):
     it so many. As in the paper the text is the target, because the teacher cannot read so far. But our text
     is not what a large teacher was trained on. It pulls the student away from what the teacher knows. So the
     first share plan.short of each sequence is read as short texts, of 1/32 of its length. Their target is the
-    teacher, as in stage 2. For real teachers 1/32 is 512 tokens, the length of stage 2.
-
-    A student reads further than its teacher for four reasons. Attention without positions ignores distance.
-    Decay bounds the numbers in a linear state. Stage 3 trains on long texts. At generation s_t keeps
-    attention sharp."""
+    teacher, as in stage 2. For real teachers 1/32 is 512 tokens, the length of stage 2."""
     short = objective(student, teacher, args.kl, args.alpha, args.hidden)      # yields one term, as long does
     long = objective(student, None, args.kl, alpha=1.0)
     plan = plans["finetune"]
@@ -559,8 +565,8 @@ def finetune(run, student, teacher, corpus, plans, args):
         cut = int(32 * plan.short) * n                             # the length of all short texts together
         if cut:
             texts = [ids[:, :cut].reshape(-1, n) for ids in (idx, targets)]                 # (B*cut/n, n)
-            yield sum(short(*texts)) * (cut / T)
-        yield sum(long(idx[:, cut:], targets[:, cut:])) * (1 - cut / T)
+            yield next(short(*texts)) * (cut / T)
+        yield next(long(idx[:, cut:], targets[:, cut:])) * (1 - cut / T)
     train(run, "finetune", plan, corpus, student, [list(student.parameters())], loss_fn)
     return student
 
@@ -575,9 +581,9 @@ def convert_control(run, teacher, corpus, plans, args):
 def align(run, teacher, config, corpus, plan, args):
     """Stage 1 (paper eq. 7): every linear twin learns its attention layer's output, each alone, on the hidden
     states of the teacher. The loss is a sum over twins of MSE / mean square of the target: a twin that
-    outputs 0 has loss 1. Each twin is a term, whose graph is gone before the next twin runs. With --layers
-    both and --pe hype every layer has a second twin, attention without positions, that trains in the same
-    way. Returns two ModuleLists: the linear twins, and the second twins (else empty)."""
+    outputs 0 has a loss of about 1. Each twin is a term, whose graph is gone before the next twin runs. With
+    --layers both and --pe hype every layer has a second twin, attention without positions, that trains in the
+    same way. Returns two ModuleLists: the linear twins, and the second twins (else empty)."""
     twins, squares = make_twins(teacher, config, corpus, plan, args)
     n = len(twins)
     if args.layers == "both" and args.pe == "hype":
@@ -593,23 +599,23 @@ def align(run, teacher, config, corpus, plan, args):
 
 
 def select(run, teacher, twins, kept, config, corpus, args):
-    """The layers that stay attention, one letter per layer. A rule of SCORED first measures what align
-    returned, twins and kept."""
+    """One letter per layer: "A" stays attention, "L" becomes linear. A rule of SCORED first measures what
+    align returned, twins and kept."""
     n_layer = len(twins)
     if args.layers not in SCORED:
         return choose_layers(args.layers, n_layer, keep=args.keep)
     found = run.once("scores", lambda: layer_scores(teacher, twins, kept, config, corpus, args))
-    if found is None:                                              # a Probe: any layers cost the same
+    if found is None:                                              # a trial: any layers cost the same
         return choose_layers("even", n_layer, keep=args.keep)
     scores, teacher_loss = found
     layers = choose_layers(args.layers, n_layer, scores, teacher_loss, keep=args.keep)
-    print_scores(scores, rank(args.layers, scores, teacher_loss), layers, teacher_loss)
+    print_scores(scores, priorities(args.layers, scores, teacher_loss), layers, teacher_loss)
     return layers
 
 
 def choose_layers(how, n_layer, scores=None, teacher_loss=None, keep=None):
-    """The layers that stay attention, as a string of "A" and "L". keep: how many (default: a quarter). how is
-    the string itself, or a rule:
+    """One letter per layer: "A" stays attention, "L" becomes linear. keep: how many stay (default: a
+    quarter). how is the letters themselves, or a rule:
 
     even      every so many layers
     ends      the first and the last quarter, whatever keep is (the article's get_hybrid_config)
@@ -619,8 +625,8 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, keep=None):
     guarded   the same, with the denominator at least the standard error of max C. Layers whose linear form
               costs over TOO_MUCH come first
     swap      the highest  score_i = (R_i if i is attention - R_i if i is linear) + (the same of C)
-    both      the same after stage 1 has trained both forms of each layer. For swap stage 1 trains only the
-              linear form; more training then favours linear layers more
+    both      the same, but stage 1 trains both forms of each layer. For swap it trains the linear form alone:
+              the longer stage 1 is, the more swap favours linear layers
 
     Each layer has two futures: linear with RoPE, or attention without (HyPE). `swap` compares the two. Say a
     layer looks a fixed number of tokens back: it needs RoPE, so linear suits it, even if it helps recall."""
@@ -632,34 +638,34 @@ def choose_layers(how, n_layer, scores=None, teacher_loss=None, keep=None):
     elif how == "ends":
         stay = [*range(n_layer // 4), *range(n_layer * 3 // 4, n_layer)]
     else:
-        ranks = rank(how, scores, teacher_loss)
-        stay = sorted(range(n_layer), key=ranks.__getitem__, reverse=True)[:k]
+        first = priorities(how, scores, teacher_loss)
+        stay = sorted(range(n_layer), key=first.__getitem__, reverse=True)[:k]
     return "".join("A" if i in stay else "L" for i in range(n_layer))
 
 
-def rank(how, scores, teacher_loss):
+def priorities(how, scores, teacher_loss):
     """For each layer: whether it must stay attention, and its score. See choose_layers."""
     best_R = max(s["R"] for s in scores)
-    best = max(scores, key=lambda s: s["C"])                       # the layer whose linear form costs least
-    least = best["C_se"] if how == "guarded" else 0.0
-    ranks = []
+    cheapest = max(scores, key=lambda s: s["C"])                   # the layer whose linear form costs least
+    least = cheapest["C_se"] if how == "guarded" else 0.0
+    found = []
     for s in scores:
         if how in ("swap", "both"):
             score = s["R_kept"] - s["R"] + s["C_kept"] - s["C"]
         else:
-            score = (best_R - s["R"]) / (max(best["C"] - s["C"], least) + 1e-6)        # paper eq. 8
-        ranks.append((how == "guarded" and -s["C"] - teacher_loss > TOO_MUCH, score))
-    return ranks
+            score = (best_R - s["R"]) / (max(cheapest["C"] - s["C"], least) + 1e-6)    # paper eq. 8
+        found.append((how == "guarded" and -s["C"] - teacher_loss > TOO_MUCH, score))
+    return found
 
 
 def layer_scores(teacher, twins, kept, config, corpus, args):
-    """R and C of paper eq. 8 for every layer i, with their standard errors (_se). R is the log-probability of
-    an answer, per token. C is minus the held-out loss. R and C are measured with layer i linear. R_kept and
-    C_kept, for "swap" and "both" alone, are measured with layer i as attention: kept[i] if align trained it,
-    with the student's gate and window; else the teacher's, without positions if --pe is hype. All other
-    layers are the teacher's. swap_se is the standard error of the score. Both futures of a layer read the
-    same text, so the error is that of differences. Returns a list of dicts, one per layer, and the held-out
-    loss of the teacher itself."""
+    """Measure the teacher with layer i linear (R, C), and for "swap" and "both" also with layer i as the
+    attention that would stay (R_kept, C_kept); for every layer i, with standard errors (_se). R is the
+    log-probability of an answer, per token; C is minus the held-out loss (paper eq. 8). The attention is
+    kept[i] if align trained it, with the student's gate and window; else the teacher's, without positions if
+    --pe is hype. All other layers are the teacher's. swap_se is the standard error of the score. Both futures
+    of a layer read the same text, so the error is that of differences. Returns a list of dicts, one per
+    layer, and the held-out loss of the teacher itself."""
     batches = corpus.held_out_batches(args.length, max(2, args.eval_windows // 2))
     scores = []
 
@@ -692,7 +698,7 @@ def with_linear(teacher, config, i, twin):
     layers = "A" * i + "L" + "A" * (len(teacher.blocks) - 1 - i)
     swapped = replace(config, layers=layers, attn_position=True, chunk=None, n_chunks=0, window=None,
                       attn_gate=False)
-    with torch.device("meta"):                                     # memory for no weight
+    with torch.device("meta"):                                     # weights without memory
         model = HypeNet(swapped)
     model.blocks[i].mixer = twin
     return share_weights(model, teacher)
@@ -703,7 +709,7 @@ def with_kept(teacher, i, mixer=None):
     with torch.device("meta"):
         model = HypeNet(teacher.config)
         model.blocks[i] = WithoutPositions(teacher.config, getattr(model, "wpe", None))
-    if mixer:
+    if mixer is not None:
         model.blocks[i].mixer = mixer
     return share_weights(model, teacher)
 
@@ -797,7 +803,8 @@ def choose_logit_base(run, student, corpus, plans, args):
 def fit_logit_base(student, corpus, length, args):
     """What each base a costs at a long length: {a: held-out loss + loss of an answer's tokens}, both in
     nats a token. The two losses count equally, by choice, as in choose_layers "swap". From base to base the
-    cost should fall, then rise. So the search ends once a base costs 0.02 more than the best."""
+    cost should fall, then rise. So the search ends once a base costs 0.02 more than the best. The student
+    keeps the last base tried; the caller sets the best."""
     batches = corpus.held_out_batches(length, 8, args.seed)
     asked = dict(trials=10, seed=args.seed + 1, task=args.task, varied=args.varied)    # not the report's seed
     costs = {}

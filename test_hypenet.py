@@ -763,7 +763,7 @@ def test_linear_twin_starts_close():
 
 @pytest.mark.parametrize("recipe, changes, norm", [
     ("paper", {}, True), ("paper", dict(key_dim=4), False), ("article", {}, False),
-    ("paper", dict(key_dim=4, linear_qk_norm=True), True)])
+    ("paper", dict(key_dim=4, linear_qk_norm=True), True), ("paper", dict(key_dim=0), True)])
 def test_narrow_keys_have_no_norm(recipe, changes, norm):
     """low_rank_keys applies QK-norm's gain: narrow keys get no second norm, unless --set asks for it."""
     config = halo.student_config(tiny(layers="A").config, "L", options(recipe, changes=changes))

@@ -101,7 +101,7 @@ def evaluate(teacher, student, corpus, args):
 
 
 def print_scores(scores, ranks, layers, teacher_loss):
-    """The table of selection, one row per layer: the results of halo.layer_scores and of halo.rank."""
+    """The table of selection, one row per layer: the results of halo.layer_scores and of halo.priorities."""
     kinds = {"": "if linear"}
     paired = "swap_se" in scores[0]                                # then the score's error tells more
     if paired:
