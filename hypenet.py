@@ -3,9 +3,9 @@
 An attention layer keeps the keys and values of all past tokens, so its memory grows with the context. A
 linear layer keeps one state of fixed size instead. The many linear layers make long contexts cheap; the few
 attention layers keep exact recall. Both kinds use the same Transformer block; only the mixer differs. An
-article that retells the paper describes another method. This file can build both (see README.md):
+article on the web retells the paper, but describes another method. This file can build both (see README.md):
 
-    paper (default)                          article (--recipe article)
+    paper (halo.py's default)                article (--recipe article)
 
     logits                                   logits
       |  norm, head                            |  norm, head
@@ -26,19 +26,20 @@ article that retells the paper describes another method. This file can build bot
       |     "L": all other layers              |     "L": the middle half
     tokens                                   tokens
 
-Read the drawing from the bottom up. Each column shows one attention layer above one linear layer.
+Read the drawing from the bottom up. Each column shows one attention layer above one linear layer. Left out
+are the scales: D^-1/2 of q k^T, and K^-1/2 of the linear layer's o.
 halo.choose_layers decides which layers are "A". A teacher is a trained Transformer; a student is the hybrid
 that learns from the teacher. A teacher is a HypeNet of "A" layers, with RoPE or learned positions.
 
 HyPE, the paper's position encoding, is RoPE in the linear layers and no positions in the attention layers.
-RoPE turns each query and key by its position, so their product depends on their distance. A model only knows
-the distances of its training. An attention layer without positions never sees a distance, so no distance is
-unfamiliar. Linear layers do meet new distances, but with decay far tokens count little (paper 5.1).
+RoPE turns each query and key by its position, so their product depends on their distance. A model knows only
+the distances of its training. An attention layer without positions never sees a distance, so none can be new
+to it. Linear layers do meet new distances, but their decay makes far tokens count little (paper 5.1).
 
 Read first: the config, `locate`, `Attention`, `LinearAttention`, `HypeNet`. On a first reading, skip `check`
 and what saves and loads files. Everything is plain PyTorch. The same code handles a whole sequence, a part of
-one and one token.
-support/fast.py generates the same tokens faster. support/pretrained.py loads GPT-2, Qwen and Llama.
+one and one token. support/fast.py generates the same tokens faster. support/pretrained.py loads GPT-2, Qwen
+and Llama.
 
 In shapes: B rows, T tokens, C width, H heads, H_kv heads of keys and values, D head size, K key width, V
 value width (= D), idx token ids.
@@ -74,7 +75,8 @@ from kernel import chunked_scan
 
 @dataclass
 class HypeNetConfig:
-    """Sizes and choices of one model, teacher or student. ValueError for values that clash (see check)."""
+    """Sizes and choices of one model. The defaults make a small teacher; halo.student_config makes a student.
+    ValueError for values that clash (see check)."""
     layers: str = "AAAA"            # one letter per layer: "A" attention, "L" linear attention
     vocab_size: int = 256           # rows of the embedding, at least as many as the tokenizer has ids
     n_embd: int = 128               # C, the width
@@ -95,7 +97,7 @@ class HypeNetConfig:
     tied: bool = True               # the head is the embedding
     qk_norm: bool = True            # RMSNorm of q and k, per head, in attention layers
     # attention layers of a student
-    attn_position: bool = True      # True: the teacher's positions; False: none (HyPE)
+    attn_position: bool = True      # True: the teacher's positions; False: none (as in HyPE)
     chunk: int | None = None        # the article's positions ("chunk HyPE"): tokens per chunk of positions
     n_chunks: int = 0               # number of chunks; each has a learned embedding
     attn_gate: bool = False         # sigmoid output gate
@@ -135,8 +137,9 @@ FAMILIES = {
 
 def rope_frequencies(config, dim, device=None):
     """Returns freq (dim / 2,) float32, freq_i = theta^(-2i / dim) (RoPE section 3.2), and a number that
-    multiplies cos and sin. Longer contexts would turn slow pairs past their trained angles. So rope_scaling
-    lowers frequencies: keep = 1 leaves one as it is, keep = 0 divides it by `factor`, as in transformers."""
+    multiplies cos and sin. In a longer context slow pairs would turn to angles that training never had. So
+    rope_scaling divides their frequencies by `factor`, as in transformers. keep, from 0 to 1 for each pair,
+    says how much of the old frequency stays."""
     pair = torch.arange(0, dim, 2, dtype=torch.float32, device=device)
     freq = config.rope_theta ** -(pair / dim)
     s = config.rope_scaling
@@ -159,7 +162,7 @@ def yarn_range(theta, dim, s):
     def pair_of(turns):                      # index of the pair with so many turns over the original context
         wavelength = s["original_max_position_embeddings"] / turns                # in tokens per turn
         return dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
-    low, high = pair_of(s.get("beta_fast") or 32), pair_of(s.get("beta_slow") or 1)
+    low, high = pair_of(s.get("beta_fast", 32)), pair_of(s.get("beta_slow", 1))
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -171,15 +174,15 @@ def yarn_attention_factor(s):
     """YaRN's factor of cos and sin. Both q and k carry the factor, so logits grow by its square."""
     def scale(weight):
         return 0.1 * weight * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0
-    if s.get("attention_factor") is not None:
+    if "attention_factor" in s:
         return s["attention_factor"]
-    if s.get("mscale") and s.get("mscale_all_dim"):
+    if "mscale" in s and "mscale_all_dim" in s:
         return scale(s["mscale"]) / scale(s["mscale_all_dim"])
     return scale(1.0)
 
 
 def rotate(x, cos_sin):
-    """RoPE on x (B,T,H,D): channel i and i + D/2 are one pair (rotate_half)."""
+    """RoPE on x (B,T,H,D): channels i and i + D/2 are a pair (as with rotate_half in transformers)."""
     cos, sin = cos_sin                                                        # (B or 1, T, 1, D/2)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -285,7 +288,7 @@ class MLP(nn.Module):
         return self.down(activated(self.up(x), self.swiglu))
 
 
-def attend(q, k, v, mask=None, causal=False):
+def softmax_attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D)) v: q (B,T,H,D); k, v (B,keys,H_kv,D). mask: True where a query sees a key."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
@@ -297,12 +300,13 @@ def attend(q, k, v, mask=None, causal=False):
 
 class Attention(nn.Module):
     """Softmax attention. In a teacher, attention has RoPE, or no positions if its input has learned ones. In
-    a student, attention has no positions (HyPE), the article's (chunk HyPE) or the teacher's. A student's
-    attention may have scaled queries, an output gate or a window. Eq. 17 also norms o. We follow the authors'
-    code, which does not.
+    a student, attention has no positions (as in HyPE), the article's (chunk HyPE) or the teacher's. A
+    student's attention may have scaled queries, an output gate or a window. Eq. 17 also norms o. We follow
+    the authors' code, which does not.
 
-    A softmax over more keys is flatter, so the right key can drown in a long context. Each query is therefore
-    multiplied by s_t = log(t + a) / log(a) (paper eq. 11). halo.py derives s_t where it fits a."""
+    A softmax over more keys is flatter, so the right key can drown in a long context. After training a
+    student's queries may therefore be multiplied by s_t = log(t + a) / log(a) (paper eq. 11). halo.py derives
+    s_t where it fits a."""
 
     def __init__(self, config):
         super().__init__()
@@ -339,11 +343,11 @@ class Attention(nn.Module):
         return q, k, v, z if c.attn_gate else None
 
     def attend(self, q, k, v, pos, cache=None):
-        """Each query sees its own and earlier keys; a window drops all but the nearest. pos (B or 1, T). With
-        a cache, past keys and values stand before k and v; then k and v are stored."""
+        """Each query sees its own key and earlier ones; with a window only the last W. pos (B or 1, T). With
+        a cache its keys and values come first, and k and v are stored afterwards."""
         T, W = q.size(1), self.config.window or math.inf
         if cache is None and T <= W:
-            return attend(q, k, v, causal=True)
+            return softmax_attention(q, k, v, causal=True)
         keys, values, key_pos = k, v, pos
         if cache is not None:
             pos = pos.expand(len(q), T)
@@ -353,19 +357,19 @@ class Attention(nn.Module):
             store(cache, k, v, pos)
         distance = pos[:, :, None] - key_pos[:, None]               # (B or 1, T, keys)
         seen = (distance >= 0) & (distance < W) & (key_pos >= 0)[:, None]
-        return attend(q, keys, values, mask=seen[:, None])
+        return softmax_attention(q, keys, values, mask=seen[:, None])
 
 
 def slot_positions(cache, pos):
     """The position that each slot holds, (B,n_slots), before tokens at pos (B,T) are stored. Negative: the
-    slot is empty. Position p is in slot p % n_slots: if 5 was the last position, 4 slots hold 4, 5, 2, 3."""
+    slot is empty. Position p is in slot p % n_slots: after position 5, four slots hold 4, 5, 2, 3."""
     n_slots, last = cache["k"].size(1), pos[:, :1] - 1
     return last - (last - torch.arange(n_slots, device=pos.device)) % n_slots
 
 
 def store(cache, k, v, pos):
-    """Write k and v (B,T,H_kv,D) into slots pos % n_slots; pos (B,T). Of more than n_slots tokens the last
-    stay. Keys are stored after RoPE, because their rotation depends on their own position alone."""
+    """Write k and v (B,T,H_kv,D) into slots pos % n_slots; pos (B,T). Of more tokens than slots the last are
+    stored. Keys are stored after RoPE, because their rotation depends on their own position alone."""
     n_slots, rows = cache["k"].size(1), torch.arange(len(pos), device=pos.device)[:, None]
     slots = pos[:, -n_slots:] % n_slots
     for name, new in (("k", k), ("v", v)):
@@ -377,14 +381,15 @@ def store(cache, k, v, pos):
 
 class Decay(NamedTuple):
     """A kind of linear layer: how its state fades, and which scan computes it. formula(z, H, device) gives
-    log_decay for kernel.chunked_scan. z (B,T,H,width) is the output of the forget gate's Linear. With width 0
-    there is none, and z is None."""
+    log_decay for kernel.chunked_scan. z (B,T,H,width) is the output of the forget gate's Linear. If width is
+    0 there is no such Linear, and z is None."""
     width: Callable                  # K -> outputs of the Linear per head and token
     formula: Callable                # (z, H, device) -> log_decay: (H,), (B,T,H) or (B,T,H,K), float32
     scan: Callable = chunked_scan     # a row may bring another recurrence with the same arguments
 
     def bias(self, share):
-        """The initial bias of the Linear with which S keeps this share, or these, at every token."""
+        """The bias of the Linear with which S keeps this share of itself at every token: a number, or a
+        tensor of one per head."""
         return torch.logit(torch.as_tensor(share))
 
 
@@ -406,8 +411,8 @@ class LinearAttention(nn.Module):
     """y = (norm(o) * sigmoid(x W_z)) W_o, where o comes from the recurrence of kernel.chunked_scan.
 
     QK-norm bounds the key under which a token writes to S. The norm of o keeps its size steady as S grows. S
-    is float32: a bf16 state can stop growing after a few hundred tokens (see kernel.py, also for the scale
-    K^-1/2)."""
+    is float32: a bf16 state can stop growing after a few hundred tokens. kernel.py says why, and why o has
+    the scale K^-1/2."""
 
     def __init__(self, config):
         super().__init__()
@@ -523,7 +528,7 @@ class HypeNet(nn.Module):
                 if name.endswith(("mixer.out.weight", "mlp.down.weight")):        # into the residual stream
                     std /= math.sqrt(2 * len(c.layers))
                 nn.init.normal_(p, std=std)
-            elif name.endswith("forget.bias"):       # S keeps 0.7 per token
+            elif name.endswith("forget.bias"):       # S keeps 0.7 per token (the article's)
                 nn.init.constant_(p, DECAYS[c.decay].bias(0.7))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -541,7 +546,8 @@ class HypeNet(nn.Module):
         return x
 
     def place(self, idx, state=None, offset=None):
-        """The Where of idx (B,T). ValueError if the state is full, or if a position has no embedding."""
+        """The Where of idx (B,T). ValueError if the state is full, or if a position has no embedding. offset
+        (B,) is for training: it is not checked, and not read with a state."""
         T, held = idx.size(1), 0                             # held: tokens that the longest row has read
         pos = torch.arange(T, device=idx.device)[None]                            # (1,T)
         if state is not None:
@@ -607,13 +613,11 @@ class HypeNet(nn.Module):
         greedy."""
         device = self.wte.weight.device
         refuse(max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        refuse(not all(prompts), "a prompt is empty; give every prompt a token")
+        refuse(not prompts or not all(prompts), "every prompt needs at least one token")
         rng = torch.Generator(device).manual_seed(seed)
         state = self.init_state(len(prompts), max(map(len, prompts)) + max_new_tokens)
-        logits = []
-        for b, prompt in enumerate(prompts):
-            logits.append(self(torch.tensor([prompt], device=device), state=state.row(b))[0])
-        logits = torch.cat(logits)                                                # (B,1,vocab_size)
+        logits = torch.cat([self(torch.tensor([prompt], device=device), state=state.row(b))[0]
+                            for b, prompt in enumerate(prompts)])                 # (B,1,vocab_size)
         new = []
         for _ in range(max_new_tokens):
             if new:
@@ -625,7 +629,7 @@ class HypeNet(nn.Module):
 
     def save_pretrained(self, path, dtype=None):
         """Write config.json, then model.safetensors (in dtype, or as is) to path, each whole or not at all.
-        In a new folder, weights therefore have their config. ValueError if a weight is not finite."""
+        So a new folder never has weights without their config. ValueError if a weight is not finite."""
         from safetensors.torch import save_file
         os.makedirs(path, exist_ok=True)
         weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.state_dict().items()}
@@ -636,8 +640,9 @@ class HypeNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load a folder of save_pretrained (support/pretrained.py: other formats). Weights are converted to
-        dtype. ValueError, in one line, for files that are damaged or do not belong together."""
+        """Load a folder of save_pretrained. Weights are converted to dtype. ValueError, in one line, if
+        config and weights do not match or a weight is not finite. support/pretrained.py loads other formats
+        too, and says more of damaged files."""
         from safetensors.torch import load_file
         with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
             config = read_config(json.load(f), path)
@@ -654,7 +659,7 @@ class HypeNet(nn.Module):
 
 
 def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
-    """Draw ids (B,) from logits (B,vocab_size). sample never synchronises, so a CUDA graph can record it."""
+    """Draw ids (B,) from logits (B,vocab_size). It never waits for the GPU, so a CUDA graph can record it."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() - logits.float().amax(-1, keepdim=True)   # else a tiny temperature would overflow
@@ -667,7 +672,7 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, rng=None):
         ordered, ids = probs.sort(-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(-1, ids, ordered)
-    waits = torch.empty_like(probs).exponential_(generator=rng)  # a race: id i wins with probability probs[i]
+    waits = torch.empty_like(probs).exponential_(generator=rng)  # a race: id i wins in proportion to probs[i]
     return (probs / waits.clamp(min=1e-30)).argmax(-1)           # a wait of 0 would make 0 / 0
 
 
@@ -699,10 +704,12 @@ def write_file(path, content):
 
 def read_config(given, path):
     """The HypeNetConfig of a config.json of save_pretrained. ValueError if any field is unknown or absent."""
-    wrong = sorted({f.name for f in fields(HypeNetConfig)} ^ given.keys() - {"model_type"})
+    refuse(type(given) is not dict, f"{path}/config.json: this is no config; copy it again")
+    given = {field: value for field, value in given.items() if field != "model_type"}
+    wrong = sorted({f.name for f in fields(HypeNetConfig)} ^ given.keys())
     refuse(wrong, f"{path}/config.json: fields are unknown or missing: {', '.join(wrong)}; copy it again")
     try:
-        return HypeNetConfig(**{field: value for field, value in given.items() if field != "model_type"})
+        return HypeNetConfig(**given)
     except (ValueError, TypeError, AttributeError) as problem:
         raise ValueError(f"{path}/config.json: {problem}") from None
 

@@ -7,14 +7,15 @@ written into the state. Then the token's query reads the state (arXiv 2601.22156
     S_t = diag(e^(g_t)) S_{t-1} + k_t^T v_t         g_t = log_decay_t <= 0
     o_t = scale * q_t S_t                           q_t, k_t, v_t: row vectors of K, K and V numbers
 
-A scan of T tokens takes time proportional to T, and its state has a fixed size. Attention needs time T^2 and
-keeps all keys and values. Read this file in its order:
+g_t has K numbers, one per key channel, or one number for the whole head. A scan of T tokens takes time
+proportional to T, and its state has a fixed size. Attention needs time T^2 and keeps all keys and values.
+Read this file in its order:
 
     scan_sequential    the definition, one token after another
     scan_torch         the same result from matrix products, chunk by chunk, in plain PyTorch, derived below
     chunked_scan       the function that other files call: checks its arguments and picks a form
     the gradient       a comment: the gradient of a scan is three more scans
-    the Triton scan    the method ends, the kernels begin: the same chunks on a GPU. Skip on a first reading.
+    the Triton scan    the same chunks as GPU kernels. The method is complete before; skip on a first reading.
 
 Chunks. The definition makes T tiny products that wait for each other. Both fast forms cut the sequence into
 chunks of M tokens. Write G_ij = g_{j+1} + .. + g_i for the log of the decay from token j to token i. Unroll
@@ -37,7 +38,7 @@ is a sum of numbers <= 0, so every factor lies in [0, 1]. Neither g = 0 (forget 
 all) is a special case. A is built in two ways:
 
   one decay per head      The decay does not depend on the channel: A = (Q K^T) * E with E_ij = e^(G_ij).
-                          For column j of G, set g to 0 up to token j, then take the cumulative sum.
+                          For column j of G, set g to 0 for the tokens 1 to j, then take the cumulative sum.
   one decay per channel   Divide and conquer. Cut a block of tokens into two halves. If token j is in the
                           left half and token i in the right half, the path from j to i crosses the cut:
                               G_ij  =  F_j (of the left half)  +  P_i (of the right half).
@@ -50,7 +51,7 @@ after about 200 tokens: there the state should change by 1/2, and rounding drops
 bf16 state stops at 256, after 256 tokens. A float32 state stops at 2^24, after 16.8 million tokens.
 
 Why the model's scale is K^-1/2. If the entries of q and k are random and of size 1, q . k has size K^1/2.
-With the scale each product has size 1, so o and its gradients do not grow with K. If an RMSNorm follows (the
+Times the scale it has size 1, so o and its gradients do not grow with K. If an RMSNorm follows (the
 paper's recipe), the norm cancels the scale up to its epsilon; otherwise the scale sets the size of o.
 
 References: Lightning Attention (one constant decay per head; arXiv 2401.04658, 2405.17381), Gated Linear
@@ -122,27 +123,22 @@ def _scan_chunks(q, k, v, g, state, scale, M):
         o, past, future = _by_head(q, k, v, g[..., None], scale)            # past, future: (..,H,M,1)
     writes = (k * future.exp()).mT @ v                                      # (B,N,H,K,V)
     decay = past[..., -1, :, None].exp()                                    # (B,N,H,1 or K,1) or (H,1,1)
-    decays = [decay] * writes.shape[1]
-    if decay.dim() == 5:
-        decays = decay.unbind(1)
+    decays = decay.unbind(1) if decay.dim() == 5 else [decay] * writes.shape[1]
     starts = []
     for decay_n, write_n in zip(decays, writes.unbind(1)):
         starts.append(state)
-        state = torch.addcmul(write_n, decay_n, state)
+        state = torch.addcmul(write_n, decay_n, state)                      # decay_n * state + write_n
     o = o + (q * (past.exp() * scale)) @ torch.stack(starts, 1)             # (B,N,H,M,V)
     return o.transpose(2, 3).flatten(1, 2), state
 
 
 def _by_head(q, k, v, g, scale):
-    """One decay per head, g (...,M,1): scale * A V, P and F. The scale multiplies E, which has few
-    entries."""
+    """One decay per head, g (...,M,1): scale * A V, P and F. The scale goes into E, the smallest factor."""
     M = g.shape[-2]
     later = torch.ones(M, M, dtype=torch.bool, device=g.device).tril(-1)    # row l, column j: l > j
     G = torch.where(later, g, 0).cumsum(-2)                                 # (...,M,M)
     E = G.exp().tril() * scale
-    after = pad(g[..., 1:, :], (0, 0, 0, 1))                                # row j: g of token j + 1, or 0
-    future = after.flip(-2).cumsum(-2).flip(-2)                             # a sum from the end
-    return ((q @ k.mT) * E) @ v, g.cumsum(-2), future
+    return ((q @ k.mT) * E) @ v, g.cumsum(-2), G[..., -1, :, None]          # F_j is G_Mj
 
 
 def _by_channel(q, k, v, g):
@@ -178,14 +174,15 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
                (B,T,H) one number per head, or (B,T,H,K) one number per channel. The range is not checked.
     state      (B,H,K,V), S before the first token. None is zeros. The scan never writes into this tensor.
     scale      any number but 0, because the backward pass of the Triton scan divides by scale
-    backend    "sequential", "torch" or "triton". None picks the definition for one token, the Triton scan on
-               a GPU, and else the PyTorch form.
+    backend    "sequential", "torch" or "triton". None picks the definition for one token, else the Triton
+               scan on a GPU if it can run (no float64, K and V at most 256), else the PyTorch form.
     Returns    o (B,T,H,V) in v's dtype, but in float32 if v is float16; and S after the last token
                (B,H,K,V) in float32, but in float64 if any input is float64
 
-    The scan computes in the dtype of S, and autocast is off. Exception: if v is bf16, the Triton scan rounds
-    q and k to bf16, multiplies in bf16 and sums in float32. All inputs and both results are differentiable.
-    A log_decay of -inf gets the gradient 0. To split a sequence, pass the returned state to the next call.
+    The scan computes in the dtype of S, and autocast is off. Exception: if v is bf16, the Triton scan
+    rounds q and k to bf16, multiplies in bf16 and sums in float32. Gradients flow from both results to
+    all five tensors; the Triton scan has first derivatives only. A log_decay of -inf gets the gradient 0.
+    To split a sequence, pass the returned state to the next call.
     Raises ValueError for shapes, dtypes or a backend that do not fit.
     """
     _check(q, k, v, log_decay, state, scale)
@@ -197,7 +194,7 @@ def chunked_scan(q, k, v, log_decay, state=None, scale=1.0, backend=None):
     if backend == "triton":
         if v.dtype == torch.float16 and not q.dtype == k.dtype == torch.float16:
             v = v.float()                   # q and k take the dtype of v, and could overflow in float16
-        state = state if state is None else state.float()
+        state = None if state is None else state.float()
         tensors = q.to(v.dtype), k.to(v.dtype), v, log_decay, state
         with torch.cuda.device_of(q):
             if torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None):
@@ -267,27 +264,27 @@ def _pick_backend(backend, q, v, dtype):
 #     dS_t = q_t^T do_t + e^(g_{t+1}) * dS_{t+1}
 #     dq_t = do_t S_t^T            dk_t = v_t dS_t^T            dv_t = k_t dS_t
 #
-# dS is a state too: running backwards, each token writes do under q. In every scan a token writes a `value`
-# into a state under a `write` vector, and a `read` vector reads the state:
+# dS is a state too: running backwards, each token writes do under q. In every scan a token has three vectors:
+# it adds write^T value to the state, then `read` reads the state:
 #
-#     scan   read   write   value   state    order            because (sums over j <= i, or over i >= j)
+#     scan   read   write   value   state    order            what it computes (j <= i)
 #     o      q      k       v       S        first to last    o_i  = sum_j ((q_i * e^G_ij) . k_j) v_j
 #     dq     do     v       k       S^T      first to last    dq_i = sum_j (do_i . v_j) (k_j * e^G_ij)
 #     dv     k      q       do      dS       last to first    dv_j = sum_i ((k_j * e^G_ij) . q_i) do_i
 #     dk     v      do      q       dS^T     last to first    dk_j = sum_i (v_j . do_i) (q_i * e^G_ij)
 #
-# So the forward pass stores no states for the backward pass: each scan makes its own states again. In S^T and
-# dS^T the decay scales columns, not rows. A scan from last to first exchanges P and F, and transposes A. The
-# scan for dv ends with the gradient of the start state. The kernel multiplies every result by the scale. So
-# the scans of dS start from the gradient of the final state divided by the scale, which must not be 0. The
-# gradient of log_decay is derived further down.
+# Each scan makes its own states again, so the forward pass stores none for the backward pass. In S^T and dS^T
+# the decay scales columns, not rows. A scan from last to first exchanges P and F, and transposes A. The
+# kernel multiplies every output by the scale, but not the last state. So the two scans of dS start from the
+# gradient of the final state divided by the scale, which must not be 0. The gradient of the start state is
+# the last state of the scan for dv, times the scale. The gradient of log_decay is derived further down.
 
 
 # ---- the Triton scan: one kernel, four scans ---------------------------------------------------------------
 #
-# One program of scan_kernel has BLOCK_V columns of one head's state in registers and walks over the chunks.
-# A chunk has BLOCK_T tokens, the M of the derivation. The forward pass keeps nothing but its inputs. The
-# backward pass stores one state per chunk, and only if log_decay needs a gradient.
+# One program of scan_kernel has BLOCK_V columns of one head's state in registers and walks over the chunks of
+# one segment. A chunk has BLOCK_T tokens, the M of the derivation. The backward pass stores one state per
+# chunk, and only if log_decay needs a gradient.
 #
 # One decay per head (SIDE "head"): each program makes e^P, e^F and A on its way.
 # One decay per channel: the registers cannot hold a state and also make A. A needs no state, so
@@ -348,8 +345,8 @@ if triton:
 
     @triton.jit
     def head_decay(g, tokens, REVERSE: tl.constexpr, DTYPE: tl.constexpr):
-        """One decay per head, g (M,) of one chunk. Returns the sum of g, then P and F (M,) in the order of
-        the scan, and E (M,M)."""
+        """One decay per head, g (M,) of one chunk. Returns the sum of g, then P and F (M,) and E (M,M) in the
+        order of the scan."""
         i, j = tokens[:, None], tokens[None, :]
         if DTYPE == tl.float32:
             g = tl.maximum(g, -1e4)                                         # finite, and e^-1e4 is 0
@@ -368,13 +365,14 @@ if triton:
         return tl.sum(g, 0), past, future, E
 
     # A for one decay per channel. On a level of divide and conquer, right halves need e^P and left halves
-    # need e^F. One e^sum holds both.
+    # need e^F. So one matrix of factors serves both: e^P in the rows of right halves, e^F in those of left
+    # halves.
     #
-    # The shortcut: blocks of 2 LEAF tokens are not cut further. Decays are measured from the middle of the
-    # block, so one of the two factors of a pair may exceed 1. So g is raised to at least -8.5 (bf16, LEAF
-    # 8) or -17 (float32, LEAF 4). The error, at most e^-8.5 = 2e-4 or e^-17 = 4e-8, is below the rounding of
-    # the dtype. A sum of LEAF such g is at least -68. Factors up to e^68 = 3e29 leave float32 room for inputs
-    # and gradients of 1e-8 to 1e8.
+    # A shortcut saves the lowest levels: blocks of 2 LEAF tokens are not cut further. Decays are measured
+    # from the middle of the block, so one of the two factors of a pair may exceed 1. So g is raised to at
+    # least -8.5 (bf16, LEAF 8) or -17 (float32, LEAF 4). The error, at most e^-8.5 = 2e-4 or e^-17 = 4e-8, is
+    # below the rounding of the dtype. A sum of LEAF such g is at least -68. Factors up to e^68 = 3e29 leave
+    # float32 room for inputs and gradients of 1e-8 to 1e8.
     @triton.jit
     def level_factors(g, level: tl.constexpr, LEAF: tl.constexpr, DTYPE: tl.constexpr, EXACT: tl.constexpr):
         """One level of A: the factors (M,N) of q and of k, and the pairs of tokens (M,M). Level 0 has the
@@ -383,7 +381,7 @@ if triton:
         i, j = t[:, None], t[None, :]
         HALF: tl.constexpr = LEAF << level
         right = i // HALF % 2 == 1
-        own = (i // HALF == j // HALF) & ((j <= i) == right)                # from i to the middle
+        own = (i // HALF == j // HALF) & ((j <= i) == right)                # the tokens between i and the cut
         if level == 0:
             near = sums(own, tl.maximum(g, -8.5 if LEAF == 8 else -17.0), DTYPE, EXACT)
             near = tl.where(right, near, -near)
@@ -452,14 +450,15 @@ if triton:
     #     Z_j   =  k_j . e^(F_j) v_j dS_M^T               from j to S_M
     #     W     =  e^(P_M) * sum S_0 * dS_M               from S_0 to S_M
     #
-    # The first sum is a difference. A path from j to i is in row i and in column j of X. A path that does not
-    # cross t is in both sums or in neither:
+    # The first sum is a difference. Below, a path from j to i adds X_ij if i >= t, and subtracts it if
+    # j >= t. So only the paths that cross t remain:
     #
     #     sum_{j < t <= i} X_ij  =  sum_{s >= t} (sum_{j < s} X_sj  -  sum_{i > s} X_is)
     #
     # Rows and columns sum the same float32 numbers, so the terms that cancel leave no bf16 error. The scan
     # for dq knows S_0. It stores Y in dg_ptr, and S_0 in marks_ptr unless the decay makes W tiny. The scan
-    # for dk knows dS_M. It makes X from its A, scale e^(G_ij) (do_i . v_j), and replaces Y by dg.
+    # for dk knows dS_M. Its A_ij is scale * e^(G_ij) (do_i . v_j), so X is this A times q_i . k_j. It
+    # replaces Y by dg.
     @triton.jit
     def scan_kernel(
         read_ptr, write_ptr, value_ptr, g_ptr, A_ptr, start_ptr, local_ptr, total_ptr, out_ptr, final_ptr,
@@ -469,12 +468,13 @@ if triton:
         K: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, TURNED: tl.constexpr, REVERSE: tl.constexpr,
         DTYPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     ):
-        """One of the four scans over one segment. For dq and dk, K and V here are the layer's V and K.
+        """One of the four scans, or its first pass, over one segment and BLOCK_V columns. For dq and dk, K
+        and V here are the layer's V and K.
 
         g_ptr      g of each token (SIDE "head"), else the sums of each chunk
         TURNED     the scan is for dq or dk: memory holds the transpose of S
         out_ptr    None: this is the first pass, which gives local_ptr and total_ptr
-        marks_ptr  S_0 of every chunk. The scan for dq writes marks_ptr, and the scan for dk reads marks_ptr
+        marks_ptr  the state before each chunk, S_0, for W. The scan for dq writes, the scan for dk reads it
         x_ptr      SIDE "head": q in the scan for dq, k in the scan for dk
         dg_ptr     SIDE "head": the scan for dq writes Y, the scan for dk replaces Y by dg. SIDE "value": W of
                    the scan for dk
@@ -656,7 +656,7 @@ class _TritonScan(torch.autograd.Function):
     def forward(ctx, q, k, v, log_decay, state, scale, must):
         tensors = _laid_out((q, k, v, log_decay, state))
         ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)    # None, not zeros, is the gradient of a result without use
+        ctx.set_materialize_grads(False)    # a result that nobody uses gets the gradient None, not zeros
         ctx.scale, ctx.must = scale, must
         return _forward(tensors, scale, must)
 
@@ -709,7 +709,7 @@ def _torch_forward(tensors, scale):
     return _run(scan_torch, (*others, state), scale, torch.float32)
 
 
-def _torch_backward(tensors, scale, do, dfinal, dg_wanted, dstate_wanted):
+def _torch_backward(tensors, scale, do, dfinal, *_):                        # all gradients, wanted or not
     with torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
         o, final = _torch_forward(leaves, scale)
@@ -728,7 +728,8 @@ class Gates(NamedTuple):
 def _triton_forward(tensors, scale):
     q, k, v, log_decay, state = tensors
     read, write, gates = _prepare(q, k, _per_token(log_decay, q))
-    start, (B, _, H, K) = (state, *_segments(write, v, gates)), q.shape
+    start = state, *_segments(write, v, gates)
+    B, _, H, K = q.shape
     final = q.new_empty(B, H, K, v.shape[-1], dtype=torch.float32)
     return _scan((read, write, v), gates, start, scale, output_dtype(v), final=final)
 
@@ -884,7 +885,9 @@ def _layout(write, value, side):
 
 @lru_cache(4096)                            # a small scan would spend more time here than on the card
 def _layout_of(shape, V, dtype, side, card):
-    """The fastest Layout, by timings on an H200. Cards with less shared memory get smaller blocks."""
+    """The fastest Layout, by timings on an H200. Cards with less shared memory get smaller blocks. BLOCK_T
+    and the segments must depend on K and V in the same way: the scans for dq and dk exchange K and V, and use
+    the first passes of the scans for o and dv."""
     (B, T, H, K), (hopper, cores) = shape, card
     BLOCK_K, BLOCK_V = block_size(K), block_size(V)
     if dtype == torch.bfloat16 or interpreted():
@@ -894,7 +897,7 @@ def _layout_of(shape, V, dtype, side, card):
         BLOCK_T, BLOCK_V = 16, min(BLOCK_V, 32)
     n_chunks = ceil_div(T, BLOCK_T)
     wanted = 2 * cores // (B * H * ceil_div(max(K, V), 64))            # about two programs per multiprocessor
-    per_segment = ceil_div(n_chunks, max(1, min(wanted, n_chunks // 4)))
+    per_segment = ceil_div(n_chunks, max(1, min(wanted, n_chunks // 4)))       # at least about 4 chunks
     return Layout(BLOCK_T, BLOCK_K, BLOCK_V, n_blocks=ceil_div(V, BLOCK_V), n_chunks=n_chunks,
                   per_segment=per_segment, n_segments=ceil_div(n_chunks, per_segment),
                   stages=2 if BLOCK_T == 64 else 3)
@@ -911,7 +914,8 @@ def block_size(n):
 
 @lru_cache
 def card(device):
-    """Whether a GPU has shared memory as Hopper has (227 KB per program), and its multiprocessors."""
+    """Whether a GPU has shared memory as Hopper has (227 KB per program), and its number of
+    multiprocessors."""
     if device.type != "cuda":
         return True, 4
     p = torch.cuda.get_device_properties(device)

@@ -92,8 +92,8 @@ def pass_key(args, tokenizer):
 
 
 def context(args, tokenizer):
-    """The last --ctx ids of the text, and the right answer or None. BOS, the id that begins a text, is
-    first."""
+    """The prompt's ids, and the right answer or None. Of a text the last --ctx ids remain, the first of them
+    BOS, which begins a text, if the tokenizer has one."""
     if args.prompt is None and args.file is None:
         return pass_key(args, tokenizer)
     start = [] if args.chat or tokenizer.bos is None else [tokenizer.bos]
@@ -126,7 +126,7 @@ def write(args, tokenizer, model, state, prompt):
             times.append(time.time())
             if len(times) == 2:                      # the prompt is read
                 bar.close()
-                print(f"... {tokenizer.decode(prompt[-300:]).lstrip()}", end=bold)
+                print("... " * (len(prompt) > 300) + tokenizer.decode(prompt[-300:]).lstrip(), end=bold)
             if token in tokenizer.stops:
                 break
             out.append(token)

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 import hypenet
-from hypenet import DECAYS, Attention, Block, HypeNet, LinearAttention, attend, normed, sample, store
+from hypenet import (
+    DECAYS, Attention, Block, HypeNet, LinearAttention, normed, sample, softmax_attention, store)
 from kernel import block_size, card, ceil_div, dot_dtype, output_dtype, triton
 from support import heads
 
@@ -221,7 +222,7 @@ def attend_one(q, k, v, pos, cache, start):
     if len(pos) > 1:                            # rows may differ in length, so each row masks its empty slots
         mine = (torch.arange(used, device=q.device) <= pos[:, None])[:, None, None]
     grouped = q.view(len(q), k.size(2), -1, q.size(-1)).transpose(1, 2)         # one copy of K/V per group
-    o = attend(grouped, keys[:, :used].to(q.dtype), values[:, :used].to(q.dtype), mine)
+    o = softmax_attention(grouped, keys[:, :used].to(q.dtype), values[:, :used].to(q.dtype), mine)
     return o.transpose(1, 2).reshape(q.shape)
 
 
