@@ -932,7 +932,7 @@ def ask(table, reader, n, corpus, trials, bar):
     """The rows of a reader's tasks in n tokens: the share of answers found, and by_depth the shares where the
     needle stands at 0, 1/4, ... of the text."""
     for name, task in reader.tasks.items():
-        if is_open(table, reader, name, n) and has_room(task, n, corpus):
+        if is_open(table, reader, name, n) and has_room(task, n, corpus.tokenizer):
             if task.write:
                 found = written(reader.model, corpus, n, trials, task, keep=reader.keep)
             else:

@@ -216,8 +216,8 @@ def student_config(teacher, layers, args):
         linear_gate=extras,
         linear_kv_head=teacher.n_head)
     config |= args.changes                                         # fields given by --set
-    narrow = 0 < config["key_dim"] < teacher.head_dim
-    config.setdefault("linear_qk_norm", extras and not narrow)     # low_rank_keys puts the gain into q and k
+    narrow = config["key_dim"] in range(1, teacher.head_dim)       # low_rank_keys then has the norm's gain
+    config.setdefault("linear_qk_norm", extras and not narrow)
     return replace(teacher, **config)
 
 

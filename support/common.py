@@ -40,7 +40,8 @@ def number(kind, low, high=math.inf):
         except ValueError:
             value = math.nan
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {low:g}"
+            noun = "number" if kind is float else "whole number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} of at least {low:g}"
                                              + (f" and at most {high:g}" if high < math.inf else ""))
         return value
     return parse

@@ -42,10 +42,10 @@ FAULTS = [
     # The loss that is shown starts anew after a resume.
     ("support/run.py", 'self.mean = saved["mean"]', "self.mean = None"),
     # --micro is ignored.
-    ("support/run.py", 'self.at_once = run.options["micro"] or min(', "self.at_once = min("),
+    ("support/run.py", 'run.options["micro"] or max(1, most', "max(1, most"),
     # An empty folder counts as used.
-    ("support/run.py", "if not os.path.isdir(folder) or is_unused(folder):",
-     "if not os.path.isdir(folder):"),
+    ("support/run.py", "if not os.path.exists(folder) or os.path.isdir(folder) and is_unused(folder):",
+     "if not os.path.exists(folder):"),
     # --seed does not change the order of documents.
     ("support/text.py", "random.Random(seed).shuffle(order)", "random.Random(0).shuffle(order)"),
     # Every epoch reads the text in the same order.

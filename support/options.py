@@ -58,7 +58,8 @@ def get_args(halo, argv):
     add("--micro", type=number(int, 1), metavar="N", help="at most N sequences go through the models at "
         "once; default: as many as fit, up to 131,072 tokens")
     add("--plain", action="store_true", help="on a GPU, neither compile operations nor record steps")
-    add("--dry-run", action="store_true", help="print the plan, on a GPU also memory and time, then end")
+    add("--dry-run", action="store_true",
+        help="print the plan, for a conversion on a GPU also memory and time, then end")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N",
         help="seed of all random choices; default: 0")
     add("--budget", type=number(float, 1e-6), default=1.0, metavar="X",
@@ -275,11 +276,12 @@ def check_options(halo, args):
                   f"--pretrain --teacher {args.teacher}: known sizes are {', '.join(halo.TEACHERS)}"),
                  (args.hybrid and scored,
                   f"--pretrain with --layers {layers}: no teacher gives scores; use ends, even or letters"),
-                 ((args.set or args.keep) and not args.hybrid,
-                  "--pretrain --set and --keep go with --layers: a hybrid"),
                  (args.transfer == "off", "--transfer off goes with a teacher, not with --pretrain")]
         rows += [(flag in args.given, f"{flag} goes with a teacher, not with --pretrain")
-                 for flag in ("--alpha", "--kl", "--hidden", "--groups", "--control")]
+                 for flag in ("--alpha", "--kl", "--hidden", "--groups", "--training", "--control")]
+        rows += [(flag in args.given and not args.hybrid, f"--pretrain {flag} goes with --layers: a hybrid")
+                 for flag in ("--decay --retention --state --pe --extras --window --logit-base --max-ctx "
+                              "--keep --set").split()]
     else:
         rows += [(not staged and scored,
                   f"--training progressive with --layers {layers}: no stage 1 for scores; use ends or even"),
@@ -294,8 +296,9 @@ def check_hours(halo, args, size, weight, tokens):
              "--teacher tiny runs on a CPU, --device cpu starts this run anyway")])
     with torch.device("meta"):
         params = weight / 2 or halo.HypeNet(halo.TEACHERS[args.teacher]).n_params()
-    raise ValueError(f"--teacher {args.teacher} wants a GPU: about {cpu_hours(params, tokens):,.1f} hours on "
-                     "this CPU; --teacher tiny takes minutes, --device cpu starts this run anyway")
+    what, other = ("--pretrain ", "") if args.pretrain else ("", "--teacher tiny takes minutes, ")
+    raise ValueError(f"{what}--teacher {args.teacher} wants a GPU: about {cpu_hours(params, tokens):,.1f} "
+                     f"hours on this CPU; {other}--device cpu starts this run anyway")
 
 
 def check_layers(halo, how, n_layer, keep):
@@ -314,10 +317,16 @@ def check_stage_length(stage, plan, limit, args):
     refuse([(plan.length > limit,
              f"--plan {stage}.length={plan.length}: the model knows {limit} positions{chunks}")])
     if plan.recall:
-        try:
-            plant(args.tokenizer, np.zeros(plan.length, np.int64), np.random.default_rng(0))
-        except ValueError as e:
-            raise ValueError(f"--plan {stage}.length: {e}, or {stage}.recall=0") from None
+        room = plan.length - int(plan.short * plan.length)             # where training_rows hides it
+        check_room(args, room, f"--plan {stage}.length", f", or {stage}.recall=0")
+
+
+def check_room(args, n, what, way_out=""):
+    """ValueError if a text of n tokens has no room for a pass key."""
+    try:
+        plant(args.tokenizer, np.zeros(n, np.int64), np.random.default_rng(0))
+    except ValueError as e:
+        raise ValueError(f"{what}: {e}{way_out}") from None
 
 
 # ---- teacher and text --------------------------------------------------------------------------------------
@@ -335,12 +344,12 @@ def make_teacher(halo, args):
         return
     print(f"--teacher {args.teacher} is trained first, once, in {args.path}. The conversion follows.\n",
           flush=True)
-    argv = ["--device", args.device]
+    argv = ["--device", args.device] + ["--plain"] * args.plain
     if begun:
         argv += ["--resume", args.path]
     else:
         argv += ["--pretrain", "--teacher", args.teacher, "--out", args.path, "--seed", str(args.seed)]
-        argv += ["--dry-run"] * args.dry_run + ["--plain"] * args.plain
+        argv += ["--dry-run"] * args.dry_run
         argv += ["--data", *args.data] if args.data else []
         plan = [item for item in args.plan if item.startswith("pretrain.")]
         argv += ["--plan", *plan] if plan else []
@@ -381,9 +390,9 @@ def load_teacher(halo, plans, args):
                  f"--plan {stage}.length={plan.length}: its short texts have {plan.length // 32} tokens, and "
                  f"the teacher knows {config.max_len}; give a lower length, or {stage}.short=0")])
     args.length = min(config.max_len, args.length)
-    plant(args.tokenizer, np.zeros(args.length, np.int64), np.random.default_rng(0))
+    check_room(args, args.length, f"recall is measured in {args.length} tokens, as many as distil.length")
     hides = any(plan.recall and plan.varied < 1 for plan in plans.values())
-    args.task = "S1" if hides or not has_room("multi-key", args.length, args) else "multi-key"
+    args.task = "S1" if hides or not has_room("multi-key", args.length, args.tokenizer) else "multi-key"
     if args.task == "multi-key":
         args.varied = 0.0                                          # multi-key alone is asked for
     return teacher
@@ -575,7 +584,7 @@ def main(halo, argv):
     def run(argv):
         try:
             run_main(halo, argv)
-        except torch.OutOfMemoryError:                             # not in training: see within_memory
+        except torch.OutOfMemoryError:                             # rare in training: see within_memory
             raise ValueError("the device ran out of memory: take a smaller --teacher or another --device"
                              ) from None
     command_line("halo.py", run, argv, lasting=True)

@@ -6,10 +6,10 @@ text and asks for them (training_rows, hide), and tests ask for things after any
     TASKS            what tests hide, in the spirit of RULER (arXiv 2404.06654)
     written_tasks    tasks whose answer the model writes: multi-query, and a question to a chat model
     plant            hides what a task asks for in a text, and asks
-    reworded, again  hidden things for training: values after words of the text, and repeated passages
+    reworded, again  other hidden things: values after words of the text, and repeated passages
     Chats            other rows for training: a question of the teacher's after a long text
     training_rows    rows of a corpus, a share of them with something to recall
-    recall           the share of answers that a model finds, and their log-probability
+    recall           for each answer its log-probability, and whether the model finds it
     written          the share of values that stand in what a model writes
 """
 import re
@@ -25,7 +25,7 @@ import torch
 
 from support import fast, world
 from support.run import bf16
-from support.writer import FREE, scripts
+from support.writer import DAY, FREE, scripts
 
 KEY_NAMES = tuple("amber basalt cedar dahlia ember fennel garnet heron indigo jasper kestrel larch marble "
                   "nettle opal pepper quartz raven saffron thistle".split())
@@ -42,17 +42,19 @@ class Task(NamedTuple):
     question: str                    # the words right before the answer; {names}: one question for all
     signs: str                       # the characters that a value is drawn from
     size: int = 5                    # characters of a value
-    needles: int = 1                 # needles in a text, each with its own name; a test asks for the first
+    needles: int = 1                 # needles in a text, each with its own name; a test asks for the first,
+                                     # or with {names} for all
     names: tuple = KEY_NAMES         # the names to draw from
     prose: bool = True               # a test hides the needle in natural text, else in text as in training
     lead: str = ""                   # the words before the text, such as the beginning of a chat
+    special: bool = False            # the words hold special ids, such as a chat template's
     write: int = 0                   # tokens of an answer that the model writes; 0: it predicts the answer
 
 
 NUMBER = ("\nThe special magic number for {name} is {value}.\n",
           "\nWhich number was mentioned above? The special magic number for {name} is")
 
-TASKS = {                            # training hides the first one; the names are RULER's
+TASKS = {                            # the keys are RULER's names; training hides S1
     "S1": Task("\n# The pass key is {value}. Remember it.\n", "\n# What is the pass key? The pass key is",
                string.digits, prose=False),
     "S2": Task(*NUMBER, string.digits),
@@ -67,12 +69,11 @@ def written_tasks(tokenizer):
     needle, _ = NUMBER
     question = "\nWhich numbers were mentioned above? The special magic numbers for {names} are"
     tasks = {"multi-query": Task(needle, question, string.digits, needles=4, write=64)}
-    template = tokenizer.config.get("chat_template")
-    if isinstance(template, str) or any(t["name"] == "default" for t in template or ()):
-        lead, _, end = tokenizer.chat([dict(role="user", content="{text}")]).partition("{text}")
+    if tokenizer.template():
+        lead, _, end = tokenizer.chat([dict(role="user", content="{text}")], DAY).partition("{text}")
         question = "\n\nWhat is the special magic number for {name}?"
         question += end.replace("{", "{{").replace("}", "}}")       # plant calls str.format
-        tasks["chat"] = Task(needle, question, string.digits, lead=lead, write=32)
+        tasks["chat"] = Task(needle, question, string.digits, lead=lead, special=True, write=32)
     return tasks
 
 
@@ -82,9 +83,9 @@ def written_tasks(tokenizer):
 def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     """Hide the values of a task in text (n,) and ask for them: ids (n,), and the length of an answer in ids.
 
-    depth None (training): needles and `ask` questions stand at random places. Several needles stand mostly
-    near the ends of the text, because chance seldom puts one there in a long text. For the same reason one
-    question in eight then moves to right after its needle. Questions without room are left out.
+    depth None (training): needles and `ask` questions stand at random places, a needle before its questions.
+    With several needles, most places are near the ends of the text, and one question in eight follows its
+    needle at once: chance gives a long text few of either. Questions without room are left out.
     depth 0 to 1 (tests): the first needle stands at this share of the text, the other needles anywhere. One
     question for the first needle ends the text.
 
@@ -94,7 +95,7 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
     task: a Task, or its name in TASKS. ValueError if the text has no room for needles and one question."""
     assert depth is None or ask == 1, "a test has one question, at its end"
     task = TASKS.get(task, task)
-    encode = partial(tokenizer.encode_array, special=True) if task.lead else tokenizer.encode_array
+    encode = partial(tokenizer.encode_array, special=True) if task.special else tokenizer.encode_array
     names = rng.permutation(task.names)[:task.needles] if "{name}" in task.needle else [""]
     values = ["".join(task.signs[i] for i in rng.integers(0, len(task.signs), task.size)) for _ in names]
     needles = [encode(task.needle.format(name=name, value=value)) for name, value in zip(names, values)]
@@ -137,7 +138,7 @@ def plant(tokenizer, text, rng, depth=None, ask=1, task="S1"):
 
 
 def reworded(tokenizer, ids, rng, most=4):
-    """S1 in other words: a Task whose values follow words of the text, up to `most` values.
+    """A Task of 1 to `most` values, each asked for by words of the text that it follows.
 
     A model trained on pass keys alone finds pass keys. A model trained on these finds whatever followed the
     same words earlier. All names begin with the same words (up to 5), so that a name must be read to its
@@ -165,7 +166,7 @@ def reworded(tokenizer, ids, rng, most=4):
     size = int(rng.integers(3, 25))
     opening = f"{opening}{stop} " if opening else ""
     return Task("\n{name}" + joint + " {value}.\n", "\n" + opening + "{name}" + joint, signs, size,
-                len(names), names, prose=False)
+                len(names), names)
 
 
 def again(row, rng, times):
@@ -191,10 +192,10 @@ class Chats:
 
     def __init__(self, corpus):
         script = scripts(corpus.tokenizer)[-1]                      # the chat's, if there is a chat template
-        free = [i for i, id in enumerate(script) if id == FREE]
+        first = script.index(FREE)                                  # the user's question
         self.documents = corpus.written
-        self.before = script[:free[0]]                              # before the user's question
-        self.after = script[free[0] + 1:free[-1]]                   # after it; without a template nothing
+        self.before = script[:first]
+        self.after = script[first + 1:-2]                           # up to the answer; nothing if no template
         self.gap = corpus.tokenizer.encode("\n\n")
         template = self.before + self.after
         spelled = corpus.tokenizer.encode(corpus.tokenizer.decode(template))    # without special ids
@@ -213,8 +214,8 @@ class Chats:
 
     def lengthen(self, row, rng):
         """Make a row of ids (n,) a chat, in place: the user's message is the start of the row's text, without
-        special ids, and then a question; the answer follows. Returns False, and changes nothing, if there is
-        no chat for it or too little text."""
+        stops and ids of the template, and then a question; the answer follows. Returns False, and changes
+        nothing, if there is no chat for it or too little text."""
         chat = self.draw(rng, len(row) // 2)
         if chat is None:
             return False
@@ -236,7 +237,7 @@ def hide(tokenizer, row, rng, varied=0.0):
 
     A row gets a pass key (S1) and 1 to 3 questions for it. With probability `varied` it gets instead passages
     that come again, or values after words of the text (reworded), half of the time each. A row too short for
-    such values gets passages."""
+    such values gets passages. A long row gets more of these (more_in)."""
     times = int(rng.integers(1, 4))
     if not varied or rng.random() >= varied:
         row[:] = plant(tokenizer, row, rng, ask=times)[0]
@@ -276,22 +277,21 @@ def training_rows(corpus, stage, plan):
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-def has_room(task, n, corpus):
-    """Whether a text of n tokens has room for a task, whatever names and values are drawn (50 draws). Of the
-    corpus only the tokenizer counts."""
+def has_room(task, n, tokenizer):
+    """Whether a text of n tokens has room for a task, whatever names and values are drawn (50 draws)."""
     text = np.zeros(min(n, 4096), np.int64)                         # no task needs more
     try:
         for seed in range(50):
-            plant(corpus.tokenizer, text, np.random.default_rng(seed), 0.5, task=task)
+            plant(tokenizer, text, np.random.default_rng(seed), 0.5, task=task)
     except ValueError:
         return False
     return True
 
 
 def make_prompts(corpus, length, trials, seed, task, varied):
-    """Prompts (trials, length) that end in their answers, and the length of each answer in ids. The needles
-    stand at five depths in turn of held-out text. A share `varied` of the prompts asks for reworded values in
-    place of the task, as far as there is room."""
+    """Prompts (trials, length) that end in their answers, and the length of each answer in ids. The texts are
+    held out. The first needle stands at five depths in turn: 0, 1/4, 1/2, 3/4 and 1. A share `varied` of the
+    prompts asks for reworded values in place of the task, as far as there is room."""
     rng = np.random.default_rng([seed, length])
     prompts, n_answer = [], []
     for i, text in enumerate(corpus.windows(rng, trials, length, TASKS.get(task, task).prose)):
@@ -339,15 +339,14 @@ def recall(model, corpus, length, trials, seed=0, task="S1", keep=None, varied=0
     keep: the model reads only the first 4 and the last keep - 4 tokens of a longer text.
     varied: the share of prompts that ask for reworded values, as training does."""
     prompts, n_answer = make_prompts(corpus, length, trials, seed, task, varied)
-    prompts = torch.from_numpy(prompts).to(model.wte.weight.device)
-    prompts = shortened(prompts, keep)
+    prompts = shortened(torch.from_numpy(prompts), keep)
     most = max(n_answer)
     logp, right = [], []
     for part in world.parts(prompts, max(1, 65536 // prompts.size(1))):
         with bf16():
-            found = answers(model, part, most)
-        logp += found[0].cpu()
-        right += found[1].cpu()
+            found = answers(model, part.to(model.wte.weight.device), most)
+        for rows, new in zip((logp, right), found):
+            rows += new.cpu()                                       # one tensor a row
     n_answer = world.split(n_answer)
     mean_logp = [x[most - n:].mean() for x, n in zip(logp, n_answer)]
     whole = [x[most - n:].all().float() for x, n in zip(right, n_answer)]

@@ -78,7 +78,7 @@ def shares(model, corpus, lengths, args):
     found = {field: dict.fromkeys(map(str, lengths)) for field in asked}
     for field, n in tqdm([*itertools.product(asked, lengths)], desc="recall   ", dynamic_ncols=True):
         task, _ = ASKED[field]
-        if n <= model.config.limit() and has_room(task, n, corpus):
+        if n <= model.config.limit() and has_room(task, n, corpus.tokenizer):
             slow = args.device == "cpu" and n > 16 * args.length    # would take minutes
             trials = max(1, args.trials // 4) if slow else args.trials
             found[field][str(n)] = recall(model, corpus, n, trials, task=task)[1].mean().item()
@@ -87,7 +87,7 @@ def shares(model, corpus, lengths, args):
 
 def evaluate(teacher, student, corpus, args):
     """The numbers of the report. Recall is asked for at 1 to 16 times the length of distillation, and of the
-    student at 64 times. Past the training length attention has more keys. s_t corrects for their number."""
+    student at 64 times."""
     lengths = [n * args.length for n in (1, 2, 4, 16, 64)]
     teachers = shares(teacher, corpus, lengths[:4], args)
     students = shares(student, corpus, lengths, args)
@@ -100,17 +100,18 @@ def evaluate(teacher, student, corpus, args):
 # ---- tables ------------------------------------------------------------------------------------------------
 
 
-def print_scores(scores, ranks, layers, teacher_loss):
+def print_scores(scores, verdicts, layers, teacher_loss):
     """The table of selection, one row per layer: the results of halo.layer_scores and of halo.priorities."""
     kinds = {"": "if linear"}
-    paired = "swap_se" in scores[0]                                # then the score's error tells more
+    paired = "swap_se" in scores[0]                                # both forms were measured, on one text
     if paired:
         kinds["_kept"] = "if kept"
-    width = (11 if paired else 19) * len(kinds)
-    titles = "".join(f"{title:>{width // len(kinds)}s}" for title in kinds.values())
+    column = 11 if paired else 19
+    width = column * len(kinds)
+    titles = "".join(f"{title:>{column}s}" for title in kinds.values())
     print(f"\n     {'recall (log p)':>{width}s}{'held-out loss':>{width}s}")
     print(f"layer{titles}{titles}{'score':>10s}")
-    for i, (s, (must_stay, score)) in enumerate(zip(scores, ranks)):
+    for i, (s, (must_stay, score)) in enumerate(zip(scores, verdicts)):
         if paired:
             cells = "".join(f"{sign * s[name + kind]:11.4f}" for name, sign in (("R", 1), ("C", -1))
                             for kind in kinds)
@@ -159,8 +160,8 @@ def finish(run, teacher, student, corpus, args):
         params=dict(teacher=teacher.n_params(), student=student.n_params()),
         **evaluate(teacher, student, corpus, args), seconds=run.seconds(), peak_gb=peak_gb(args.device)))
     if world.RANK == 0:
-        student.save_pretrained(run.folder)
         args.tokenizer.save(run.folder)
+        student.save_pretrained(run.folder)                         # last: a folder with weights is whole
         write_json(run.path("report.json"), report)
     print_report(report)
     print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, log.jsonl\n\n"
@@ -172,7 +173,7 @@ def finish_pretrained(run, model, corpus, args):
     """Save and measure a model trained from random weights, write report.json, print the numbers."""
     if world.RANK == 0:
         args.tokenizer.save(run.folder)
-        model.save_pretrained(run.folder, torch.bfloat16)           # last: a folder with this file is whole
+        model.save_pretrained(run.folder, torch.bfloat16)
     loss = losses(model, corpus.held_out_batches(args.length, args.eval_windows)).mean().item()
     lengths = [n * args.length for n in ((1, 16, 64) if args.hybrid else (1,))]
     found = shares(model, corpus, lengths, args)
@@ -192,7 +193,7 @@ def finish_pretrained(run, model, corpus, args):
 def save_usable(run, stage, title, student, corpus, args):
     """Save a student after a group of layers, ready for use. Returns the student's held-out loss."""
     if world.RANK == 0:
-        student.save_pretrained(run.path(stage))
+        student.save_pretrained(run.path(stage))                    # makes the folder
         corpus.tokenizer.save(run.path(stage))
     loss = losses(student, corpus.held_out_batches(args.length, args.eval_windows)).mean().item()
     print(f"{title} | held-out loss {loss:.4f} | usable: {run.path(stage)}")

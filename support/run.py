@@ -166,11 +166,11 @@ LOCK = ".lock"                                        # locked while a run lives
 
 def new_folder(asked, default):
     """The folder of a new run: the one asked for, else default, default-2, default-3, ... ValueError if the
-    folder asked for is in use."""
+    folder asked for is in use or no folder."""
     folder = asked or default
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise ValueError(f"--out {folder} is a file; name a folder")
-    if not os.path.isdir(folder) or is_unused(folder):
+    if asked and os.path.exists(asked) and not os.path.isdir(asked):
+        raise ValueError(f"--out {asked} is a file; name a folder")
+    if not os.path.exists(folder) or os.path.isdir(folder) and is_unused(folder):
         return folder
     if asked:
         raise ValueError(f"--out {folder} is not empty; go on with it by --resume {folder}, or name another")
@@ -196,8 +196,8 @@ def claim(folder, options):
     takes the next folder. ValueError instead if an option names the folder."""
     resumed = options.get("resume")
     named = resumed or options.get("out")
-    default = re.sub(r"-\d+$", "", folder)
-    for number in itertools.count(2):
+    default, number = re.fullmatch(r"(.*?)(?:-(\d+))?", folder, re.DOTALL).groups()
+    for number in itertools.count(int(number or 1) + 1):
         os.makedirs(folder, exist_ok=True)
         lock = open(os.path.join(folder, LOCK), "a+", encoding="utf-8")
         free = hold(lock)
@@ -281,7 +281,7 @@ class Stage:
             if plan.batch % world.SIZE:
                 raise ValueError(f"--plan {without_number(name)}.batch={plan.batch}: give a multiple of "
                                  f"{world.SIZE}, the number of GPUs that share the model")
-        self.at_once = run.options["micro"] or min(self.mine, max(1, most // plan.length))
+        self.at_once = min(self.mine, run.options["micro"] or max(1, most // plan.length))
         self.first = 0                                # steps done before this process
         self.computed = 0                             # steps done in this process
         self.mean = None                              # of the loss, over about 20 steps
@@ -339,7 +339,7 @@ class Stage:
         try:
             write_file(self.file, write)
         except (OSError, RuntimeError) as e:          # RuntimeError: from torch, on a full disk
-            message = f"{self.file}: {e}; free some disk, then --resume {self.run.folder}"
+            message = f"{self.file}: {e}; mend that (free some disk?), then --resume {self.run.folder}"
             raise ValueError(message) from None
 
     def not_finite(self, what, step):
@@ -525,7 +525,7 @@ def bf16():
 
 
 def checkpoint_blocks(module, on=True):
-    """Let each block of a model keep its input alone. The backward pass computes the rest again."""
+    """Let each block of a model keep only its input. The backward pass computes the rest again."""
     for block in getattr(module, "blocks", []):
         if on:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -535,8 +535,7 @@ def checkpoint_blocks(module, on=True):
 
 def checkpointed(module):
     """Whether the blocks of a model are checkpointed."""
-    blocks = getattr(module, "blocks", [])
-    return len(blocks) > 0 and "forward" in vars(blocks[0])
+    return any("forward" in vars(block) for block in getattr(module, "blocks", []))
 
 
 def within_memory(stage, module, at_once, work):
@@ -544,11 +543,10 @@ def within_memory(stage, module, at_once, work):
     one row is too many, the blocks are checkpointed. work has changed no weight yet, so a second try gives
     the same result. If one process must try again, all do."""
     while True:
-        found = None
         try:
             found = work(at_once)
         except torch.OutOfMemoryError:
-            pass                                      # memory is freed only after the handler
+            found = None                              # memory is freed only after the handler
         if not world.any_of(found is None):
             return found, at_once
         module.zero_grad()

@@ -990,7 +990,7 @@ def test_hours_are_operations_over_the_measured_rate(weight, monkeypatch):
     monkeypatch.setattr(cli.time, "perf_counter", lambda: next(seconds))
     params = weight / 2 or HypeNet(halo.TEACHERS["mini"]).n_params()
     with one_line(f"about {8 * params * 3e8 / 2 ** 30 / 3600:,.1f} hours"):
-        cli.check_hours(halo, types.SimpleNamespace(teacher="mini"), "mini", weight, 3e8)
+        cli.check_hours(halo, types.SimpleNamespace(teacher="mini", pretrain=False), "mini", weight, 3e8)
 
 
 def test_a_probe_tells_the_speed_of_a_stage():

@@ -2167,9 +2167,9 @@ def test_only_the_ends_of_a_long_text_are_read(monkeypatch, stdlib):
 
 def test_has_room():
     """A task has room where the longest names have."""
-    corpus = types.SimpleNamespace(tokenizer=Tokenizer.bytes())
-    assert recall.has_room("S1", 128, corpus) and recall.has_room("multi-key", 280, corpus)
-    assert not recall.has_room("multi-key", 266, corpus)                    # short names would have
+    tokenizer = Tokenizer.bytes()
+    assert recall.has_room("S1", 128, tokenizer) and recall.has_room("multi-key", 280, tokenizer)
+    assert not recall.has_room("multi-key", 266, tokenizer)                    # short names would have
 
 
 # ---- a run's log -------------------------------------------------------------------------------------------
@@ -2480,6 +2480,11 @@ ERRORS = {  # what is given, {} being the fixture's folder: a word of the line i
     "--pretrain --teacher tiny --alpha 0.5": "--alpha", "--pretrain --teacher tiny --kl reverse": "--kl",
     "--pretrain --teacher tiny --training progressive --layers even --groups 2": "--groups",
     "--pretrain --teacher tiny --layers even --keep 20 --device cpu": "--keep 20",
+    "--pretrain --teacher tiny --decay head": "--decay goes with --layers",
+    "--pretrain --teacher tiny --layers even --training progressive": "--training",
+    "--set key_dim=x": "key_dim",
+    "--plan finetune.length=100 finetune.short=0.25": "finetune.length: a text of 75 tokens",
+    "--plan distil.length=16 distil.recall=0": "measured in 16 tokens",
 }
 
 

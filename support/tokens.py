@@ -152,14 +152,19 @@ class Tokenizer:
             config["bos_token"] = self.encoder.id_to_token(self.bos)
         write_json(os.path.join(path, "tokenizer_config.json"), config)
 
+    def template(self):
+        """The chat template, a str, or None."""
+        found = self.config.get("chat_template")
+        if isinstance(found, list):                  # several templates, each with a name
+            found = {t["name"]: t["template"] for t in found}.get("default")
+        return found or None
+
     def chat(self, messages, day=None):
         """[{"role": "user", "content": "Hello"}, ...] -> the prompt, a str, that ends where an instruct model
         answers. Encode the prompt with special=True and put no bos before it: the template writes bos. day: a
         datetime for templates that write today's date; default: now."""
-        template = self.config.get("chat_template")
-        if isinstance(template, list):               # several templates, each with a name
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        if not template:
+        template = self.template()
+        if template is None:
             raise ValueError("this model has no chat template: give an instruct model, or leave out --chat")
         try:
             import jinja2

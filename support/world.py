@@ -86,6 +86,8 @@ def talk():
     """A context for calls that wait for other processes. Raises Lost if a process has ended."""
     try:
         yield
+    except torch.OutOfMemoryError:                    # a RuntimeError too
+        raise
     except RuntimeError as error:
         raise Lost("another process of this run has ended") from error
 

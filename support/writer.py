@@ -7,7 +7,7 @@
 
 The teacher draws each id at temperature 1, from its own distribution. A base model begins a document as in
 its training: with bos, or with the end id that stands between documents. An instruct model begins every
-second document with the chat template. There it writes the user's question and then its own answer.
+second document with the chat template. There it writes the user's question first, and then its own answer.
 """
 import hashlib
 import json
@@ -23,7 +23,7 @@ from support.fast import Decoder
 from support.pretrained import digest
 
 LENGTH = 1024                        # tokens of a document, at most
-ROWS = dict(cuda=512)                # documents that are written at once, by the kind of device
+ROWS = 512                           # documents that a GPU writes at once, at most
 AT_ONCE = 64                         # tokens of each row between two copies to the host
 FREE = -1                            # in a script: the teacher draws ids here
 DAY = datetime(2026, 1, 1)           # for chat templates that write a date: a text is the same every day
@@ -32,7 +32,7 @@ PART = 2 ** 22                       # tokens that one process writes in one go,
 
 def scripts(tokenizer):
     """What documents consist of, a list for each kind: ids, and FREE where the teacher draws ids up to a
-    stop. The last is the end id."""
+    stop. Each list ends with the end id."""
     begin = tokenizer.end if tokenizer.bos is None else tokenizer.bos
     found = [[begin, FREE, tokenizer.end]]
     if tokenizer.config.get("chat_template"):
@@ -81,7 +81,7 @@ class Writer:
         pos = self.state.pos                                        # of the next id
         pos.mul_(~self.begins[at])
         at.add_((self.script[at] == FREE) & self.stops[drawn])      # after a stop, the script goes on
-        at.copy_(torch.where(pos == self.length - 1, self.ends[at], at))
+        at.copy_(torch.where(pos == self.length - 1, self.ends[at], at))            # no room: the end id
         ids = self.script[at]
         at.add_(ids != FREE).remainder_(len(self.script))
         return torch.where(ids == FREE, drawn, ids)
@@ -101,18 +101,18 @@ class Writer:
 def n_rows(model, length):
     """How many rows to write at once: their state may take a third of a GPU's memory."""
     device = model.wte.weight.device
-    rows = ROWS.get(device.type, 32)
-    if device.type == "cuda":
-        one = sum(State(model.config, 1, length, "meta", model.wte.weight.dtype).nbytes())
-        rows = min(rows, torch.cuda.get_device_properties(device).total_memory // 3 // one)
-    return max(1, rows)
+    if device.type != "cuda":
+        return 32
+    one = sum(State(model.config, 1, length, "meta", model.wte.weight.dtype).nbytes())
+    return max(1, min(ROWS, torch.cuda.get_device_properties(device).total_memory // 3 // one))
 
 
 def teacher_documents(model, tokenizer, n_tokens, seed=0, rows=None):
-    """Documents that the model writes, arrays of ids, of at least n_tokens in all. A document ends with the
-    end id. It begins with bos if the tokenizer has bos.
+    """Documents that the model writes, arrays of ids, about n_tokens in all or more. A document ends with the
+    end id. It begins with bos, if the tokenizer has bos, or as the chat template begins.
 
-    Every document that was begun is written to its end, because unfinished documents are mostly long ones."""
+    Every document that was begun is ended, because unfinished documents are mostly long ones. One that
+    reaches LENGTH is cut there."""
     length = min(LENGTH, model.config.max_len)
     rows = min(rows or n_rows(model, length), max(1, n_tokens // length))
     writer = Writer(model, tokenizer, seed, rows, length)
