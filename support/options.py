@@ -153,10 +153,10 @@ def settle(halo, args):
         del plans["pretrain"]                                      # the teacher is there
     if args.device == "cpu" and not free and ("pretrain" in plans or size in ("small", "real")):
         check_hours(halo, args, size, weight, sum(plan.total for plan in plans.values()))
-    # Measurements follow the texts of distil. --control has no such stage, --pretrain only its own.
+    # What is measured follows distil; --control is measured at distil's length, --pretrain at its own.
     first = plans.get("distil") or plans[stages[0]]
     args.varied = first.varied
-    # 1: the report asks only for pass keys, as training did. 2: for one of four keys as well.
+    # How many of report.ASKED are measured. 1: pass keys alone, as in training. 2: one of four keys too.
     args.asked = 1 if first.recall and not first.varied else 2
     args.length = halo.PLANS[size]["distil"].length if args.control else first.length
     return {stage: plans[stage] for stage in stages}
@@ -190,8 +190,8 @@ MOST_LR = dict(align=3e-3, distil=1e-3, finetune=1e-3, group=1e-3)      # of a s
 def scale(plans, n_params, given):
     """Fit the paper's plan to a teacher of n_params parameters, in place; `given`: the items of --plan. The
     paper's smallest teacher has 1.7B. A smaller teacher reads fewer tokens, by the square root of its size,
-    at a higher rate, at most that of MOST_LR; lr_end stays. SmolLM2-135M gets 3e-3, 1e-3 and 1e-4 in stages 1
-    to 3, which did well, in small batches (results/README.md): hence the exponent -0.91. A stage has at least
+    at a higher rate, at most that of MOST_LR; lr_end stays. The exponent -0.91 gives SmolLM2-135M 1e-3 and
+    1e-4 in stages 2 and 3, which did well in small batches (results/README.md). A stage has at least
     LEAST_STEPS / sqrt(share) steps, if need be in smaller batches, of 8 or a multiple if possible."""
     share = min(1.0, n_params / 1.7e9)
     given = {item.partition("=")[0] for item in given}
@@ -331,8 +331,8 @@ def check_room(args, n, what, way_out=""):
 
 # ---- teacher and text --------------------------------------------------------------------------------------
 
-ROUNDS = 4                           # how often a run reads what its teacher writes: so often text is as good
-                                     # as new (arXiv 2305.16264), and writing it takes longer than reading it
+ROUNDS = 4                           # how often a run reads what its teacher writes: up to that, old text is as
+                                     # good as new (arXiv 2305.16264), and writing takes longer than reading
 
 
 def make_teacher(halo, args):
@@ -359,9 +359,10 @@ def make_teacher(halo, args):
 
 def load_teacher(halo, plans, args):
     """The teacher. Options that do not fit the teacher are errors here, before stage 1. Fits the plans to the
-    teacher's size. Sets args.tokenizer and args.task: what selection and the fit of `a` ask for, pass keys if
-    training hides them or multi-key has no room, else multi-key. Lowers args.length to the teacher's max_len.
-    All is measured at this length and its multiples, because a RoPE teacher's max_len would take too long."""
+    teacher's size. Sets args.tokenizer and args.task, which selection and the fit of logit_base measure:
+    multi-key, or pass keys if training hides those or the text has no room for multi-key. Lowers args.length
+    to the teacher's max_len. All is measured at this length and its multiples, because a RoPE teacher's
+    max_len would take too long."""
     args.tokenizer = Tokenizer.load(args.path)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     teacher = pretrained.load(args.path, dtype, args.device).requires_grad_(False)

@@ -9,12 +9,13 @@
         ...                                           the caller updates the weights
         progress.done(step, loss, norm, lr)           one line of the log; sometimes a checkpoint
 
-Of several processes (support/world.py) the first writes all files. All go on, try again and stop together.
+Of several processes (support/world.py) the first writes all files. If one is lost, each of the others saves a
+checkpoint. All go on, try again and stop together.
 
 A Probe has the interface of a Run. Its stages take a few steps on random ids, and measure speed and memory.
 
-A plan has steps, total (tokens), length, batch, lr, lr_end and rate(step). rows_of(corpus, stage, plan) is a
-function step -> ids (batch, length + 1). corpus.advance(plan) is called when a stage has ended.
+A plan has steps, total (tokens), length, batch, lr and rate(step). rows_of(corpus, stage, plan) returns a
+function: step -> ids (batch, length + 1). corpus.advance(plan) is called when a stage has ended.
 Read Run and Stage first. Memory and recordings come after them.
 """
 import hashlib
@@ -77,8 +78,8 @@ class Run:
         self.handlers = {sig: signal.signal(sig, self.on_signal) for sig in (signal.SIGINT, signal.SIGTERM)}
 
     def close(self):
-        """Give back signals and lock. To be called in `finally`: after an error of one of several processes
-        signals are ignored, because torchrun sends one, and the message must come first."""
+        """Give back the signals and the lock; call it in `finally`. After an error in one of several
+        processes signals are ignored: torchrun sends one, and it must not cut off the message."""
         failed = world.SIZE > 1 and sys.exc_info()[0]
         for sig, handler in self.handlers.items():
             signal.signal(sig, signal.SIG_IGN if failed else handler)
@@ -130,7 +131,8 @@ class Run:
         return self.done[name]
 
     def digests(self, stage):
-        """The hashes that a stage's checkpoint may have: the previous checkpoint's, and the newest one's."""
+        """The hashes that a stage's checkpoint may have: the newest one's, and while that is written the
+        one's before."""
         return self.done.setdefault("checkpoints", {}).get(stage, [])
 
     def stage(self, name, plan, module, optimizer, gradients):
@@ -363,8 +365,8 @@ class Stage:
 
     def compute(self, rows):
         """Leave the gradients of a batch, summed over the processes, and return the loss. The first step
-        compiles, and finds how many rows fit. The third step is recorded, where `recorded` can do that. It is
-        not if a process has no row, or if the processes share the module."""
+        compiles, and finds how many rows fit. The third step is recorded as a CUDA graph, if `recorded` can,
+        every process has a row, and the module is not shared out."""
         self.computed += 1
         if self.computed == 3 and self.plan.batch >= world.SIZE and not shard.is_shared(self.module):
             self.module.zero_grad()                   # the recording allocates gradients of its own
@@ -649,9 +651,9 @@ def peak_gb(device):
 
 def recorded(work, rows, plain=False):
     """work, a function of rows, as a CUDA graph for rows of this shape. The step of a small model launches a
-    thousand kernels, and to launch them takes longer than to run them. A replay writes all gradients anew.
-    None on other devices, if `plain` is asked for, or if memory has no room for a second copy of everything
-    in it."""
+    thousand kernels, and to launch them takes longer than to run them. A replay overwrites the gradients, and
+    does not add to them. None without CUDA, if `plain` is asked for, or if memory has no room for a second
+    copy of all that this process holds in it."""
     if not rows.is_cuda or plain:
         return None
     held = torch.cuda.memory_reserved(rows.device)

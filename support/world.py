@@ -5,7 +5,8 @@
 Every process makes the same batches. Every process holds the same weights, unless support/shard.py shares out
 the weights. Each process takes some rows of a batch, and gradients are summed. So losses and weights equal
 those of one process, up to rounding. Questions and held-out text are shared out too. Process 0 alone prints
-and writes files. Without torchrun this file changes nothing.
+and writes files, but if a process ends, each of the others saves a checkpoint. All read the run's folder: on
+several machines it must be on a disk that all of them see. Without torchrun this file changes nothing.
 
     begin, join, fail, leave       from start to end
     parts, split, gather           each process takes its share; all get all results
