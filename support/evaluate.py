@@ -19,6 +19,7 @@ share of right answers that greedy generation writes. ± is one standard error. 
 teacher, per question, so its error is smaller.
 """
 import json
+import math
 import os
 import re
 from argparse import Namespace
@@ -32,7 +33,8 @@ from halo import teacher_path
 from hypenet import refuse, write_file
 from sample import load
 from support import fast
-from support.common import Parser, command_line, default_device, filled, number, read_text, write_json
+from support.common import (
+    Parser, command_line, default_device, filled, number, read_json, read_text, write_json)
 from support.recall import TASKS
 from support.text import Corpus
 
@@ -132,9 +134,9 @@ def read_tasks(paths, most):
     for path in paths:
         lines = [line for line in read_text(path).split("\n") if line.strip()][:most]
         questions = [checked(line, f"{path}, question {i}") for i, line in enumerate(lines, 1)]
-        refuse(len(questions) < 2 or len({"choices" in q for q in questions}) > 1,
-               f"{path} has {len(questions)} questions; give at least 2; either all have choices or "
-               "none has")
+        refuse(len(questions) < 2, f"{path} has {len(questions)} questions; give at least 2")
+        refuse(len({"choices" in q for q in questions}) > 1,
+               f"{path}: some questions have choices, others a target; put them in two files")
         name = os.path.splitext(os.path.basename(path))[0]
         refuse(name in tasks, f"--tasks names {name} twice; rename one of the files")
         tasks[name] = questions
@@ -146,7 +148,7 @@ def checked(line, where):
     try:
         q = json.loads(line)
         answers, gold = answers_of(q)
-        texts = isinstance(q["context"], str) and all(isinstance(text, str) and text for text in answers)
+        texts = isinstance(q["context"], str) and all(isinstance(x, str) and x.strip() for x in answers)
         if texts and type(answers) is list and type(gold) is int and 0 <= gold < len(answers):
             return q
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -219,10 +221,12 @@ def batches(rows, tokens=32768):
 
 def written(model, tokenizer, rows):
     """Whether greedy generation, given all ids of a row (ids, n) but the last n, writes the text of the last
-    n ids and then ends the word. One value per row."""
-    found = []
-    for part in batches(rows):
-        steps = fast.stream(model, [ids[:-n] for ids, n in part], max(n for _, n in part) + 2,
+    n ids and then ends the word. One value per row. Where positions are learned, rows are read one by one: a
+    row's answer would else be written behind a longer row's context."""
+    found, limit = [], model.config.limit()
+    for part in batches(rows) if limit == math.inf else batches(rows, 0):
+        room = limit - max(len(ids) - n for ids, n in part)
+        steps = fast.stream(model, [ids[:-n] for ids, n in part], min(room, max(n for _, n in part) + 2),
                             n_vocab=tokenizer.n_vocab, never=tokenizer.holes, graph=False)
         for out, (ids, n) in zip(torch.stack(list(steps), 1).tolist(), part):
             wanted = re.escape(tokenizer.decode(ids[-n:]).strip())
@@ -277,8 +281,10 @@ def load_models(args):
     def one(model, teacher=False):
         given = Namespace(model=model, teacher=teacher, device=args.device, logit_base=None)
         return load(given)[:2]
-    is_run = args.model is None or os.path.exists(os.path.join(args.model, "report.json"))
-    if args.teacher is None and is_run:
+    is_student = args.model is None
+    if args.model and os.path.exists(os.path.join(args.model, "report.json")):
+        is_student = "recipe" in read_json(args.model, "report.json", "report of halo.py")
+    if args.teacher is None and is_student:
         yield "teacher", *one(args.model, teacher=True)
     elif args.teacher not in (None, "none"):
         yield "teacher", *one(teacher_path(args.teacher))

@@ -1,4 +1,4 @@
-"""Generation at the speed of memory: the tokens of HypeNet.generate, from kernels made for one token.
+"""Fast generation: the tokens of HypeNet.generate, by kernels for one token at a time.
 
     stream(model, prompts, n)     yields the next ids of all rows, step by step
     prefill(model, prompt, state) reads a long prompt in segments of bounded memory
@@ -11,7 +11,7 @@ and residual sum. scan_token is the recurrence. attend_cache is attention to a l
 replays all layers, because hundreds of small kernels cost more to launch than to run.
 
 Map: stream and Decoder first, then read and its attention, then the three functions, at last their kernels.
-`serves` is the one test of whether the kernels know a model; every other model takes the plain path.
+`serves` says whether the kernels of one token compute a model. Every other model is computed by torch.
 """
 import math
 import warnings
@@ -59,13 +59,14 @@ def serves(model, x):
 
 @torch.no_grad()
 def stream(model, prompts, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None, n_vocab=None,
-           segment=None, progress=None, state=None, never=(), graph=None):
+           segment=None, progress=None, state=None, never=(), graph=True):
     """Continue prompts, a list of id lists of any lengths: yields the next ids (B,) of all rows, again and
     again. Each row is read alone and unpadded into its slice of the state; then all rows go on together.
 
     temperature 0 is greedy; top_k and top_p drop unlikely ids. Ids from n_vocab on, and those in `never`, are
-    not sampled. segment, progress: see prefill. graph: see Decoder. The last id yielded is not in the state
-    yet: start the next prompt with this id. ValueError for arguments that are wrong."""
+    not sampled. segment, progress: see prefill. graph: see Decoder. state: a State with one row per prompt,
+    which may hold earlier tokens (default: a new one). The last id yielded is not in the state yet: start the
+    next prompt with this id. ValueError for wrong arguments, when the first ids are drawn."""
     check_stream(model, prompts, max_new_tokens, temperature, top_k, top_p)
     device = model.wte.weight.device
     rng = torch.Generator(device).manual_seed(seed) if seed is not None else None
@@ -98,9 +99,12 @@ def check_stream(model, prompts, max_new_tokens, temperature, top_k, top_p):
                          f"{model.config.vocab_size - 1}, so its tokenizer is not this model's")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not temperature >= 0 or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} (0 or more), top_k {top_k} (1 or more), "
-                         f"top_p {top_p} (above 0, at most 1)")
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}; it must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
 
 
 def check_room(model, state, n):
@@ -126,19 +130,19 @@ def prefill(model, prompt, state, segment=None, progress=None):
 
 class Decoder:
     """Generation, one token per row and call: the model reads idx (B,), then pick(logits) -> ids (B,) chooses
-    the next ids. rng: the generator that pick draws from. logits (B,vocab_size) choose the first ids (None:
-    id 0).
+    the next ids. rng: the generator that pick draws from. The first ids are pick(logits), or 0 without
+    logits.
 
     If `serves` knows the model, the second call records a CUDA graph, and later calls replay the graph. A
     graph replays fixed addresses, so tensors are updated in place. Positions, ids and random numbers live on
     the device. graph=False: never record."""
 
-    def __init__(self, model, state, logits=None, pick=sample, rng=None, graph=None):
+    def __init__(self, model, state, logits=None, pick=sample, rng=None, graph=True):
         self.model, self.state, self.pick, self.rng = model, state, pick, rng
         self.idx = torch.zeros_like(state.pos) if logits is None else pick(logits)
         self.held = int(state.pos.max())                     # tokens of the longest row, known to the host
         self.graph, self.calls = None, 0
-        self.record = serves(model, self.idx) and graph is not False
+        self.record = graph and serves(model, self.idx)
 
     def advance(self):
         logits = self.model.head(read(self.model, self.idx[:, None], self.state))

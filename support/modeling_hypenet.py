@@ -96,8 +96,7 @@ class HypeNetForCausalLM(PreTrainedModel, GenerationMixin):
         if wrong:
             raise ValueError(f"a HypeNet takes no {', '.join(wrong)}; leave these arguments out")
         given = others.pop("cache", past_key_values)
-        wanted = given is not None if use_cache is None else use_cache
-        cache = (HypeNetCache() if given is None else given) if wanted else None
+        cache = HypeNetCache() if given is None and use_cache else given
         mask = token_mask(input_ids, attention_mask, cache)
         x = self.read_whole(input_ids, mask) if cache is None else self.read_on(input_ids, mask, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -331,7 +331,7 @@ def check_room(args, n, what, way_out=""):
 
 # ---- teacher and text --------------------------------------------------------------------------------------
 
-ROUNDS = 4                           # how often a run reads what its teacher writes: up to that, old text is as
+ROUNDS = 4                           # how often a run reads what its teacher writes: so often old text is as
                                      # good as new (arXiv 2305.16264), and writing takes longer than reading
 
 

@@ -133,13 +133,16 @@ def load(name_or_path, dtype=torch.float32, device="cpu"):
         config, names, found = read_gguf(path)
         return assemble(config, names, found, path, dtype, device)
     given = read_json(path, "config.json", "model")
+    if "hypenet" in given:
+        raise ValueError(f"{path} is an export for transformers; give the model that it was made from")
     if is_ours(given):
         return assemble(read_config(given, path), None, open_safetensors(path), path, dtype, device)
     config, q_scale = translate(given, os.path.join(path, "config.json"))
     model = assemble(config, WEIGHT_NAMES[given["model_type"]], open_safetensors(path), path, dtype, device)
-    for block in model.blocks:                       # a constant scale of the queries is a gain of their norm
-        if q_scale != 1 and isinstance(block.mixer, Attention):
-            block.mixer.q_norm.weight.data *= q_scale
+    if q_scale != 1:                                 # a constant scale of the queries is a gain of their norm
+        for block in model.blocks:
+            if isinstance(block.mixer, Attention):
+                block.mixer.q_norm.weight.data *= q_scale
     return model
 
 
@@ -184,7 +187,7 @@ def fetch(name_or_path, weights=True):
 
 
 def digest(name_or_path):
-    """A hash of all that a model and its tokenizer are read from, the same wherever the files stand."""
+    """A hash of a model's .safetensors files, config and tokenizer, the same wherever the files stand."""
     path = fetch(name_or_path)
     files = [path]
     if os.path.isdir(path):

@@ -344,6 +344,16 @@ def tasks(tmp_path_factory):
     return {name: json_lines(folder / f"{name}.jsonl") for name in names}
 
 
+def test_a_long_answer_beside_a_long_context_fits():
+    """Rows that fit a model's learned positions one by one are written one by one: with every answer the same
+    as alone."""
+    model = tiny(dtype=torch.float32, layers="AAA", **dict(GPT2, max_len=32), vocab_size=256)
+    tokenizer = Tokenizer.bytes()
+    rows = [evaluate.encoded(tokenizer, *q) for q in (("a" * 28, "b"), ("a", "bcdefgh"))]
+    alone = [evaluate.written(model, tokenizer, [row])[0] for row in rows]
+    assert evaluate.written(model, tokenizer, rows) == alone
+
+
 def test_built_in_tasks_have_their_answers_in_context(tasks):
     """The last word stands in the first three quarters alone, copied words in the first line, a number in its
     sentence. The verb agrees with the first noun, and the second noun has the other number."""
@@ -370,15 +380,17 @@ def test_built_in_tasks_have_their_answers_in_context(tasks):
 @pytest.mark.parametrize("line", [
     "no json", "[1]", '{"context": "a"}', '{"context": 1, "target": "b"}', '{"context": "a", "target": ""}',
     '{"context": "a", "choices": ["b"], "gold": 1}', '{"context": "a", "choices": ["b"], "gold": -1}',
-    '{"context": "a", "choices": "bc", "gold": 0}', '{"context": "a", "choices": []}', "[" * 99999])
+    '{"context": "a", "choices": "bc", "gold": 0}', '{"context": "a", "choices": []}', "[" * 99999,
+    '{"context": "a", "target": " "}'])
 def test_a_line_that_is_no_question_is_one_line(line, tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_text('{"context": "a", "target": "b"}\n' + line)
     with one_line(f"{path}, question 2", "target"):
         evaluate.read_tasks([str(path)], 10)
-    for text in ("", '{"context": "a", "target": "b"}\n{"context": "a", "choices": ["b"], "gold": 0}'):
+    for text, word in (("", "at least 2"), ('{"context": "a", "target": "b"}\n'
+                                            '{"context": "a", "choices": ["b"], "gold": 0}', "two files")):
         path.write_text(text)
-        with one_line(str(path), "at least 2"):
+        with one_line(str(path), word):
             evaluate.read_tasks([str(path)], 10)
     path.write_text('{"context": "a", "target": "b"}\n' * 2)
     with one_line("tasks twice"):

@@ -944,6 +944,8 @@ def test_chat_template(tmp_path):
     (tmp_path / "student").mkdir()
     ours.save(tmp_path / "student")
     assert Tokenizer.load(tmp_path / "student").chat(say) == wanted
+    ours.config |= dict(bos_token=None, chat_template="{{ bos_token or 'no bos' }}")
+    assert ours.chat(say) == "no bos"
     for bad, word in (("{{ raise_exception('no tools') }}", "no tools"), ("{% if %}", "fails"),
                       ("{{ messages[7].role }}", "fails"), ("{{ ''.__class__.__mro__ }}", "fails")):
         (tmp_path / "chat_template.jinja").write_text(bad)
@@ -1371,6 +1373,15 @@ def test_no_network_is_one_line(monkeypatch, capsys):
         halo.main(["--data", "fineweb", "--device", "cpu"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "no route" in error
+
+
+def test_a_shard_that_is_here_is_not_fetched(tmp_path, monkeypatch):
+    """A file that has the name of a shard of the hub is read where it is."""
+    monkeypatch.chdir(tmp_path)
+    name = "fineweb_train_000001.bin"
+    (tmp_path / name).write_bytes(b"")
+    found, = text.data_files(name)
+    assert found not in text.SHARDS and os.path.samefile(found, name)
 
 
 def test_copies_of_a_text_stand_on_one_side(tmp_path):

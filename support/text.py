@@ -66,16 +66,17 @@ INDEX = [("n_ids", "<i8"), ("is_held_out", "?")]     # of each document in the c
 
 
 def data_files(path):
-    """The files of text or tokens that a path of --data stands for; ValueError if there are none."""
+    """The files of text or tokens that a path of --data stands for; [] for stdlib and teacher, which have
+    none. ValueError if another path has none."""
     if path in ("stdlib", "fineweb", "teacher"):
         return SHARDS if path == "fineweb" else []
     if not os.path.exists(path):
         raise ValueError(f"--data {path}: not found; give files, folders, stdlib, fineweb or teacher")
 
     def unreadable(error):
-        raise ValueError(f"--data {path}: the folder {error.filename} cannot be read ({error.strerror}); let "
-                         "it be read, or leave it out")
-    inside = [path]
+        raise ValueError(f"--data {path}: the folder {error.filename} cannot be read ({error.strerror}); "
+                         "make it readable, or leave it out")
+    inside = [os.path.join(".", path) if path in SHARDS else path]    # else it would be fetched
     if os.path.isdir(path):
         inside = []
         for folder, _, names in os.walk(Path(path), onerror=unreadable):
@@ -88,7 +89,8 @@ def data_files(path):
 
 def data_sources(data):
     """[(paths, share of the rows)] of --data. Each path with a weight is a source; paths without weights are
-    one source together. ValueError if only some paths have a weight, or a weight is not above 0."""
+    one source together. ValueError if only some paths have a weight, if fineweb or teacher stands beside
+    others without a weight, or if a weight is not above 0."""
     names = []
     for item in data:
         names += [item] if os.path.exists(item) else item.split(",")
@@ -104,7 +106,7 @@ def data_sources(data):
         shares = weights / weights.sum()
     if not (weights.min() > 0 and shares.min() > 0):                # not for NaN, nor where the sum overflows
         raise ValueError(f"--data {' '.join(data)}: give each path a weight above 0, as in web/:0.7 "
-                         "code/:0.3, or give none a weight")
+                         "code/:0.3; only files, folders and stdlib may go without")
     return [([path], share) for (path, _), share in zip(found, shares)]
 
 
@@ -394,9 +396,9 @@ def load_text(files, tokenizer):
     """The ids of [(path, group)].
 
     Little text is encoded at every start, in memory. Other text is encoded once, into the cache. To hash much
-    text takes time too, so a note in the cache leads from the state of the files to the name of their text.
-    Files that changed in the last 2 seconds get no note: the clock of a file system is coarse, and a second
-    change could leave the same times."""
+    text takes time too, so the cache also stores, for each state of the files (sizes and times), the name of
+    their text. Files that changed in the last 2 seconds get no note: the clock of a file system is coarse,
+    and a second change could leave the same times."""
     began = time.time()
     state, changed = state_of(files)
     try:

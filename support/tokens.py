@@ -83,7 +83,8 @@ class Tokenizer:
             ends += given if isinstance(given, list) else [given]
             ends.append(ids.get(content(config.get("eos_token"))))
             if bos is None and config.get("add_bos_token") and config.get("bos_token"):
-                bos = ids[content(config["bos_token"])]
+                token = content(config["bos_token"])
+                bos = ids.get(token, token)          # __init__ refuses a token without an id
         return bos, [end for end in dict.fromkeys(ends) if end is not None]
 
     @classmethod
@@ -119,11 +120,13 @@ class Tokenizer:
         texts = [repaired(text) for text in texts]
         if self.is_bytes:
             return [self.encoder.encode_to_numpy(text).astype(np.int32) for text in texts]
-        if special:                                  # threads share the encoder, which seldom changes
-            self.encoder.encode_special_tokens = False
-        found = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
-        if special:
-            self.encoder.encode_special_tokens = True
+        try:
+            if special:                              # of all threads: only where no other thread encodes
+                self.encoder.encode_special_tokens = False
+            found = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
+        finally:
+            if special:
+                self.encoder.encode_special_tokens = True
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def decode(self, ids):
@@ -182,7 +185,8 @@ class Tokenizer:
         day = day or datetime.now()
         env.globals.update(raise_exception=fail, strftime_now=day.strftime)
         env.filters["tojson"] = to_json
-        names = {name: content(token) for name, token in self.config.items() if name.endswith("_token")}
+        names = {name: content(token) for name, token in self.config.items()
+                 if name.endswith("_token") and token is not None}
         try:
             return env.from_string(template).render(messages=messages, add_generation_prompt=True, **names)
         except Exception as e:                       # a template is a program: it may fail in any way
