@@ -126,7 +126,7 @@ def write(args, tokenizer, model, state, prompt):
             times.append(time.time())
             if len(times) == 2:                      # the prompt is read
                 bar.close()
-                print("... " * (len(prompt) > 300) + tokenizer.decode(prompt[-300:]).lstrip(), end=bold)
+                print(f"... {tokenizer.decode(prompt[-300:]).lstrip()}", end=bold)
             if token in tokenizer.stops:
                 break
             out.append(token)
