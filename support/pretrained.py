@@ -494,6 +494,9 @@ def read_gguf(path):
     family = fields.get("general.architecture")
     if family not in ("llama", "qwen2", "qwen3", "gpt2"):
         raise ValueError(f"{path}: general.architecture is {family!r}; known are llama, qwen2, qwen3, gpt2")
+    for name in ("block_count", "context_length", "embedding_length", "attention.head_count"):
+        if f"{family}.{name}" not in fields:
+            raise ValueError(f"{path} lacks the field {family}.{name}; copy or convert it again")
     try:
         given = gguf_config(family, fields, found)
     except (KeyError, TypeError, ZeroDivisionError) as e:
