@@ -8,8 +8,8 @@
     torchrun --nproc_per_node=4 halo.py ...    any of these on 4 GPUs, with the same losses as on one
 
 The paper's recipe (arXiv 2601.22156, section 4) has six steps. align, distil and finetune are training: the
-paper calls them stage 1, 2 and 3, and all three share the loop `train`. Each step but two is a function of
-its name: transfer is make_twins, fit is choose_logit_base.
+paper calls them stage 1, 2 and 3, and all three share the loop `train`. align, select and finetune are
+functions. transfer is make_twins, fit is choose_logit_base, and distil is a line of convert_staged.
 
     step      what trains              what it reads                    what it learns, or what comes out
     transfer  nothing                  one batch of text                a linear twin of each attention layer
@@ -216,7 +216,7 @@ def student_config(teacher, layers, args):
         linear_gate=extras,
         linear_kv_head=teacher.n_head)
     config |= args.changes                                         # fields given by --set
-    narrow = config["key_dim"] in range(1, teacher.head_dim)       # low_rank_keys then has the norm's gain
+    narrow = config["key_dim"] in range(1, teacher.head_dim)       # then the norm's gain is in q and k already
     config.setdefault("linear_qk_norm", extras and not narrow)
     return replace(teacher, **config)
 
@@ -408,6 +408,7 @@ def distil_loss(student, teacher, idx, targets, kl, alpha, hidden=0.0, offset=No
     def of_slice(logits_s, y, *xt):                                               # (n,V), (n,), (n,C)
         logits_t = teacher.head(*xt) if xt else None
         return loss_and_gradient(sum_of_losses, logits_s, logits_t, y, kl, alpha)
+
     def of_student():
         return outputs(student, offset)
 
