@@ -216,7 +216,7 @@ def student_config(teacher, layers, args):
         linear_gate=extras,
         linear_kv_head=teacher.n_head)
     config |= args.changes                                         # fields given by --set
-    narrow = config["key_dim"] in range(1, teacher.head_dim)       # then the norm's gain is in q and k already
+    narrow = config["key_dim"] in range(1, teacher.head_dim)       # then q and k hold the norm's gain already
     config.setdefault("linear_qk_norm", extras and not narrow)
     return replace(teacher, **config)
 

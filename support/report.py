@@ -161,7 +161,7 @@ def finish(run, teacher, student, corpus, args):
         **evaluate(teacher, student, corpus, args), seconds=run.seconds(), peak_gb=peak_gb(args.device)))
     if world.RANK == 0:
         args.tokenizer.save(run.folder)
-        student.save_pretrained(run.folder)                         # last: a folder with weights is whole
+        student.save_pretrained(run.folder)                         # after the tokenizer that it needs
         write_json(run.path("report.json"), report)
     print_report(report)
     print(f"files in {run.folder}: model.safetensors, config.json, tokenizer.json, report.json, log.jsonl\n\n"
@@ -173,7 +173,7 @@ def finish_pretrained(run, model, corpus, args):
     """Save and measure a model trained from random weights, write report.json, print the numbers."""
     if world.RANK == 0:
         args.tokenizer.save(run.folder)
-        model.save_pretrained(run.folder, torch.bfloat16)
+        model.save_pretrained(run.folder, torch.bfloat16)           # last: a folder with this file is whole
     loss = losses(model, corpus.held_out_batches(args.length, args.eval_windows)).mean().item()
     lengths = [n * args.length for n in ((1, 16, 64) if args.hybrid else (1,))]
     found = shares(model, corpus, lengths, args)

@@ -344,6 +344,16 @@ def tasks(tmp_path_factory):
     return {name: json_lines(folder / f"{name}.jsonl") for name in names}
 
 
+@pytest.mark.parametrize("report, names", [
+    (dict(recipe="paper", teacher="tiny"), ["teacher", "student"]), (dict(teacher="tiny"), ["student"])])
+def test_only_a_conversion_has_a_teacher_beside_it(report, names, tmp_path, monkeypatch):
+    """The report of a run from random weights names a size, which is no teacher."""
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    monkeypatch.setattr(evaluate, "load", lambda args: ("tokenizer", "model", args.model))
+    args = evaluate.Namespace(model=str(tmp_path), teacher=None, device="cpu")
+    assert [name for name, *_ in evaluate.load_models(args)] == names
+
+
 def test_a_long_answer_beside_a_long_context_fits():
     """Rows that fit a model's learned positions one by one are written one by one: with every answer the same
     as alone."""

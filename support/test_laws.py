@@ -33,6 +33,7 @@ import support.report as reports
 import support.run as run
 import support.text as text
 import support.tokens as tokens
+import support.world as world
 import support.writer as writer
 from hypenet import HypeNet
 from support.tokens import Tokenizer
@@ -981,6 +982,14 @@ def test_the_text_is_enough_for_the_longest_measurement(recipe, changes, longest
 
 
 # ---- what a run will cost ----------------------------------------------------------------------------------
+
+
+def test_a_lack_of_memory_is_no_lost_process():
+    """PyTorch's error for memory is a RuntimeError, as are those of a lost process."""
+    with pytest.raises(torch.OutOfMemoryError), world.talk():
+        raise torch.OutOfMemoryError
+    with pytest.raises(world.Lost), world.talk():
+        raise RuntimeError
 
 
 @pytest.mark.parametrize("weight", [0, 5e6])
