@@ -384,7 +384,9 @@ def load_teacher(halo, plans, args):
     given = {item.partition("=")[0] for item in args.plan}
     for stage, plan in plans.items():
         if stage != "finetune" and f"{stage}.length" not in given:     # the teacher reads whole sequences
-            plan = plans[stage] = replace(plan, length=min(plan.length, config.max_len))
+            n = min(plan.length, config.max_len)
+            more = 1 if f"{stage}.batch" in given else plan.length // n            # a step keeps its tokens
+            plan = plans[stage] = replace(plan, length=n, batch=plan.batch * more)
         limit = dict(align=config.max_len, finetune=student.limit()).get(stage, both)
         check_stage_length(stage, plan, limit, args)
         refuse([(plan.short and plan.length // 32 > config.max_len,

@@ -320,10 +320,10 @@ def test_the_recipe_of_real_teachers_is_the_papers_but_for_three_rows():
 
 
 @pytest.mark.parametrize("n_params, tokens, lr, batch", [
-    (1.7e9, (320e6, 1e9, 1e9), (1e-3, 1e-4, 1e-5), (32, 96, 128)),
-    (8e9, (320e6, 1e9, 1e9), (1e-3, 1e-4, 1e-5), (32, 96, 128)),
-    (0.017e9, (32e6, 1e8, 1e8), (3e-3, 1e-3, 6.607e-4), (8, 40, 1)),
-    (0.17e9, (101.19e6, 316.2e6, 316.2e6), (3e-3, 8.128e-4, 8.128e-5), (32, 96, 8))])
+    (1.7e9, (320e6, 1e9, 1e9), (1e-3, 1e-4, 1e-5), (32, 24, 128)),
+    (8e9, (320e6, 1e9, 1e9), (1e-3, 1e-4, 1e-5), (32, 24, 128)),
+    (0.017e9, (32e6, 1e8, 1e8), (3e-3, 1e-3, 6.607e-4), (8, 8, 1)),
+    (0.17e9, (101.19e6, 316.2e6, 316.2e6), (3e-3, 8.128e-4, 8.128e-5), (32, 24, 8))])
 def test_a_plan_fits_its_teachers_size(n_params, tokens, lr, batch):
     """Tokens go with the root of the size, learning rates with its power -0.91, up to 1e-3, in stage 1 up to
     3e-3. A stage has at least the steps of the paper's shortest, times the root of 1.7B / size, if need be
@@ -652,12 +652,13 @@ def loaded_teacher(folder, length, vocab_size=256, plan=()):
 
 
 def test_a_teacher_is_measured_where_it_was_trained(tmp_path):
-    """Stages 1 and 2 read as far as the teacher was trained, if the plan has longer sequences. All is
-    measured at the length of stage 2. Who asks for longer sequences is refused."""
-    for length, read in {200: 96, 90: 90}.items():
-        _, args, plans = loaded_teacher(tmp_path / str(length), length)
+    """Stages 1 and 2 read as far as the teacher was trained, if the plan has longer sequences: more sequences
+    a step, unless their number is given. All is measured at the length of stage 2. Who asks for longer
+    sequences is refused."""
+    for length, read, batch in (200, 96, 4), (90, 90, 2):
+        _, args, plans = loaded_teacher(tmp_path / str(length), length, plan=["distil.batch=2"])
         assert args.length == plans["align"].length == plans["distil"].length == read
-        assert plans["finetune"].length == 400
+        assert [plans[stage].batch for stage in plans] == [batch, 2, 2] and plans["finetune"].length == 400
     with one_line("distil.length=97", "96"):
         loaded_teacher(tmp_path / "b", 97, plan=["distil.length=97"])
 

@@ -2418,14 +2418,15 @@ def test_what_cannot_fit_is_refused(monkeypatch, tmp_path):
 
 def test_plans_of_real_teachers(monkeypatch, tmp_path):
     """A teacher of the hub, or a folder of much weight, gets the paper's plan and fineweb, any other
-    that of tiny and the standard library; the article's plan is 2.3B tokens, 2M a step."""
+    that of tiny and the standard library; the article's plan is 2.3B tokens, 2M a step. A step of stage 2 has
+    the paper's tokens in rows four times as long."""
     monkeypatch.setattr(cli, "default_device", lambda name=None: "cuda")
     def plans(*argv):
         args = cli.get_args(halo, list(argv))
         return cli.settle(halo, args), args.data
     real, data = plans("--teacher", "gpt2-xl")
     assert data == ["fineweb"] and [(p.steps, p.length, p.batch) for p in real.values()] == [
-        (19531, 512, 32), (20345, 512, 96), (477, 16384, 128)]
+        (19531, 512, 32), (20345, 2048, 24), (477, 16384, 128)]
     group = plans("--teacher", "gpt2-xl", "--recipe", "article")[0]["group"]
     assert group.tokens == 2.3e9 and 2e6 <= group.length * group.batch <= 2.2e6 and group.lr == 1e-5
     (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
