@@ -21,7 +21,7 @@ functions. transfer is make_twins, fit is choose_logit_base, and distil is a lin
 
 The student reads further than its teacher for four reasons. Attention without positions ignores distance.
 Decay bounds the numbers in a linear state. Stage 3 trains on long texts. At generation s_t keeps attention
-sharp. Real teachers have the recipe `real`: the paper's with three changes (see ROWS).
+sharp. Real teachers have the recipe `real`, the paper's with three changes (see ROWS), and another plan.
 
 The article's recipe is progressive. It turns attention layers into linear layers, group by group. Only the
 mixers of the newest group and the chunk embeddings train, on alpha CE + (1 - alpha) KL(student, teacher).
@@ -40,10 +40,10 @@ Deviations from the paper in this file, and what each buys (README.md has more):
     gates     A learned gate at first remembers as far back as its attention head looks. So stage 1 ends at a
               lower loss.
     distil    The loss can also compare each block's output with the teacher's (--hidden). The same number of
-              tokens then gives a lower KL. With real teachers sequences are longer: recall gains.
+              tokens then gives a lower KL. Real teachers have longer sequences: multi-key recall gains.
     finetune  A part of each long row is read as short texts, and the teacher is their target. Long texts
               alone pull the student away from what the teacher knows.
-    data      Some rows hide a thing to recall. Plain text teaches recall too slowly.
+    data      Many rows ask for something to recall. Plain text teaches recall too slowly.
 
 Batches depend on (seed, stage, step), initial weights on the seed. On one CPU a run repeats bit for bit, and
 a stopped run, if resumed, ends like one that never stopped. The folder of a run holds log.jsonl (one line per
@@ -124,7 +124,7 @@ class Plan:
     batch: int                       # sequences of a step
     lr: float
     lr_end: float
-    recall: float = 0.5              # share of sequences that hide a thing to recall, such as a pass key
+    recall: float = 0.5              # share of sequences that ask for something to recall
     chats: float = 0.0               # of these, the share of chats: the teacher's question after a long text
     varied: float = 0.0              # of those that are no chats, the share whose task is not a pass key
     short: float = 0.0               # share of each sequence of stage 3 that is read as short texts: finetune
@@ -173,7 +173,7 @@ PLANS = {
         finetune=Plan(tokens=32e6, length=32768, batch=1, lr=2e-4, lr_end=2e-5, recall=0.8, varied=0.8),
         group=Plan(tokens=88e6, length=1024, batch=32, lr=2e-3, lr_end=1e-4, recall=0.6, varied=0.8)),
     # The paper's Table 5, for 1.7B parameters; options.scale fits it to smaller teachers. Stage 2 has fewer
-    # and longer sequences than the table's 96 of 512 tokens: recall gains. No sequence hides a pass key. In
+    # and longer sequences than the table's 96 of 512 tokens: multi-key gains. No sequence hides a pass key. In
     # stages 1 to 3 half of them ask for values after words of the text, or repeat passages. In stages 2 and
     # 3 a quarter of that half are chats: a question after a long text, if the teacher wrote some. In stage 3
     # the teacher is the target in a quarter of each sequence (see finetune).
