@@ -173,10 +173,10 @@ PLANS = {
         finetune=Plan(tokens=32e6, length=32768, batch=1, lr=2e-4, lr_end=2e-5, recall=0.8, varied=0.8),
         group=Plan(tokens=88e6, length=1024, batch=32, lr=2e-3, lr_end=1e-4, recall=0.6, varied=0.8)),
     # The paper's Table 5, for 1.7B parameters; options.scale fits it to smaller teachers. Stage 2 has fewer
-    # and longer sequences than the table's 96 of 512 tokens: multi-key gains. No sequence hides a pass key. In
-    # stages 1 to 3 half of them ask for values after words of the text, or repeat passages. In stages 2 and
-    # 3 a quarter of that half are chats: a question after a long text, if the teacher wrote some. In stage 3
-    # the teacher is the target in a quarter of each sequence (see finetune).
+    # and longer sequences than the table's 96 of 512 tokens: multi-key gains. No sequence hides a pass key.
+    # In stages 1 to 3 half of them ask for values after words of the text, or repeat passages. In stages 2
+    # and 3 a quarter of that half are chats: a question after a long text, if the teacher wrote some. In
+    # stage 3 the teacher is the target in a quarter of each sequence (see finetune).
     "real": dict(
         align=Plan(tokens=320e6, length=512, batch=32, lr=1e-3, lr_end=1e-5, varied=1),
         distil=Plan(tokens=1e9, length=2048, batch=24, lr=1e-4, lr_end=1e-5, varied=1, chats=0.25),
