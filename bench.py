@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import halo
 import kernel
-from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, read_config, refuse, write_file
+from hypenet import FAMILIES, HypeNet, HypeNetConfig, State, Weightless, read_config, refuse, write_file
 from support import fast, options, pretrained, shard, world
 from support.common import (
     Parser, command_line, default_device, file_name, filled, number, read_json, write_json)
@@ -165,7 +165,7 @@ def weigh(config, batch, context, dtype):
     """Bytes that one decoded token of every row must move, and bytes that must be held. Moved are the weights
     once, S twice (read and written) and the K/V of the context. A table that is only looked up in counts as
     held, not as moved."""
-    with torch.device("meta"):
+    with Weightless():
         model = HypeNet(config)
     looked_up = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
     if config.tied:
@@ -179,7 +179,7 @@ def operations(config, T, part=""):
     """Operations of a forward pass over T tokens: of the Linears with `part` in their names, and of softmax
     attention. A Linear has 2 per weight and token, attention 4 per channel, query and visible key. The head,
     norms and scan are not counted: they are under 2% of the rest."""
-    with torch.device("meta"):
+    with Weightless():
         blocks = HypeNet(config).blocks
     linears = [(name, m) for name, m in blocks.named_modules() if isinstance(m, nn.Linear)]
     weights = sum(m.weight.numel() for name, m in linears if part in name)

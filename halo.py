@@ -65,7 +65,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from hypenet import DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention, locate
+from hypenet import (
+    DECAYS, FAMILIES, Attention, Block, HypeNet, HypeNetConfig, LinearAttention, Weightless, locate)
 from support import options, shard, world
 from support.common import number
 from support.loss import loss_and_gradient
@@ -700,7 +701,7 @@ def with_linear(teacher, config, i, twin):
     layers = "A" * i + "L" + "A" * (len(teacher.blocks) - 1 - i)
     swapped = replace(config, layers=layers, attn_position=True, chunk=None, n_chunks=0, window=None,
                       attn_gate=False)
-    with torch.device("meta"):                                     # weights without memory
+    with Weightless():
         model = HypeNet(swapped)
     model.blocks[i].mixer = twin
     return share_weights(model, teacher)
@@ -708,7 +709,7 @@ def with_linear(teacher, config, i, twin):
 
 def with_kept(teacher, i, mixer=None):
     """The teacher with layer i as HyPE would keep it: attention without positions, its own or `mixer`."""
-    with torch.device("meta"):
+    with Weightless():
         model = HypeNet(teacher.config)
         model.blocks[i] = WithoutPositions(teacher.config, getattr(model, "wpe", None))
     if mixer is not None:
@@ -732,7 +733,7 @@ class WithoutPositions(Block):
 
 
 def share_weights(model, teacher):
-    """Let a model without weights (on the device "meta") use those of a teacher, by name."""
+    """Let a model without weights (see Weightless) use those of a teacher, by name."""
     missing = {name for name, w in model.state_dict().items() if w.is_meta}
     shared = {name: w for name, w in teacher.state_dict().items() if name in missing}
     model.load_state_dict(shared, strict=False, assign=True)

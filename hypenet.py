@@ -67,6 +67,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from kernel import chunked_scan
 
@@ -646,7 +647,7 @@ class HypeNet(nn.Module):
         from safetensors.torch import load_file
         with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
             config = read_config(json.load(f), path)
-        with torch.device("meta"):                   # no memory for weights that are about to be replaced
+        with Weightless():                           # the weights are about to be replaced
             model = cls(config)
         weights = load_file(os.path.join(path, "model.safetensors"), device=str(device))
         wanted = {name: p.shape for name, p in model.state_dict().items()}
@@ -712,6 +713,17 @@ def read_config(given, path):
         return HypeNetConfig(**given)
     except (ValueError, TypeError, AttributeError) as problem:
         raise ValueError(f"{path}/config.json: {problem}") from None
+
+
+class Weightless(TorchFunctionMode):
+    """Within it a new model has neither memory for its weights (device "meta") nor values. Without it PyTorch
+    would spend seconds on the import of its compiler, to draw values that nobody sees."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        with torch.device("meta"):
+            return function(*args, **(kwargs or {}))
 
 
 def check_weights(weights, path):

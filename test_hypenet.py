@@ -160,7 +160,7 @@ def test_segments_change_nothing(shape, monkeypatch):
     for hopper, cores, segments in ((False, 0, 1), (False, 8, 4), (True, 8, 2)):
         monkeypatch.setattr(kernel, "card", lambda device, card=(hopper, cores): card)
         assert kernel._layout(tensors[0], tensors[2], "head").n_segments == segments or GPU
-        if segments > 1:                                    # one is what most tests of the scan have
+        if segments > 1 and (GPU or not hopper or shape == "head"):         # one segment is most tests'
             assert_equal(scan(tensors, "triton"), refs, 2e-5)
 
 
@@ -1142,7 +1142,8 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
     for module in (halo, reports):
         monkeypatch.setattr(module, "recall", recall)
     teacher, flags = (flags[1], []) if flags[0] == "--teacher" else ("teacher", flags)
-    report = convert(home, out, "--recipe", recipe, "--layers", "ends", *flags, steps=2, teacher=teacher)
+    report = convert(home, out, "--recipe", recipe, "--layers", "ends", "--trials", "1", *flags, steps=2,
+                     teacher=teacher)
     config, flag = vars(HypeNet.from_pretrained(out).config), dict(zip(flags[::2], flags[1::2]))
     assert config.items() >= ROWS[row].items() and report["val_loss"]["student"] == held_out_loss(home, out)
     kl = flag.get("--kl", default["kl"])

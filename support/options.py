@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hypenet import DECAYS, HypeNetConfig
+from hypenet import DECAYS, HypeNetConfig, Weightless
 from support import fast, pretrained, world
 from support.common import Parser, command_line, default_device, filled, number
 from support.recall import has_room, plant
@@ -294,7 +294,7 @@ def check_hours(halo, args, size, weight, tokens):
     """ValueError that sends a long run to a GPU, with a guess at the hours on this CPU."""
     refuse([(size == "real", f"--teacher {args.teacher} is no folder of a small model, and wants a GPU; "
              "--teacher tiny runs on a CPU, --device cpu starts this run anyway")])
-    with torch.device("meta"):
+    with Weightless():
         params = weight / 2 or halo.HypeNet(halo.TEACHERS[args.teacher]).n_params()
     what, other = ("--pretrain ", "") if args.pretrain else ("", "--teacher tiny takes minutes, ")
     raise ValueError(f"{what}--teacher {args.teacher} wants a GPU: about {cpu_hours(params, tokens):,.1f} "
@@ -466,7 +466,7 @@ def disk_bytes(halo, teacher, plans, args):
     layers were linear, with their gates."""
     config = teacher.config if args.control else halo.student_config(
         teacher.config, "L" * len(teacher.config.layers), args)
-    with torch.device("meta"):
+    with Weightless():
         n_params = halo.HypeNet(config).n_params()
     n_groups = 0
     if "group" in plans:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from hypenet import FAMILIES, Attention, HypeNet, HypeNetConfig, read_config
+from hypenet import FAMILIES, Attention, HypeNet, HypeNetConfig, Weightless, read_config
 from support.common import hash_file, read_json
 
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -434,7 +434,7 @@ def assemble(config, names, found, path, dtype, device):
     if len(config.layers) > len(found):              # before an hour is spent on building them
         raise ValueError(f"{path}: the config has {len(config.layers):,} layers, but the file has only "
                          f"{len(found):,} tensors; copy both again")
-    with torch.device("meta"):                       # no memory for weights that are about to be replaced
+    with Weightless():                               # the weights are about to be replaced
         model = HypeNet(config)
     places = find_places(model, names, found)
     check_weights(config, places, found, path)

@@ -176,10 +176,10 @@ def test_a_kill_between_two_files_is_no_damage(after, close, tmp_path, monkeypat
 
 
 def test_kills(tmp_path):
-    """Runs of halo.py that are killed at a random moment go on bit for bit."""
-    argv = [sys.executable, "-m", "support.torture", "--kills", "--moments", "2", "--renames", "0"]
+    """A run of halo.py that is killed at a random moment goes on bit for bit."""
+    argv = [sys.executable, "-m", "support.torture", "--kills", "--moments", "1", "--renames", "0"]
     found = subprocess.run(argv, cwd=HERE, capture_output=True, text=True)
-    assert found.stdout.startswith("2/2 runs killed at a random moment"), found.stderr
+    assert found.stdout.startswith("1/1 runs killed at a random moment"), found.stderr
 
 
 def test_faults_are_those_of_the_code():

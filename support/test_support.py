@@ -56,6 +56,12 @@ KERNELS = VARIANTS if GPU else [          # the interpreter takes seconds for ea
     "hype decay per head", "article gpt2"]
 
 
+def quick(name, **fields):
+    """The fields of a variant. On a CPU its first two layers stay, because the interpreter takes seconds."""
+    fields = VARIANTS[name] | fields
+    return fields if GPU else fields | dict(layers=fields.get("layers", "LALA")[:2])
+
+
 @needs_triton
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scan_token_is_one_token_of_the_scan(shape):
@@ -67,13 +73,13 @@ def test_scan_token_is_one_token_of_the_scan(shape):
 
 
 @needs_triton
-@pytest.mark.parametrize("few", [4, 2])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name, few", [(name, 4) for name in KERNELS] + [
+    (name, 2) for name in (KERNELS if GPU else KERNELS[:3])])
 def test_kernels_of_a_token_are_the_plain_layers(name, few, monkeypatch):
     """Rows of different lengths read tokens by the kernels (or, of more than a few rows, by the library's
     products): the logits, S, keys, values and positions are those of the plain layers."""
     monkeypatch.setattr(fast, "FEW", few)
-    model, rng = tiny(dtype=torch.float32, **VARIANTS[name]).to(DEVICE), torch.Generator().manual_seed(3)
+    model, rng = tiny(dtype=torch.float32, **quick(name)).to(DEVICE), torch.Generator().manual_seed(3)
     prompts, found = [[1, 2, 3, 4, 5], [7, 8], [9] * 20], []
     new = torch.randint(61, (2, 3, 1), generator=rng).to(DEVICE)
     for kernels in (False, True):
@@ -185,11 +191,9 @@ def test_kernels_in_bf16_round_no_more_than_the_plain_layers(name, monkeypatch):
             return plain(x, from_type, to_type, mode)
         return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.uint16).numpy()
     monkeypatch.setattr(interpreter, "_convert_float", rounded)             # which cuts bf16 off
-    prompt, new, found = some_ids(1, 30)[0], some_ids(1, 20, seed=1)[0], []
+    prompt, new, found = some_ids(1, 30)[0], some_ids(1, 20 if GPU else 10, seed=1)[0], []
     for dtype, kernels in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-        fields = VARIANTS[name] | dict(max_len=64) | (dict(n_chunks=8) if "chunk" in VARIANTS[name] else {})
-        if not GPU:                                                         # the interpreter takes seconds
-            fields["layers"] = "AA" if "teacher" in name else "LA"
+        fields = quick(name, max_len=64) | (dict(n_chunks=8) if "chunk" in VARIANTS[name] else {})
         model = tiny(dtype=torch.float32, **fields).bfloat16().to(DEVICE, dtype)
         monkeypatch.setattr(fast, "has_kernels", lambda x, *sizes, kernels=kernels: kernels)
         state = model.init_state(1, 64)
@@ -206,7 +210,8 @@ def test_kernels_in_bf16_round_no_more_than_the_plain_layers(name, monkeypatch):
 def test_compiled_functions_are_those_written(name):
     """Compiled, each small function is one whole graph; loss, gradients, a prefill in segments stay."""
     from torch._dynamo.utils import counters
-    teacher, student = tiny(1, torch.float32), tiny(2, torch.float32, **VARIANTS[name]).requires_grad_()
+    student = tiny(2, torch.float32, **quick(name)).requires_grad_()
+    teacher = tiny(1, torch.float32, layers=student.config.layers)
     idx, targets = some_ids(2, 17), some_ids(2, 17, seed=1)
 
     def results():
@@ -1739,12 +1744,12 @@ def test_ids_are_drawn_from_the_teachers_distribution():
     p = torch.zeros(300, device=DEVICE)
     p[[0, 97, 98, 280]] = torch.tensor([0.02, 0.98 * 2 / 3, 0.98 / 3, 1.0], device=DEVICE)
     model.head = lambda x: p.log().expand(*x.shape[:2], 300)
-    found = list(writer.teacher_documents(model, Tokenizer.bytes(), 60_000, seed=1, rows=32))
+    found = list(writer.teacher_documents(model, Tokenizer.bytes(), 30_000, seed=1, rows=32))
     ids, sizes = np.concatenate(found), np.array([len(ids) for ids in found])
     assert set(ids) == {0, 97, 98} and (ids == 0).sum() == len(found)
     assert (ids == 97).sum() / (ids == 98).sum() == pytest.approx(2, rel=0.05)
     assert sizes.mean() == pytest.approx(50, rel=0.1)
-    assert (sizes > 150).mean() == pytest.approx(0.98 ** 150, rel=0.3) and 59_000 < sizes.sum() < 64_000
+    assert (sizes > 150).mean() == pytest.approx(0.98 ** 150, rel=0.3) and 29_000 < sizes.sum() < 34_000
 
 
 @pytest.fixture
@@ -1753,7 +1758,7 @@ def by_teacher(home, tmp_path, monkeypatch):
     monkeypatch.setenv("HYPENET_CACHE", str(tmp_path / "cache"))
     model = pretrained.load(home / "teacher")
 
-    def write(n_tokens=15_000, seed=0, dry_run=False, together=False):
+    def write(n_tokens=6000, seed=0, dry_run=False, together=False):
         given = model, home / "teacher", Tokenizer.bytes(), n_tokens, seed
         return writer.write_together(*given) if together else writer.teacher_text(*given, dry_run)
     return write
@@ -1763,28 +1768,28 @@ def test_a_teacher_writes_once(by_teacher, tmp_path, monkeypatch):
     """A dry run writes nothing. The second start reads the cache; without the cache the same seed gives the
     same text, and another seed another. A document in 16 is held out, by its ids."""
     dry = by_teacher(dry_run=True)
-    assert len(dry.ids()) == dry.n_ids.sum() >= 16_000 and not (tmp_path / "cache").exists()
+    assert len(dry.ids()) == dry.n_ids.sum() >= 6400 and not (tmp_path / "cache").exists()
     first = by_teacher()
-    assert len(first.ids()) == first.n_ids.sum() >= 16_000 and first.ids().dtype == np.uint8
+    assert len(first.ids()) == first.n_ids.sum() >= 6400 and first.ids().dtype == np.uint8
     documents = np.split(first.ids(), np.cumsum(first.n_ids)[:-1])
     sides = [{ids.tobytes() for ids, held in zip(documents, first.is_held_out) if held == side}
              for side in (False, True)]
     assert not sides[0] & sides[1] and 0.02 < len(sides[1]) / sum(map(len, sides)) < 0.12
-    few = by_teacher(3000)
-    assert by_teacher(3000, seed=1).sha256 != few.sha256
+    few = by_teacher(1500)
+    assert by_teacher(1500, seed=1).sha256 != few.sha256
     with monkeypatch.context() as patch:
         patch.setattr(writer, "teacher_documents", lambda *_: pytest.fail("written again"))
         for again in (by_teacher(), by_teacher(dry_run=True)):
             assert again.sha256 == first.sha256 and (again.is_held_out == first.is_held_out).all()
     shutil.rmtree(tmp_path / "cache")
-    assert by_teacher(3000).sha256 == few.sha256
+    assert by_teacher(1500).sha256 == few.sha256
 
 
 def test_processes_write_together(by_teacher, tmp_path, monkeypatch):
     """Each process of a machine writes some parts, and all parts are there when the first one joins them. The
     text is that of one process, each part another. Its parts do not stay in the cache."""
-    monkeypatch.setattr(writer, "PART", 1000)
-    by_teacher = functools.partial(by_teacher, 3000)
+    monkeypatch.setattr(writer, "PART", 400)
+    by_teacher = functools.partial(by_teacher, 1200)
     alone = by_teacher()
     shutil.rmtree(tmp_path / "cache")
     monkeypatch.setattr(writer.world, "LOCAL_SIZE", 3)
@@ -2791,7 +2796,7 @@ def test_bench_shapes_are_the_published_ones():
     """Parameters of the sizes that the tables name, in millions; layers that stay attention."""
     for size, kind, millions in (("2b", "hybrid", 1926), ("2b", "teacher", 1721), ("14b", "teacher", 14768),
                                  ("gpt2-xl", "teacher", 1558)):
-        with torch.device("meta"):
+        with hypenet.Weightless():
             model = HypeNet(bench.config_of(size, kind))
         assert round(model.n_params() / 1e6) == millions, size
     for size, n in (("2b", 7), ("gpt2-xl", 12), ("14b", 10), ("llama-1b", 4), ("tiny", 2)):
@@ -3098,6 +3103,7 @@ class Row(dict):
     __getattr__ = dict.__getitem__
 
 
+@functools.lru_cache(None)
 def page(name):
     return (HERE / name).read_text(encoding="utf-8")
 
@@ -3120,12 +3126,21 @@ def all_rows(name):
     return [Row({**file, **row}) for row in file.pop("rows", [{}])]
 
 
+@functools.lru_cache(None)
+def values(name, key):
+    """The values of one field in all rows of a file, as `plain` writes them."""
+    return [plain(row.get(key)) for row in all_rows(name)]
+
+
 def select(name, keys):
     """The rows of a file that have these values."""
     if name.endswith(".log"):
         found = re.search(keys["find"], page(f"results/{name}"), re.M)
         return [Row(zip("abcdefghi", found.groups()))] if found else []
-    return [row for row in all_rows(name) if all(plain(row.get(key)) == plain(keys[key]) for key in keys)]
+    rows = range(len(all_rows(name)))
+    for key, value in keys.items():
+        rows = [i for i in rows if values(name, key)[i] == plain(value)]
+    return [all_rows(name)[i] for i in rows]
 
 
 def render(source, column="", cells=()):
