@@ -234,6 +234,14 @@ def test_compiled_functions_are_those_written(name):
 # ---- the model: files, bad input, the tokenizer ------------------------------------------------------------
 
 
+def test_a_weightless_model_draws_no_values(monkeypatch):
+    """All its parameters are on the device "meta". Outside, models have weights as before."""
+    with monkeypatch.context() as patch, hypenet.Weightless():
+        patch.setattr(torch.Tensor, "normal_", lambda *_, **__: pytest.fail("values are drawn"))
+        model = HypeNet(HypeNetConfig(**VARIANTS["hype gpt2"]))
+    assert all(p.is_meta for p in model.parameters()) and not any(p.is_meta for p in tiny().parameters())
+
+
 @pytest.mark.parametrize("name", ["teacher llama3", "hype", "article", "article gpt2"])
 def test_saved_model_is_the_model(name, tmp_path):
     """save_pretrained and from_pretrained keep logits and config; saved as bf16, they round the weights."""
