@@ -716,12 +716,12 @@ def read_config(given, path):
 
 
 class Weightless(TorchFunctionMode):
-    """Within it a new model has neither memory for its weights (device "meta") nor values. Without it PyTorch
-    would spend seconds on the import of its compiler, to draw values that nobody sees."""
+    """Within it a new model has neither memory for its weights (device "meta") nor values. To draw values on
+    that device PyTorch imports its compiler, which takes seconds. So nothing is drawn."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
-            return None
+            return args[0] if args else kwargs["tensor"]
         with torch.device("meta"):
             return function(*args, **(kwargs or {}))
 

@@ -384,9 +384,11 @@ def load_teacher(halo, plans, args):
     given = {item.partition("=")[0] for item in args.plan}
     for stage, plan in plans.items():
         if stage != "finetune" and f"{stage}.length" not in given:     # the teacher reads whole sequences
-            n = min(plan.length, config.max_len)
-            more = 1 if f"{stage}.batch" in given else plan.length // n            # a step keeps its tokens
-            plan = plans[stage] = replace(plan, length=n, batch=plan.batch * more)
+            n, batch = min(plan.length, config.max_len), plan.batch
+            if n < plan.length and f"{stage}.batch" not in given:      # a step keeps its tokens
+                batch = batch * plan.length // n
+                batch = batch // 8 * 8 or batch                        # see scale
+            plan = plans[stage] = replace(plan, length=n, batch=batch)
         limit = dict(align=config.max_len, finetune=student.limit()).get(stage, both)
         check_stage_length(stage, plan, limit, args)
         refuse([(plan.short and plan.length // 32 > config.max_len,

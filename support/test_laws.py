@@ -655,7 +655,7 @@ def test_a_teacher_is_measured_where_it_was_trained(tmp_path):
     """Stages 1 and 2 read as far as the teacher was trained, if the plan has longer sequences: more sequences
     a step, unless their number is given. All is measured at the length of stage 2. Who asks for longer
     sequences is refused."""
-    for length, read, batch in (200, 96, 4), (90, 90, 2):
+    for length, read, batch in (200, 96, 4), (950, 96, 16), (90, 90, 2):
         _, args, plans = loaded_teacher(tmp_path / str(length), length, plan=["distil.batch=2"])
         assert args.length == plans["align"].length == plans["distil"].length == read
         assert [plans[stage].batch for stage in plans] == [batch, 2, 2] and plans["finetune"].length == 400
