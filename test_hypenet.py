@@ -988,7 +988,7 @@ def convert(home, out, *argv, steps=8, teacher="teacher"):
     plan = [f"{stage}.{key}={x}" for stage in stages
             for key, x in dict(length=96, batch=2, tokens=192 * steps).items()]
     halo.main(["--teacher", str(home / teacher), "--data", *data_of(home), "--out", str(out),
-               "--device", "cpu", "--plan", *plan, "--trials", "5", "--eval-windows", "4",
+               "--device", "cpu", "--plan", *plan, "--trials", "2", "--eval-windows", "4",
                "--logit-base", "none", *argv])
     return json.loads((out / "report.json").read_text())
 
@@ -1142,8 +1142,7 @@ def test_every_row_is_a_flag(recipe, row, home, tmp_path, monkeypatch):
     for module in (halo, reports):
         monkeypatch.setattr(module, "recall", recall)
     teacher, flags = (flags[1], []) if flags[0] == "--teacher" else ("teacher", flags)
-    report = convert(home, out, "--recipe", recipe, "--layers", "ends", "--trials", "1", *flags, steps=2,
-                     teacher=teacher)
+    report = convert(home, out, "--recipe", recipe, "--layers", "ends", *flags, steps=2, teacher=teacher)
     config, flag = vars(HypeNet.from_pretrained(out).config), dict(zip(flags[::2], flags[1::2]))
     assert config.items() >= ROWS[row].items() and report["val_loss"]["student"] == held_out_loss(home, out)
     kl = flag.get("--kl", default["kl"])
