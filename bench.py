@@ -700,6 +700,13 @@ def train_operations(stage, teacher, student, T, short=0.0):
     return 3 * forward(student) + (forward(teacher) if stage == "distil" else 0)
 
 
+def plans_of(size):
+    """The plans of the stages that train a student of this size, without things to recall."""
+    plans, longest = halo.PLANS["tiny" if size == "tiny" else "real"], SIZES[size].teacher.max_len
+    plans = {stage: replace(plans[stage], recall=0.0) for stage in STAGES}
+    return plans | {stage: options.cut(plans[stage], longest) for stage in ("align", "distil")}
+
+
 def bench_train(args):
     """One step of each stage of halo.py under the paper's plan.
     Batch: sequences of the step, of the plan's so many. At once: as many go through the models together.
@@ -713,8 +720,7 @@ def bench_train(args):
     rate = f"peak {f'{peak:.3g}' if peak else 'unknown (--peak)'} operations per second"
     table = Table(args, "size stage gpus recipe", columns, f"recipe {args.recipe}, {rate}", peak=peak)
     for size in args.size:
-        plans = halo.PLANS["tiny" if size == "tiny" else "real"]
-        plans = {name: replace(plan, recall=0.0) for name, plan in plans.items() if name in STAGES}
+        plans = plans_of(size)
         teacher = SIZES[size].teacher
         student = config_of(size, "hybrid")
 

@@ -205,6 +205,15 @@ def scale(plans, n_params, given):
         plans[stage] = replace(plan, **fitted)
 
 
+def cut(plan, n):
+    """The plan in sequences of at most n tokens. A step keeps its tokens, in 8 sequences or a multiple if
+    possible."""
+    if plan.length <= n:
+        return plan
+    batch = plan.batch * plan.length // n
+    return replace(plan, length=n, batch=batch // 8 * 8 or batch)
+
+
 PLAN_FIELDS = {                                   # the fields of halo.Plan that --plan can change
     "tokens": number(float, 1), "length": number(whole, 1), "batch": number(whole, 1),
     "lr": number(float, 1e-30), "lr_end": number(float, 0), "recall": number(float, 0, 1),
@@ -384,11 +393,8 @@ def load_teacher(halo, plans, args):
     given = {item.partition("=")[0] for item in args.plan}
     for stage, plan in plans.items():
         if stage != "finetune" and f"{stage}.length" not in given:     # the teacher reads whole sequences
-            n, batch = min(plan.length, config.max_len), plan.batch
-            if n < plan.length and f"{stage}.batch" not in given:      # a step keeps its tokens
-                batch = batch * plan.length // n
-                batch = batch // 8 * 8 or batch                        # see scale
-            plan = plans[stage] = replace(plan, length=n, batch=batch)
+            own = dict(batch=plan.batch) if f"{stage}.batch" in given else {}
+            plan = plans[stage] = replace(cut(plan, config.max_len), **own)
         limit = dict(align=config.max_len, finetune=student.limit()).get(stage, both)
         check_stage_length(stage, plan, limit, args)
         refuse([(plan.short and plan.length // 32 > config.max_len,

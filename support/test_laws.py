@@ -335,6 +335,15 @@ def test_a_plan_fits_its_teachers_size(n_params, tokens, lr, batch):
         assert plan.steps >= 476 * max(1, 1.7e9 / n_params) ** 0.5
 
 
+@pytest.mark.parametrize("n, batch", [(5000, 24), (2048, 24), (1024, 48), (1500, 32), (90, 544)])
+def test_a_plan_is_cut_to_what_its_teacher_reads(n, batch):
+    """A step keeps its tokens, but for sequences beyond a multiple of 8."""
+    plan = halo.PLANS["real"]["distil"]
+    found = cli.cut(plan, n)
+    assert (found.length, found.batch) == (min(n, 2048), batch)
+    assert found == halo.replace(plan, length=found.length, batch=batch)
+
+
 def test_no_size_changes_what_is_asked_for():
     asked = dict(tokens=7, lr=8, batch=9)
     plans = dict(finetune=halo.replace(halo.PLANS["real"]["finetune"], **asked))

@@ -2800,6 +2800,14 @@ def test_bench_floors_by_hand(tied):
     assert bench.train_operations("align", c, c, 10) == sum(ops) / 10 + twins
 
 
+def test_bench_trains_in_rows_that_the_teacher_reads():
+    """GPT-2 XL knows 1,024 positions, half of a row of stage 2."""
+    assert [(plan.length, plan.batch) for plan in bench.plans_of("gpt2-xl").values()] == [
+        (512, 32), (1024, 48), (16384, 128)]
+    assert all(plan.length <= bench.SIZES[size].teacher.max_len or stage == "finetune"
+               for size in bench.SIZES for stage, plan in bench.plans_of(size).items())
+
+
 def test_bench_shapes_are_the_published_ones():
     """Parameters of the sizes that the tables name, in millions; layers that stay attention."""
     for size, kind, millions in (("2b", "hybrid", 1926), ("2b", "teacher", 1721), ("14b", "teacher", 14768),
