@@ -708,7 +708,7 @@ def plans_of(size):
 
 
 def bench_train(args):
-    """One step of each stage of halo.py under the paper's plan.
+    """One step of each stage of halo.py under the plan of real teachers.
     Batch: sequences of the step, of the plan's so many. At once: as many go through the models together.
     Redone: activations are computed again in the backward pass.
     Use: share of the peak. Hours: for all tokens of the plan."""

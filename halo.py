@@ -40,7 +40,7 @@ Deviations from the paper in this file, and what each buys (README.md has more):
     gates     A learned gate at first remembers as far back as its attention head looks. So stage 1 ends at a
               lower loss.
     distil    The loss can also compare each block's output with the teacher's (--hidden). The same number of
-              tokens then gives a lower KL. Real teachers have longer sequences: multi-key recall gains.
+              tokens then gives a lower KL. Real teachers get longer sequences, for multi-key.
     finetune  A part of each long row is read as short texts, and the teacher is their target. Long texts
               alone pull the student away from what the teacher knows.
     data      Many rows ask for something to recall. Plain text teaches recall too slowly.

@@ -206,8 +206,8 @@ def scale(plans, n_params, given):
 
 
 def cut(plan, n):
-    """The plan in sequences of at most n tokens. A step keeps its tokens, in 8 sequences or a multiple if
-    possible."""
+    """The plan in sequences of at most n tokens. A step keeps its tokens, as far as a multiple of 8 sequences
+    does (see scale)."""
     if plan.length <= n:
         return plan
     batch = plan.batch * plan.length // n
