@@ -40,8 +40,8 @@ def get_args(halo, argv):
     add("--teacher", type=filled, default="tiny",
         help="tiny: shipped, 1M parameters. mini, small (3.5M, 14M), tiny-gpt2, small-gpt2: trained first, "
              "once, on a GPU. smollm2 (from pip), gpt2, gpt2-xl, Qwen/Qwen3-1.7B, another repository of the "
-             "hub, or a .gguf file: with almost the paper's plan, on a GPU. Or a folder of a GPT-2, Llama or Qwen, "
-             "or of --pretrain: the plan then depends on the size of the weights")
+             "hub, or a .gguf file: with almost the paper's plan, on a GPU. Or a folder of a GPT-2, Llama or "
+             "Qwen, or of --pretrain: the plan then depends on the size of the weights")
     add("--recipe", choices=halo.RECIPES,
         help="the recipe that sets the rows below; default: paper, for real teachers real")
     add("--out", type=filled, help="folder of the run; default: out/TEACHER-RECIPE, then -2, -3, ...")
